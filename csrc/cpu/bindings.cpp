@@ -1,0 +1,87 @@
+// Python sees addresses as integers (tensor.data_ptr(); 0 for "none"): no torch is needed to build this.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "tiles.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct TileArguments {
+  uintptr_t x;
+  int64_t stride, rows, columns, first_column;
+  float scale, cap;
+  uintptr_t bias, slot_offsets, slot_targets;
+
+  tuna::Tile tile() const { return {at<float>(x), stride, rows, columns, first_column}; }
+  tuna::Transform transform() const { return {scale, cap, at<const float>(bias)}; }
+  tuna::RowSlots slots() const { return {at<const int64_t>(slot_offsets), at<const int64_t>(slot_targets)}; }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Tile operations of tuna_kernels' cpu backend; see csrc/cpu/tiles.h";
+
+  py::class_<TileArguments>(m, "Tile")
+      .def(py::init([](uintptr_t x, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, float scale,
+                       float cap, uintptr_t bias, uintptr_t slot_offsets, uintptr_t slot_targets) {
+             return TileArguments{x, stride, rows, columns, first_column, scale, cap, bias, slot_offsets,
+                                  slot_targets};
+           }),
+           py::kw_only(), py::arg("x"), py::arg("stride"), py::arg("rows"), py::arg("columns"),
+           py::arg("first_column"), py::arg("scale"), py::arg("cap"), py::arg("bias"), py::arg("slot_offsets"),
+           py::arg("slot_targets"));
+
+  m.def(
+      "softmax_tile",
+      [](const TileArguments& a, uintptr_t maximum, uintptr_t sum, uintptr_t weighted, uintptr_t shrink,
+         uintptr_t chosen, int threads) {
+        tuna::softmax_tile(a.tile(), a.transform(), a.slots(),
+                           {at<float>(maximum), at<double>(sum), at<double>(weighted), at<float>(shrink),
+                            at<float>(chosen)},
+                           threads);
+      },
+      py::arg("tile"), py::kw_only(), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("shrink"),
+      py::arg("chosen"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "gradient_tile",
+      [](const TileArguments& a, uintptr_t lse, uintptr_t softmax_weight, uintptr_t entropy_weight, uintptr_t entropy,
+         uintptr_t slot_gradient, bool is_capped, int threads) {
+        tuna::gradient_tile(a.tile(), a.transform(), a.slots(),
+                            {at<const float>(lse), at<const float>(softmax_weight), at<const float>(entropy_weight),
+                             at<const float>(entropy), at<const float>(slot_gradient)},
+                            is_capped, threads);
+      },
+      py::arg("tile"), py::kw_only(), py::arg("lse"), py::arg("softmax_weight"), py::arg("entropy_weight"),
+      py::arg("entropy"), py::arg("slot_gradient"), py::arg("is_capped"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "load_rows",
+      [](uintptr_t destination, int64_t destination_stride, uintptr_t source, int element, int64_t source_stride,
+         uintptr_t index, int64_t rows, int64_t columns, int threads) {
+        tuna::load_rows(at<float>(destination), destination_stride, at<const void>(source),
+                        static_cast<tuna::Element>(element), source_stride, at<const int64_t>(index), rows, columns,
+                        threads);
+      },
+      py::kw_only(), py::arg("destination"), py::arg("destination_stride"), py::arg("source"), py::arg("element"),
+      py::arg("source_stride"), py::arg("index"), py::arg("rows"), py::arg("columns"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "scale_rows",
+      [](uintptr_t x, int64_t stride, uintptr_t factor, int64_t rows, int64_t columns, int threads) {
+        tuna::scale_rows(at<float>(x), stride, at<const float>(factor), rows, columns, threads);
+      },
+      py::kw_only(), py::arg("x"), py::arg("stride"), py::arg("factor"), py::arg("rows"), py::arg("columns"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}

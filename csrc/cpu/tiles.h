@@ -1,0 +1,66 @@
+// What the CPU backend does to one tile of logits between two matrix products. Plain pointers, element strides
+// and a thread count; no torch. Sizes are int64, logits float32, statistics float32 unless said otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace tuna {
+
+// z = softcap(scale * (x + bias)); softcap(x) = cap * tanh(x / cap); cap 0: none; bias null: none (bias of this tile).
+struct Transform {
+  float scale;
+  float cap;
+  const float* bias;
+};
+
+// A tile [rows, columns] of logits x, row stride `stride`, whose first column is vocabulary entry `first_column`.
+struct Tile {
+  float* x;
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+  int64_t first_column;
+};
+
+// Which targets each row of the tile must find: slots offsets[r]:offsets[r+1], sorted by row.
+struct RowSlots {
+  const int64_t* offsets;  // [rows + 1]
+  const int64_t* targets;  // [offsets[rows]] vocabulary entries
+};
+
+// Running state of the online softmax, one entry a row.
+struct SoftmaxState {
+  float* maximum;    // [rows] running maximum of z
+  double* sum;       // [rows] running sum of e^(z - maximum)
+  double* weighted;  // [rows] running sum of e^(z - maximum) (z - maximum); null unless the entropy is wanted
+  float* shrink;     // [rows] e^(old maximum - new maximum); null unless the tile becomes exponentials
+  float* chosen;     // [slots] z of each slot's target, written where the tile holds it
+};
+
+// Merge the tile into the state. With a cap the tile is left holding z, else it is left alone; with `shrink` it
+// is left holding e^(z - maximum) dz/dx, ready to be multiplied by the weight (the unit gradient of a frozen head).
+void softmax_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const SoftmaxState& state,
+                  int threads);
+
+// x becomes dL/dx, where dL/dz_v = p_v (softmax_weight - entropy_weight (z_v - lse + entropy)) and each slot adds
+// slot_gradient (already dL/dx) at its target. `is_capped`: the tile already holds z (left so by softmax_tile).
+struct GradientInputs {
+  const float* lse;              // [rows]
+  const float* softmax_weight;   // [rows]
+  const float* entropy_weight;   // [rows], null: none
+  const float* entropy;          // [rows], null: none
+  const float* slot_gradient;    // [slots]
+};
+void gradient_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const GradientInputs& inputs,
+                   bool is_capped, int threads);
+
+enum class Element : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// destination[i, :] = float(source[index[i], :]) (index null: i). Strides in elements; rows are dense.
+void load_rows(float* destination, int64_t destination_stride, const void* source, Element element,
+               int64_t source_stride, const int64_t* index, int64_t rows, int64_t columns, int threads);
+
+// x[i, :] *= factor[i], skipping rows whose factor is exactly 1.
+void scale_rows(float* x, int64_t stride, const float* factor, int64_t rows, int64_t columns, int threads);
+
+}  // namespace tuna
