@@ -1,0 +1,24 @@
+"""The error bound every backend is held to: a small multiple of the error textbook PyTorch makes in the same type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FACTOR = 4.0
+
+
+def assert_as_good_as_textbook(got: Tensor, textbook: Tensor, truth: Tensor, name: str = "") -> None:
+    """``max |got - truth| <= FACTOR * max |textbook - truth| + 16 eps max |truth|``.
+
+    ``truth`` is float64, ``textbook`` the reference backend on the very inputs of ``got``.
+    """
+    assert got.dtype == textbook.dtype and got.shape == truth.shape, name
+    if truth.numel() == 0:
+        return
+    error = (got.double() - truth).abs().max().item()
+    own = (textbook.double() - truth).abs().max().item()
+    limit = FACTOR * own + 16 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    if got.dtype == torch.float64:
+        limit = FACTOR * own + 64 * torch.finfo(torch.float64).eps * truth.abs().max().item()
+    assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g} (textbook makes {own:.3g})"

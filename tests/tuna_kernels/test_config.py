@@ -1,0 +1,89 @@
+"""Which backend is taken, and what is said when one cannot be."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tuna_kernels as tk
+from tuna_kernels.config import ENVIRONMENT_VARIABLE, resolve_backend
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_native_code_where_it_serves() -> None:
+    native = not tk.available_backends()["cpu"]
+    assert resolve_backend("auto", CPU, torch.float32, torch.bfloat16) == ("cpu" if native else "torch")
+    assert resolve_backend("auto", CPU, torch.float64) == "torch"
+    assert resolve_backend("auto", torch.device("meta"), torch.float32) == "torch"
+
+
+def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert resolve_backend("auto", CPU, torch.float32) == "reference"
+    assert resolve_backend("torch", CPU, torch.float32) == "torch"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE} = 'fast'"):
+        resolve_backend("auto", CPU, torch.float32)
+
+
+def test_without_the_extension_everything_runs_on_torch() -> None:
+    """In a process of its own: the import of the native module is made to fail."""
+    program = (
+        "import sys; sys.modules['tuna_kernels.backends._cpu'] = None\n"
+        "import torch, tuna_kernels as tk\n"
+        "print(tk.linear_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([0])).item())\n"
+        "print(tk.available_backends()['cpu'])\n"
+        "try: tk.linear_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([0]), backend='cpu')\n"
+        "except RuntimeError as e: print('refused:', e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    value, why, refused = done.stdout.splitlines()
+    assert abs(float(value) + 1.3862944) < 1e-6
+    assert "not there" in why and refused.startswith("refused: backend = 'cpu' cannot serve this call")
+
+
+def test_importing_the_library_needs_torch_and_numpy_only() -> None:
+    optional = ("transformers", "pydantic", "typer")
+    program = f"import sys, tuna_kernels; print([m for m in {optional} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_show_config_names_every_backend() -> None:
+    text = tk.show_config()
+    assert all(f"backend {name}:" in text for name in tk.available_backends())
+
+
+def test_workspace_bytes_bounds_what_the_op_allocates() -> None:
+    """The profiler's peak of forward and backward, less results, is within the stated workspace."""
+    rows, width, vocabulary = 300, 32, 9000
+    hidden, weight = (
+        torch.randn(rows, width, requires_grad=True),
+        torch.randn(vocabulary, width, requires_grad=True),
+    )
+    stated = tk.workspace_bytes(
+        "linear_logprobs", {"rows": rows, "width": width, "vocabulary": vocabulary}, torch.float32
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        tk.linear_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.int64)).sum().backward()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    results = 4 * (rows * width + vocabulary * width)
+    assert peak - results <= 1.1 * stated + 64 * rows * 8
+    with pytest.raises(ValueError, match="lacks"):
+        tk.workspace_bytes("linear_ranking_loss", {"rows": 1, "width": 1, "vocabulary": 1}, torch.float32)
+
+
+@pytest.mark.parametrize("module", ["losses", "scores", "logprobs", "ranking", "config", "tree"])
+def test_examples_in_docstrings(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"tuna_kernels.{module}"))
+    assert result.attempted > 0 and result.failed == 0

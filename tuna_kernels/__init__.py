@@ -1,0 +1,36 @@
+"""Kernels for training on ranked responses: per-token log-probabilities, sequence scores and ranking losses over
+all candidates of a prompt, without full-vocabulary logits and without recomputing what candidates share.
+
+Needs torch and numpy only. Start at :func:`pack_groups` and :func:`linear_ranking_loss`.
+"""
+
+from . import ops
+from .attention import tree_attention
+from .config import available_backends, show_config, workspace_bytes
+from .logprobs import linear_logprobs, selective_logprobs
+from .losses import LossCounts, ranking_loss
+from .ranking import RankingLossOutput, linear_ranking_loss
+from .scores import sequence_scores
+from .tree import Group, PackedTree, pack_groups, plan_rows, tree_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Group",
+    "LossCounts",
+    "PackedTree",
+    "RankingLossOutput",
+    "available_backends",
+    "linear_logprobs",
+    "linear_ranking_loss",
+    "ops",
+    "pack_groups",
+    "plan_rows",
+    "ranking_loss",
+    "selective_logprobs",
+    "sequence_scores",
+    "show_config",
+    "tree_attention",
+    "tree_tokens",
+    "workspace_bytes",
+]

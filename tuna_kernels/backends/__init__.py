@@ -1,0 +1,1 @@
+"""The computing rooms: every public function validates and shapes, a backend computes."""

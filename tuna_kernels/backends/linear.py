@@ -1,0 +1,199 @@
+"""``linear_logprobs`` over the tile loop: slots in the caller's order in, gradients of the inputs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import tiled
+from .reference import compute_dtype
+from .slots import Slots
+from .tiled import Gradients, Head, Inputs, RowGradient, TileOps
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """The inputs of one call, as the ops take them.
+
+    Attributes:
+        hidden: [T, D]; weight: [V, D]; bias: [V]; low_rank_hidden: [T, r]; low_rank_weight: [V, r].
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_rank_hidden: Tensor | None
+    low_rank_weight: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.hidden.dtype, self.weight.dtype)
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(
+            _rows_dense(self.hidden),
+            None if self.low_rank_hidden is None else _rows_dense(self.low_rank_hidden),
+        )
+
+    @property
+    def head(self) -> Head:
+        bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
+        low = None if self.low_rank_weight is None else _rows_dense(self.low_rank_weight)
+        return Head(_rows_dense(self.weight), bias, low, self.logit_scale, self.softcap)
+
+
+def _rows_dense(matrix: Tensor) -> Tensor:
+    """Rows may lie anywhere, but each row's elements must be neighbours."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
+def forward(
+    ops: TileOps,
+    call: LinearCall,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    *,
+    want_entropy: bool,
+    want_unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D])``, zero for ignored slots."""
+    slots = Slots.build(targets, rows, ignore_index)
+    result = tiled.forward(
+        ops, call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
+    )
+
+    def per_slot(values: Tensor) -> Tensor:
+        out = torch.zeros(targets.numel(), dtype=call.compute, device=targets.device)
+        return out.index_copy_(0, slots.slots, values)
+
+    new = result.logprobs.new_zeros
+    entropy = new(0) if result.entropy is None else per_slot(result.entropy[slots.row_of])
+    unit = new(min(call.hidden.shape[0], targets.numel()) if want_unit else 0, call.hidden.shape[1])
+    if result.unit is not None:
+        unit[: slots.rows.numel()] = result.unit
+    return per_slot(result.logprobs), per_slot(result.lse[slots.row_of]), entropy, unit
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward kept for the backward, all [M] in the caller's slot order, and what flows in.
+
+    ``entropy`` and ``unit`` may be empty (not kept); upstream gradients may be None (zero).
+    """
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor
+    unit: Tensor
+    upstream: Tensor | None
+    upstream_lse: Tensor | None
+    upstream_entropy: Tensor | None
+
+
+def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, Tensor, RowGradient]:
+    """Drop the rows all of whose slots have zero upstream; give the coefficients of the rest.
+
+    Returns ``(smaller slots, places of their rows in the given slots, coefficients)``.
+    """
+
+    upstreams = (saved.upstream, saved.upstream_lse, saved.upstream_entropy)
+    # A compiled graph hands an empty gradient to an output that was not wanted and came back empty.
+    given = [None if u is None or u.numel() != saved.lse.numel() else u.to(call.compute) for u in upstreams]
+    active = torch.zeros(slots.slots.numel(), dtype=torch.bool, device=slots.slots.device)
+    for u in given:
+        if u is not None:
+            active |= u[slots.slots] != 0
+    slots, kept = slots.keep(active)
+    g, g_lse, g_entropy = (None if u is None else u[slots.slots] for u in given)
+    count = slots.slots.numel()
+    zero = torch.zeros(count, dtype=call.compute, device=active.device)
+    g = zero if g is None else g
+    first_slot = slots.slots[slots.offsets[:-1]]  # every slot of a row has the row's lse and entropy
+    chosen = (saved.logprobs + saved.lse)[slots.slots]
+    slope = torch.full_like(g, call.logit_scale)
+    if call.softcap is not None:
+        slope = slope * (1 - (chosen / call.softcap) ** 2)
+    softmax_weight = slots.row_sums((zero if g_lse is None else g_lse) - g)
+    has_entropy = g_entropy is not None and bool((g_entropy != 0).any())
+    coefficients = RowGradient(
+        lse=saved.lse[first_slot],
+        softmax_weight=softmax_weight,
+        entropy_weight=slots.row_sums(g_entropy) if has_entropy and g_entropy is not None else None,
+        entropy=saved.entropy[first_slot] if has_entropy else None,
+        slot_gradient=g * slope,
+    )
+    return slots, kept, coefficients
+
+
+def backward(
+    ops: TileOps,
+    call: LinearCall,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    saved: Saved,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed."""
+    all_slots = Slots.build(targets, rows, ignore_index)
+    slots, kept, coefficients = row_gradient(all_slots, call, saved)
+    hidden, weight, bias, low_hidden, low_weight = needs
+    results = [
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if wanted and t is not None else t0
+        for t, wanted, t0 in (
+            (call.hidden, hidden, call.hidden.new_empty(0)),
+            (call.weight, weight, call.hidden.new_empty(0)),
+            (call.bias, bias, call.hidden.new_empty(0)),
+            (call.low_rank_hidden, low_hidden, call.hidden.new_empty(0)),
+            (call.low_rank_weight, low_weight, call.hidden.new_empty(0)),
+        )
+    ]
+    if saved.unit.numel() and hidden:
+        row_grads: Tensor | None = _unit_rows(call, slots, saved.unit[kept], coefficients)
+        low_rows = None
+    else:
+        count = slots.rows.numel()
+        row_grads = call.hidden.new_empty(count, call.hidden.shape[1], dtype=call.compute) if hidden else None
+        low_rows = None
+        if low_hidden and call.low_rank_hidden is not None:
+            low_rows = row_grads_like(call.low_rank_hidden, count, call.compute)
+        into = Gradients(
+            rows=row_grads,
+            low_rank_rows=low_rows,
+            weight=results[1] if weight else None,
+            low_rank_weight=results[4] if low_weight else None,
+            bias=results[2] if bias else None,
+        )
+        tiled.backward(ops, call.inputs, call.head, slots, call.compute, coefficients, into)
+    for result, grads in ((results[0], row_grads), (results[3], low_rows)):
+        if grads is not None:
+            result.index_copy_(0, slots.rows, grads.to(result.dtype))
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+def row_grads_like(source: Tensor, rows: int, compute: torch.dtype) -> Tensor:
+    """An uninitialised [rows, width of source] buffer in the compute type."""
+    return source.new_empty(rows, source.shape[1], dtype=compute)
+
+
+UNIT_SLOTS = 1024
+
+
+def _unit_rows(call: LinearCall, slots: Slots, unit: Tensor, coefficients: RowGradient) -> Tensor:
+    """Gradient of the hidden rows from the unit gradient: one weight row a slot, no logits.
+
+    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``
+    """
+    gradient = unit * coefficients.softmax_weight.unsqueeze(1)
+    for start in range(0, slots.slots.numel(), UNIT_SLOTS):
+        part = slice(start, start + UNIT_SLOTS)
+        rows = call.weight.index_select(0, slots.targets[part]).to(call.compute)
+        rows.mul_(coefficients.slot_gradient[part].unsqueeze(1))
+        gradient.index_add_(0, slots.row_of[part], rows)
+    return gradient

@@ -1,0 +1,183 @@
+"""``linear_ranking_loss`` over the tile loop, a few groups at a time.
+
+Within a byte budget the logits of some groups are kept in one block; scores, loss, closed-form upstream and
+gradients of those groups all come from it: three products, as many as the textbook loss, without its memory. A
+group whose logits alone exceed the budget is recomputed instead (four products).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..losses import LossCounts, Preset, preset_upstream
+from . import tiled
+from .linear import LinearCall, Saved, row_gradient, row_grads_like
+from .slots import Slots
+from .tiled import MIN_ROWS, Gradients, TileOps
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tree's slots and candidates (see tree.PackedTree): offsets and ranks on the host."""
+
+    rows: Tensor  # [M]
+    targets: Tensor  # [M]
+    candidate_offsets: Tensor  # [C+1]
+    ranks: Tensor  # [C]
+    group_offsets: Tensor  # [G+1]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Everything the loss is made of besides scores and ranks."""
+
+    preset: Preset
+    margin: float
+    length_penalty: float
+    mle_weight: float
+    counts: LossCounts
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss parts (float64 scalars), per-candidate and per-slot results, and ready gradients (compute type or None)."""
+
+    ranking: Tensor
+    mle: Tensor
+    scores: Tensor  # [C]
+    logprobs: Tensor  # [M]
+    lse: Tensor  # [M]
+    upstream: Tensor  # [M] dL/dlogprob
+    gradients: Gradients  # rows: [T, D], low_rank_rows: [T, r]
+
+    def total(self, mle_weight: float) -> Tensor:
+        return self.ranking + mle_weight * self.mle
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some neighbouring groups: candidates ``first:last``, slots ``start:stop``; kept or recomputed."""
+
+    groups: slice
+    candidates: slice
+    slots: slice
+    keep: bool
+
+
+def _parts(candidates: Candidates, vocabulary: int, itemsize: int, budget: int) -> Iterator[_Part]:
+    """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget."""
+    capacity = budget // max(1, itemsize * vocabulary)
+    group_offsets = candidates.group_offsets.tolist()
+    slot_offsets = candidates.candidate_offsets[candidates.group_offsets].tolist()
+    first, groups = 0, len(group_offsets) - 1
+    while first < groups:
+        last = first + 1
+        while last < groups and slot_offsets[last + 1] - slot_offsets[first] <= capacity:
+            last += 1
+        slots = slice(slot_offsets[first], slot_offsets[last])
+        keep = max(slots.stop - slots.start, MIN_ROWS) <= capacity
+        yield _Part(slice(first, last), slice(group_offsets[first], group_offsets[last]), slots, keep)
+        first = last
+
+
+def linear_ranking(
+    ops: TileOps,
+    call: LinearCall,
+    candidates: Candidates,
+    settings: LossSettings,
+    needs: tuple[bool, bool, bool, bool, bool],
+    logits_budget: int,
+) -> Result:
+    """Loss and gradients (for an upstream of 1) of all groups."""
+    compute, device = call.compute, call.hidden.device
+    slot_count = candidates.targets.numel()
+    logprobs = torch.zeros(slot_count, dtype=compute, device=device)
+    lse, upstream = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    scores = torch.zeros(candidates.ranks.numel(), dtype=compute, device=device)
+    ranking = torch.zeros((), dtype=torch.float64, device=device)
+    mle = torch.zeros_like(ranking)
+    gradients = _zero_gradients(call, needs)
+    parts = list(_parts(candidates, call.weight.shape[0], compute.itemsize, logits_budget))
+    largest = max((p.slots.stop - p.slots.start for p in parts if p.keep), default=0)
+    keeps = largest > 0 and gradients.any
+    block = torch.empty(max(largest, MIN_ROWS) * call.weight.shape[0] if keeps else 0, dtype=compute, device=device)
+    inputs, head = call.inputs, call.head
+    for part in parts:
+        slots = Slots.build(candidates.targets[part.slots], candidates.rows[part.slots], ignore_index=-1)
+        rows = slots.rows.numel()
+        kept = block[: rows * head.vocabulary].view(rows, head.vocabulary) if part.keep and keeps else None
+        result = tiled.forward(ops, inputs, head, slots, compute, block=kept)
+        logprobs[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.logprobs)
+        lse[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.lse[slots.row_of])
+        of_part = preset_upstream(
+            logprobs[part.slots],
+            candidates.candidate_offsets[part.candidates.start : part.candidates.stop + 1] - part.slots.start,
+            candidates.ranks[part.candidates],
+            candidates.group_offsets[part.groups.start : part.groups.stop + 1] - part.candidates.start,
+            preset=settings.preset,
+            margin=settings.margin,
+            length_penalty=settings.length_penalty,
+            mle_weight=settings.mle_weight,
+            counts=settings.counts,
+        )
+        ranking += of_part.ranking
+        mle += of_part.mle
+        scores[part.candidates] = of_part.scores
+        upstream[part.slots] = of_part.upstream.to(compute)
+        if gradients.any:
+            saved = _saved(logprobs[part.slots], lse[part.slots], upstream[part.slots])
+            _add_gradients(ops, call, slots, saved, kept, gradients)
+    return Result(ranking, mle, scores, logprobs, lse, upstream, gradients)
+
+
+def _saved(logprobs: Tensor, lse: Tensor, upstream: Tensor) -> Saved:
+    empty = logprobs.new_empty(0)
+    return Saved(logprobs, lse, empty, empty, upstream, None, None)
+
+
+def _zero_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:
+    """Zeros in the compute type: parts of the batch are added up before anything is rounded."""
+    sources = (call.hidden, call.weight, call.bias, call.low_rank_hidden, call.low_rank_weight)
+    hidden, weight, bias, low_hidden, low_weight = (
+        torch.zeros(t.shape, dtype=call.compute, device=t.device) if wanted and t is not None else None
+        for t, wanted in zip(sources, needs, strict=True)
+    )
+    return Gradients(hidden, low_hidden, weight, low_weight, bias, accumulate=True)
+
+
+def _add_gradients(
+    ops: TileOps, call: LinearCall, slots: Slots, saved: Saved, block: Tensor | None, total: Gradients
+) -> None:
+    """Add one part's gradients, from its kept block or by recomputing its logits."""
+    every_row = slots.rows.numel()
+    slots, kept, coefficients = row_gradient(slots, call, saved)
+    count = slots.rows.numel()
+    if count == 0:
+        return
+    of_part = Gradients(
+        rows=None if total.rows is None else row_grads_like(total.rows, count, call.compute),
+        low_rank_rows=None if total.low_rank_rows is None else row_grads_like(total.low_rank_rows, count, call.compute),
+        weight=total.weight,
+        low_rank_weight=total.low_rank_weight,
+        bias=total.bias,
+        accumulate=True,
+    )
+    block_rows = None if count == every_row else kept
+    tiled.backward(
+        ops,
+        call.inputs,
+        call.head,
+        slots,
+        call.compute,
+        coefficients,
+        of_part,
+        block=block,
+        block_rows=block_rows,
+    )
+    for target, part in ((total.rows, of_part.rows), (total.low_rank_rows, of_part.low_rank_rows)):
+        if target is not None and part is not None:
+            target.index_add_(0, slots.rows, part)

@@ -1,0 +1,80 @@
+"""Log-probabilities of logits that are already there, some rows at a time, by the same tile operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .slots import Slots
+from .tiled import Head, RowGradient, SoftmaxState, Tile, TileOps
+
+CHUNK_BYTES = 16 << 20
+
+
+def _chunks(logits: Tensor, slots: Slots, compute: torch.dtype) -> Iterator[slice]:
+    rows = max(1, CHUNK_BYTES // max(1, compute.itemsize * logits.shape[1]))
+    for start in range(0, slots.rows.numel(), rows):
+        yield slice(start, min(start + rows, slots.rows.numel()))
+
+
+def _tile(logits: Tensor, slots: Slots, part: slice) -> Tile:
+    offsets = torch.arange(part.stop - part.start + 1, device=logits.device)  # one slot a row
+    return Tile(logits, 0, None, offsets, slots.targets[part])
+
+
+def forward(
+    ops: TileOps, logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``(logprobs, lse)`` [N] of logits [N, V] divided by ``temperature``; ignored rows 0."""
+    slots = Slots.build(targets, None, ignore_index)
+    head = Head(logits, None, None, 1.0 / temperature, None)
+    logprobs = torch.zeros(logits.shape[0], dtype=compute, device=logits.device)
+    all_lse = torch.zeros_like(logprobs)
+    for part in _chunks(logits, slots, compute):
+        count = part.stop - part.start
+        if slots.contiguous and logits.dtype == compute:
+            z = logits[part]  # without a softcap the tile operations only read
+        else:
+            z = torch.empty(count, logits.shape[1], dtype=compute, device=logits.device)
+            ops.load(z, logits, slots.rows[part])
+        state = SoftmaxState(
+            maximum=torch.full((count,), -torch.inf, dtype=compute, device=logits.device),
+            sum=torch.zeros(count, dtype=torch.float64, device=logits.device),
+            weighted=None,
+            shrink=None,
+            chosen=torch.full((count,), torch.nan, dtype=compute, device=logits.device),
+        )
+        ops.softmax(_tile(z, slots, part), head, state)
+        lse = state.maximum.double() + state.sum.log()
+        all_lse[slots.rows[part]] = lse.to(compute)
+        logprobs[slots.rows[part]] = (state.chosen.double() - lse).to(compute)
+    return logprobs, all_lse
+
+
+def backward(
+    ops: TileOps,
+    upstream: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
+    """Gradient [N, V] in the dtype of the logits; p - onehot is taken in the compute type, before rounding."""
+    compute = lse.dtype
+    slots = Slots.build(targets, None, ignore_index)
+    head = Head(logits, None, None, 1.0 / temperature, None)
+    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for part in _chunks(logits, slots, compute):
+        rows = slots.rows[part]
+        in_place = slots.contiguous and logits.dtype == compute
+        z = gradient[part] if in_place else gradient.new_empty(rows.numel(), logits.shape[1], dtype=compute)
+        ops.load(z, logits, rows)
+        g = upstream[rows].to(compute)
+        of_rows = RowGradient(lse[rows].contiguous(), -g, None, None, g / temperature)
+        ops.gradient(_tile(z, slots, part), head, of_rows, is_capped=False)
+        if not in_place:
+            gradient[rows] = z.to(gradient.dtype)
+    return gradient

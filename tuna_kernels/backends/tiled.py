@@ -1,0 +1,365 @@
+"""The tile loop: log-probabilities and their gradients without full logits.
+
+Rows are taken ``plan.rows`` at a time, the vocabulary ``plan.columns`` at a time, vocabulary outermost, so that
+each tile of the weight is converted to the compute type once and each tile of its gradient is finished in one
+go. A tile of logits is one matrix product; what happens to it in between is a :class:`TileOps`, in torch
+operations or in C++.
+
+Forward: 2·N·V·D flops; with the unit gradient (frozen weight) 4. Backward: 6 (recompute), 4 when the logits were
+kept in a block, N·D with the unit gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .slots import Slots
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V] in the compute type
+    low_rank_weight: Tensor | None  # [V, r]
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+
+class Inputs(NamedTuple):
+    """Hidden states [T, D] and, for a low-rank addition to the head, [T, r]."""
+
+    hidden: Tensor
+    low_rank: Tensor | None
+
+
+class SoftmaxState(NamedTuple):
+    """Running online softmax of R rows and S slots."""
+
+    maximum: Tensor  # [R]
+    sum: Tensor  # [R] float64
+    weighted: Tensor | None  # [R] float64, for the entropy
+    shrink: Tensor | None  # [R] when the tile is to become exponentials
+    chosen: Tensor  # [S] z of the targets
+
+
+class RowGradient(NamedTuple):
+    """What turns logits into their gradient, for R rows and S slots (see csrc/cpu/tiles.h)."""
+
+    lse: Tensor  # [R]
+    softmax_weight: Tensor  # [R]
+    entropy_weight: Tensor | None  # [R]
+    entropy: Tensor | None  # [R]
+    slot_gradient: Tensor  # [S]
+
+    def part(self, rows: slice, slot_gradient: Tensor) -> RowGradient:
+        """The same for some of the rows."""
+        weight = None if self.entropy_weight is None else self.entropy_weight[rows]
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return RowGradient(self.lse[rows], self.softmax_weight[rows], weight, entropy, slot_gradient)
+
+
+class Tile(NamedTuple):
+    """A [rows, columns] view of logits that starts at vocabulary entry ``first_column``, for ``slots`` of its rows."""
+
+    logits: Tensor
+    first_column: int
+    bias: Tensor | None  # [columns]
+    offsets: Tensor  # [rows+1]
+    targets: Tensor  # [slots of the rows]
+
+
+class TileOps(Protocol):
+    """What a backend does to one tile."""
+
+    def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
+        """``out[i] = source[index[i]]`` (None: i), converted to the compute type."""
+
+    def softmax(self, tile: Tile, head: Head, state: SoftmaxState) -> None:
+        """Merge the tile into the state; a softcap leaves z in the tile, ``shrink`` leaves exponentials."""
+
+    def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
+        """The tile becomes dL/d(h W^T)."""
+
+    def scale_rows(self, x: Tensor, factor: Tensor) -> None:
+        """``x[i] *= factor[i]``."""
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Tile sizes. They depend on V, D and dtypes only, never on the rows, so that a row's bits don't either."""
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def choose(cls, weight: torch.dtype, width: int, compute: torch.dtype) -> TilePlan:
+        """About 8 MiB of logits, and at most as much of a converted weight [columns, width]."""
+        columns = 2048
+        if weight != compute:
+            columns = max(256, min(columns, (8 << 20) // (compute.itemsize * width) // 256 * 256))
+        return cls(rows=1024, columns=columns)
+
+    def workspace(self, weight: torch.dtype, width: int, compute: torch.dtype, rows: int) -> int:
+        """Bytes of the buffers of one pass: logits, hidden rows (gathered), a converted weight tile."""
+        used = min(self.rows, max(rows, MIN_ROWS))
+        converted = self.columns * width if weight != compute else 0
+        return compute.itemsize * (used * self.columns + used * width + converted)
+
+
+# A product of fewer rows than this takes other code in the BLAS, which rounds otherwise: such a chunk is padded
+# with zero rows, so that a row gives the same bits whatever the number of rows beside it (docs/numerics.md).
+MIN_ROWS = 16
+
+
+class _Loop:
+    """Walks tiles of one call, owning its buffers."""
+
+    def __init__(self, ops: TileOps, inputs: Inputs, head: Head, slots: Slots, compute: torch.dtype) -> None:
+        self.ops, self.inputs, self.head, self.slots, self.compute = ops, inputs, head, slots, compute
+        self.plan = TilePlan.choose(head.weight.dtype, head.weight.shape[1], compute)
+        self.device = inputs.hidden.device
+        self.total = slots.rows.numel()
+        self.chunk_rows = min(self.plan.rows, max(self.total, MIN_ROWS))
+        bounds = [*range(0, self.total, self.chunk_rows), self.total]
+        self.chunks = list(itertools.pairwise(bounds))
+        # On the host: chunk c owns the sorted slots slot_bounds[c]:slot_bounds[c + 1].
+        self.slot_bounds = slots.offsets[torch.tensor(bounds, device=self.device)].tolist()
+        self._loaded: dict[int, tuple[int, Tensor]] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._logits: Tensor | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or self.compute, device=self.device)
+
+    def columns(self) -> Iterator[tuple[int, int]]:
+        for first in range(0, self.head.vocabulary, self.plan.columns):
+            yield first, min(first + self.plan.columns, self.head.vocabulary)
+
+    def weight_tile(self, source: Tensor, first: int, last: int) -> Tensor:
+        """[columns, D] of a weight in the compute type; a view where it is that already."""
+        tile = source[first:last]
+        if tile.dtype == self.compute:
+            return tile
+        buffer = self._weights.get(id(source))
+        if buffer is None:
+            buffer = self._weights[id(source)] = self.empty(self.plan.columns, source.shape[1])
+        converted = buffer[: last - first]
+        self.ops.load(converted, tile, None)
+        return converted
+
+    def hidden_rows(self, source: Tensor, start: int, stop: int) -> Tensor:
+        """[max(stop - start, MIN_ROWS), D] hidden states of a chunk of rows, zero rows at the end."""
+        count = stop - start
+        direct = self.slots.contiguous and source.dtype == self.compute and count >= MIN_ROWS
+        if direct and source.stride(-1) == 1:
+            return source[start:stop]
+        loaded_start, buffer = self._loaded.get(id(source), (-1, None))
+        if buffer is None:
+            buffer = torch.zeros(self.chunk_rows, source.shape[1], dtype=self.compute, device=self.device)
+        if loaded_start != start:
+            self.ops.load(buffer[:count], source, self.slots.rows[start:stop])
+            if count < MIN_ROWS:
+                buffer[count:].zero_()
+            self._loaded[id(source)] = (start, buffer)
+        return buffer[: max(count, MIN_ROWS)]
+
+    def logits(self, start: int, stop: int, first: int, last: int, out: Tensor | None = None) -> Tensor:
+        """[stop - start, last - first] of h W^T + h2 W2^T, in ``out`` or in this loop's buffer."""
+        count = max(stop - start, MIN_ROWS)
+        if out is None or out.shape[0] < count:
+            if self._logits is None:
+                self._logits = self.empty(self.chunk_rows * self.plan.columns)
+            product = self._logits[: count * (last - first)].view(count, last - first)
+        else:
+            product = out
+        hidden = self.hidden_rows(self.inputs.hidden, start, stop)
+        torch.mm(hidden, self.weight_tile(self.head.weight, first, last).t(), out=product)
+        if self.inputs.low_rank is not None and self.head.low_rank_weight is not None:
+            low = self.hidden_rows(self.inputs.low_rank, start, stop)
+            product.addmm_(low, self.weight_tile(self.head.low_rank_weight, first, last).t())
+        if out is not None and product is not out:
+            out.copy_(product[: stop - start])
+            return out
+        return product[: stop - start]
+
+    def tile(self, logits: Tensor, chunk: int, first: int, last: int) -> Tile:
+        start, stop = self.chunks[chunk]
+        low, high = self.slot_bounds[chunk], self.slot_bounds[chunk + 1]
+        bias = None if self.head.bias is None else self.head.bias[first:last]
+        offsets = self.slots.offsets[start : stop + 1]
+        return Tile(logits, first, bias, offsets - low if low else offsets, self.slots.targets[low:high])
+
+    def slots_of(self, chunk: int, values: Tensor) -> Tensor:
+        return values[self.slot_bounds[chunk] : self.slot_bounds[chunk + 1]]
+
+
+class ForwardResult(NamedTuple):
+    """Per row and per sorted slot, in the compute type."""
+
+    logprobs: Tensor  # [S]
+    lse: Tensor  # [R]
+    entropy: Tensor | None  # [R]
+    unit: Tensor | None  # [R, D] sum over v of p_v dz_v/dx_v w_v
+
+
+def forward(
+    ops: TileOps,
+    inputs: Inputs,
+    head: Head,
+    slots: Slots,
+    compute: torch.dtype,
+    *,
+    want_entropy: bool = False,
+    want_unit: bool = False,
+    block: Tensor | None = None,
+) -> ForwardResult:
+    """Log-probabilities of all slots.
+
+    ``block`` [R, V] keeps the logits (capped ones where there is a softcap) for :func:`backward`.
+    """
+    loop = _Loop(ops, inputs, head, slots, compute)
+    total = loop.total
+    maximum = torch.full((total,), -torch.inf, dtype=compute, device=loop.device)
+    sums = torch.zeros(total, dtype=torch.float64, device=loop.device)
+    weighted = torch.zeros_like(sums) if want_entropy else None
+    shrink = loop.empty(total) if want_unit else None
+    # A target outside the vocabulary is never found by a tile: its log-probability stays NaN.
+    chosen = torch.full((slots.targets.numel(),), torch.nan, dtype=compute, device=loop.device)
+    width = head.weight.shape[1]
+    unit = torch.zeros(total, width, dtype=compute, device=loop.device) if want_unit else None
+    for first, last in loop.columns():
+        for chunk, (start, stop) in enumerate(loop.chunks):
+            kept = None if block is None else block[start:stop, first:last]
+            tile = loop.tile(loop.logits(start, stop, first, last, kept), chunk, first, last)
+            state = SoftmaxState(
+                maximum[start:stop],
+                sums[start:stop],
+                None if weighted is None else weighted[start:stop],
+                None if shrink is None else shrink[start:stop],
+                loop.slots_of(chunk, chosen),
+            )
+            ops.softmax(tile, head, state)
+            if unit is not None and state.shrink is not None:
+                ops.scale_rows(unit[start:stop], state.shrink)
+                unit[start:stop].addmm_(tile.logits, loop.weight_tile(head.weight, first, last))
+    lse = maximum.double() + sums.log()
+    entropy = None if weighted is None else (sums.log() - weighted / sums).to(compute)
+    if unit is not None:
+        ops.scale_rows(unit, sums.reciprocal().to(compute))
+    return ForwardResult((chosen.double() - lse[slots.row_of]).to(compute), lse.to(compute), entropy, unit)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where gradients go. None: not wanted. Row gradients belong to the rows of the slots given."""
+
+    rows: Tensor | None  # [R, D] compute type, overwritten
+    low_rank_rows: Tensor | None  # [R, r]
+    weight: Tensor | None  # [V, D] any floating type
+    low_rank_weight: Tensor | None  # [V, r]
+    bias: Tensor | None  # [V]
+    accumulate: bool = False  # add into weight, low_rank_weight and bias (compute type) rather than overwrite
+
+    @property
+    def any(self) -> bool:
+        return any(t is not None for t in (self.rows, self.low_rank_rows, self.weight, self.low_rank_weight, self.bias))
+
+
+def backward(
+    ops: TileOps,
+    inputs: Inputs,
+    head: Head,
+    slots: Slots,
+    compute: torch.dtype,
+    gradient: RowGradient,
+    into: Gradients,
+    *,
+    block: Tensor | None = None,
+    block_rows: Tensor | None = None,
+) -> None:
+    """Fill ``into``: recompute each tile of logits (or take it from ``block``), turn it into its gradient, multiply.
+
+    ``block_rows`` [R]: the rows of ``block`` that ``slots`` kept (None: all, in order).
+    """
+    if not into.any:
+        return
+    loop = _Loop(ops, inputs, head, slots, compute)
+    for buffer in (into.rows, into.low_rank_rows):
+        if buffer is not None:
+            buffer.zero_()
+    for first, last in loop.columns():
+        sinks = _Sinks(loop, into, first, last)
+        for chunk, (start, stop) in enumerate(loop.chunks):
+            if block is None:
+                logits = loop.logits(start, stop, first, last)
+            elif block_rows is None:
+                logits = block[start:stop, first:last]
+            else:
+                logits = loop.empty(stop - start, last - first)
+                ops.load(logits, block[:, first:last], block_rows[start:stop])
+            tile = loop.tile(logits, chunk, first, last)
+            of_chunk = gradient.part(slice(start, stop), loop.slots_of(chunk, gradient.slot_gradient))
+            ops.gradient(tile, head, of_chunk, is_capped=block is not None)
+            sinks.add(logits, start, stop)
+        sinks.finish()
+
+
+class _Sinks:
+    """Multiplies the gradient tiles of one vocabulary range into the gradients asked for."""
+
+    def __init__(self, loop: _Loop, into: Gradients, first: int, last: int) -> None:
+        self.loop, self.into, self.first, self.last = loop, into, first, last
+        self.beta = 1.0 if into.accumulate else 0.0  # the first product overwrites, later ones add
+        self.weight = self._buffer(into.weight)
+        self.low_rank_weight = self._buffer(into.low_rank_weight)
+        self.bias = self._buffer(into.bias)
+
+    def _buffer(self, target: Tensor | None) -> Tensor | None:
+        """A compute-type tile of a vocabulary-sized gradient: a view of it where it has that type."""
+        if target is None:
+            return None
+        tile = target[self.first : self.last]
+        if tile.dtype != self.loop.compute:
+            tile = self.loop.empty(*tile.shape)
+        return tile if self.loop.chunks else tile.zero_()
+
+    def add(self, gradient: Tensor, start: int, stop: int) -> None:
+        loop, head, into = self.loop, self.loop.head, self.into
+        count = stop - start
+        if into.rows is not None:
+            into.rows[start:stop].addmm_(gradient, loop.weight_tile(head.weight, self.first, self.last))
+        if into.low_rank_rows is not None and head.low_rank_weight is not None:
+            low = loop.weight_tile(head.low_rank_weight, self.first, self.last)
+            into.low_rank_rows[start:stop].addmm_(gradient, low)
+        if self.weight is not None:
+            hidden = loop.hidden_rows(loop.inputs.hidden, start, stop)[:count]
+            self.weight.addmm_(gradient.t(), hidden, beta=self.beta)
+        if self.low_rank_weight is not None and loop.inputs.low_rank is not None:
+            low = loop.hidden_rows(loop.inputs.low_rank, start, stop)[:count]
+            self.low_rank_weight.addmm_(gradient.t(), low, beta=self.beta)
+        if self.bias is not None:
+            torch.add(gradient.sum(0), self.bias if self.beta else 0, out=self.bias)
+        self.beta = 1.0
+
+    def finish(self) -> None:
+        """Write tiles that live in a buffer of their own, in the gradient's type."""
+        pairs = (
+            (self.weight, self.into.weight),
+            (self.low_rank_weight, self.into.low_rank_weight),
+            (self.bias, self.into.bias),
+        )
+        for tile, target in pairs:
+            if tile is not None and target is not None and tile.dtype != target.dtype:
+                target[self.first : self.last].copy_(tile)

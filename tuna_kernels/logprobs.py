@@ -1,0 +1,258 @@
+"""Per-token log-probabilities: from hidden states and an LM head, or from logits that are already there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import reference
+from .config import resolve_backend
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class HeadLora(NamedTuple):
+    """A LoRA adapter on the LM head: ``z += scale * (h A^T) B^T``, with A [r, D] and B [V, r]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    validate: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """``log softmax(z)[target]`` for each slot, ``z = softcap(logit_scale * (h W^T + bias))``, without full logits.
+
+    Differentiable with respect to hidden, weight, bias and the LoRA matrices, with a gradient for every slot of
+    its own; log-sum-exp and entropy are differentiable too. What needs no gradient costs nothing; with a frozen
+    head the forward keeps each row's unit gradient, and the backward needs no logits at all.
+
+    >>> h, w = torch.zeros(2, 3), torch.zeros(4, 3)
+    >>> linear_logprobs(h, w, torch.tensor([1, 2, 3]), rows=torch.tensor([0, 0, 1]))
+    tensor([-1.3863, -1.3863, -1.3863])
+
+    Args:
+        hidden: [T, D] final hidden states.
+        weight: [V, D] LM head; may have another floating dtype than ``hidden`` (tiles are converted, never the
+            whole). Rows must be dense (stride 1 along D); a transposed weight is copied.
+        targets: [M] int64 target tokens in ``[0, V)`` or ``ignore_index``.
+        rows: [M] int64 the hidden row of each slot, in ``[0, T)``; default: slot m uses row m (then M = T). A row
+            may serve many slots; its log-sum-exp is computed once.
+        bias: [V], added before the scale.
+        lora: ``(A [r, D], B [V, r], scale)`` adds ``scale * (h A^T) B^T`` to ``h W^T``.
+        ignore_index: slots with this target give 0 and have no gradient.
+        logit_scale: factor on the logits.
+        softcap: c in ``c * tanh(z / c)``, after the scale; None: none.
+        return_lse: also the log-sum-exp of each slot's row, [M].
+        return_entropy: also the entropy (nats) of each slot's row, [M].
+        validate: whether to check the values of targets and rows; default: on CPU yes, elsewhere no (that would
+            wait for the device; an out-of-range target then gives NaN).
+        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        logprobs [M], or the tuple (logprobs, lse, entropy) of those asked for; float64 if hidden or weight is,
+        else float32.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices that do not fit; an empty or sharded weight.
+        IndexError: a target or row out of range, with its position.
+        RuntimeError: an explicit backend that cannot serve the call.
+    """
+    check_head(hidden, weight, bias, lora, logit_scale, softcap)
+    check_index("targets", targets, hidden.device)
+    if rows is None:
+        if targets.shape[0] != hidden.shape[0]:
+            raise ValueError(f"targets [{targets.shape[0]}] must match hidden [{hidden.shape[0]}, …] without rows")
+    else:
+        check_index("rows", rows, hidden.device)
+        if rows.shape != targets.shape:
+            raise ValueError(f"rows {list(rows.shape)} and targets {list(targets.shape)} must both be [M]")
+    if should_validate(validate, hidden):
+        check_range("targets", targets, weight.shape[0], "the vocabulary", ignore_index)
+        if rows is not None:
+            check_range("rows", rows, hidden.shape[0], "the rows of hidden")
+    chosen = resolve_backend(backend, hidden.device, hidden.dtype, weight.dtype)
+    low_rank = low_rank_pair(hidden, lora)
+    if chosen == "reference":
+        logprobs, lse, entropy = reference.linear_logprobs(
+            hidden,
+            weight,
+            targets,
+            rows,
+            bias,
+            low_rank,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+    else:
+        keep_unit = (
+            torch.is_grad_enabled()
+            and hidden.requires_grad
+            and low_rank is None
+            and not (weight.requires_grad or return_entropy or (bias is not None and bias.requires_grad))
+        )
+        low_hidden, low_weight = low_rank or (None, None)
+        logprobs, lse, entropy, _ = torch.ops.tuna_kernels.linear_logprobs(
+            hidden,
+            weight,
+            bias,
+            low_hidden,
+            low_weight,
+            targets,
+            rows,
+            ignore_index,
+            float(logit_scale),
+            None if softcap is None else float(softcap),
+            return_entropy,
+            keep_unit,
+            chosen,
+        )
+    wanted = (logprobs, *([lse] if return_lse else []), *([entropy] if return_entropy else []))
+    return wanted if len(wanted) > 1 else logprobs
+
+
+def selective_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    validate: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``log softmax(logits / temperature)[target]`` of logits that are already there, in float32 or better.
+
+    >>> selective_logprobs(torch.zeros(2, 4), torch.tensor([3, -100]))
+    tensor([-1.3863,  0.0000])
+
+    Args:
+        logits: [..., V] floating point.
+        targets: [...] int64 in ``[0, V)`` or ``ignore_index`` (gives 0, zero gradient).
+        temperature: positive.
+        validate: as in :func:`linear_logprobs`.
+        backend: as in :func:`linear_logprobs`.
+
+    Returns:
+        [...]: float64 for float64 logits, else float32. The gradient comes in the dtype of the logits.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as :func:`linear_logprobs`.
+    """
+    if logits.dtype not in FLOATING:
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.ndim < 1 or targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets {list(targets.shape)} must match logits {list(logits.shape)} but for the last axis")
+    if targets.dtype != torch.int64 or targets.device != logits.device:
+        raise TypeError(f"targets must be int64 on {logits.device}, got {targets.dtype} on {targets.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature} must be positive")
+    flat = logits.reshape(-1, logits.shape[-1])
+    flat_targets = targets.reshape(-1)
+    if should_validate(validate, logits):
+        check_range("targets", flat_targets, logits.shape[-1], "the vocabulary", ignore_index)
+    chosen = resolve_backend(backend, logits.device, logits.dtype)
+    if chosen == "reference":
+        return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    logprobs: Tensor = torch.ops.tuna_kernels.selective_logprobs(
+        flat, flat_targets, float(temperature), ignore_index, chosen
+    )[0]
+    return logprobs.view(targets.shape)
+
+
+def low_rank_pair(hidden: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> tuple[Tensor, Tensor] | None:
+    """``(scale * h A^T [T, r], B [V, r])``: the head's adapter as a second, narrow product."""
+    if lora is None:
+        return None
+    a, b, scale = lora
+    dtype = torch.promote_types(hidden.dtype, a.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return (hidden.to(dtype) @ a.to(dtype).t()) * scale, b
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Shapes, dtypes and devices of hidden states and head."""
+    lora_tensors = {} if lora is None else {"lora A": lora[0], "lora B": lora[1]}
+    tensors = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias}), **lora_tensors}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be one of {[str(d) for d in FLOATING]}, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+        if type(tensor).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is a sharded DTensor (FSDP or tensor parallel): call inside the module that owns it, "
+                "where it is gathered, or pass tensor.full_tensor()"
+            )
+    if weight.numel() == 0 and hidden.shape[-1] != 0:
+        raise ValueError(
+            f"weight {list(weight.shape)} is empty: under DeepSpeed ZeRO-3 a parameter is there only inside the "
+            "forward of the module that owns it (or under deepspeed.zero.GatheredParameters)"
+        )
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {list(hidden.shape)} must be [T, D] and weight {list(weight.shape)} [V, D]")
+    vocabulary, width = weight.shape
+    if bias is not None and bias.shape != (vocabulary,):
+        raise ValueError(f"bias {list(bias.shape)} must be [{vocabulary}]")
+    if lora is not None:
+        a, b, _ = lora
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != width or b.shape != (vocabulary, a.shape[0]):
+            raise ValueError(
+                f"lora A {list(a.shape)} must be [r, {width}] and B {list(b.shape)} [{vocabulary}, r] of one r"
+            )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap = {softcap} must be positive, or None for no cap")
+    if not abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale = {logit_scale} must be finite")
+
+
+def check_index(name: str, index: Tensor, device: torch.device) -> None:
+    """A 1-D int64 tensor on the device."""
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, got {list(index.shape)}")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device}, hidden on {device}")
+
+
+def should_validate(validate: bool | None, tensor: Tensor) -> bool:
+    """Whether to look at values: never inside a compiled graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" if validate is None else validate
+
+
+def check_range(name: str, index: Tensor, limit: int, what: str, ignore_index: int | None = None) -> None:
+    """Every entry lies in ``[0, limit)`` or is ``ignore_index``."""
+    bad = (index < 0) | (index >= limit)
+    if ignore_index is not None:
+        bad &= index != ignore_index
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0])
+        raise IndexError(f"{name}[{position}] = {int(index[position])} is outside {what} of {limit}")

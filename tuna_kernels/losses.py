@@ -1,0 +1,239 @@
+"""Ranking losses over sequence scores.
+
+Tuna's loss over a group of candidates (arXiv 2310.13385, equation 3, and the released code)::
+
+    sum over pairs with rank_i < rank_j of max(0, margin * (rank_j - rank_i) - (s_i - s_j))
+
+It is piecewise linear in the scores, so its gradient is a closed form: every pair whose hinge is open adds
+minus its weight to the better candidate and plus its weight to the worse one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean_groups", "mean_per_lag"]
+Kind = Literal["tuna"]
+Preset = Literal["paper", "released"]
+REDUCTION_OF: dict[Preset, Reduction] = {"paper": "mean_groups", "released": "mean_per_lag"}
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """What a loss is divided by, counted over the whole optimizer step (all ranks, all accumulation steps).
+
+    Counts add: ``a + b`` are the counts of two micro-batches together.
+
+    >>> LossCounts.from_ranks([0, 1, 1, 0, 1], [0, 3, 5], tokens=12)
+    LossCounts(groups=2, pairs_by_lag=(3,), tokens=12)
+
+    Attributes:
+        groups: number of groups, those without any pair included.
+        pairs_by_lag: ``pairs_by_lag[d - 1]`` pairs have a rank difference of ``d``.
+        tokens: response tokens (slots) of all candidates.
+    """
+
+    groups: int
+    pairs_by_lag: tuple[int, ...]
+    tokens: int
+
+    @classmethod
+    def from_ranks(
+        cls, ranks: npt.ArrayLike | Tensor, group_offsets: npt.ArrayLike | Tensor, tokens: int
+    ) -> LossCounts:
+        """Count the pairs of ``ranks`` [C] (0 = best, equal = tie) within the groups ``group_offsets`` [G+1]."""
+        ranks_ = torch.as_tensor(ranks, dtype=torch.int64)
+        offsets = torch.as_tensor(group_offsets, dtype=torch.int64)
+        better, worse = ranked_pairs(ranks_, offsets)
+        by_lag = np.bincount((ranks_[worse] - ranks_[better]).cpu().numpy(), minlength=1)[1:]
+        return cls(groups=offsets.numel() - 1, pairs_by_lag=tuple(by_lag.tolist()), tokens=int(tokens))
+
+    def __add__(self, other: LossCounts) -> LossCounts:
+        if not isinstance(other, LossCounts):
+            return NotImplemented
+        longer, shorter = sorted((self.pairs_by_lag, other.pairs_by_lag), key=len, reverse=True)
+        shorter = shorter + (0,) * (len(longer) - len(shorter))
+        pairs = tuple(a + b for a, b in zip(longer, shorter, strict=True))
+        return LossCounts(self.groups + other.groups, pairs, self.tokens + other.tokens)
+
+
+def ranked_pairs(ranks: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs (better, worse) of candidates of one group with ``ranks[better] < ranks[worse]``.
+
+    Takes ``ranks`` [C] and ``group_offsets`` [G+1], int64; gives two int64 tensors [P] of candidate indices.
+    """
+    sizes = group_offsets.diff()
+    start = group_offsets[:-1].repeat_interleave(sizes)  # [C] first candidate of the candidate's group
+    partners = sizes.repeat_interleave(sizes)  # [C] size of the candidate's group
+    first = torch.arange(ranks.numel(), device=ranks.device).repeat_interleave(partners)
+    pair_start = partners.cumsum(0) - partners
+    second = torch.arange(first.numel(), device=ranks.device) - (pair_start - start).repeat_interleave(partners)
+    ordered = ranks[first] < ranks[second]
+    return first[ordered], second[ordered]
+
+
+def tuna_hinge(
+    scores: Tensor,
+    ranks: Tensor,
+    group_offsets: Tensor,
+    *,
+    margin: float,
+    reduction: Reduction,
+    groups: int,
+    pairs_by_lag: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The Tuna loss of some groups and its gradient with respect to each score, in float64, without autograd.
+
+    ``groups`` and ``pairs_by_lag`` are those of the whole optimizer step, so losses of parts of a batch add up.
+
+    Returns:
+        ``(loss, gradient)``: a float64 scalar and float64 [C].
+
+    Raises:
+        ValueError: ``reduction="mean_per_lag"`` and a pair whose lag ``pairs_by_lag`` does not count.
+    """
+    better, worse = ranked_pairs(ranks, group_offsets)
+    lag = ranks[worse] - ranks[better]
+    exact = scores.detach().double()
+    if reduction == "mean_groups":
+        pair_weight = torch.full_like(lag, 1.0 / max(groups, 1), dtype=torch.float64)
+    else:
+        counted = torch.tensor([0, *pairs_by_lag], dtype=torch.float64, device=lag.device)
+        if lag.numel() and (int(lag.max()) >= counted.numel() or bool((counted[lag] == 0).any())):
+            raise ValueError(
+                f"counts.pairs_by_lag = {tuple(pairs_by_lag)} counts no pair of some rank difference "
+                f"that the ranks have (largest: {int(lag.max())})"
+            )
+        pair_weight = counted[lag].reciprocal()
+    hinge = margin * lag - (exact[better] - exact[worse])
+    open_weight = torch.where(hinge > 0, pair_weight, 0.0)
+    # NaN scores must give a NaN loss, never a plausible one: clamp keeps NaN, the comparison above does not.
+    loss = (hinge.clamp(min=0) * pair_weight).sum()
+    gradient = torch.zeros_like(exact).index_add_(0, worse, open_weight).index_add_(0, better, -open_weight)
+    return loss, gradient
+
+
+def ranking_loss(
+    scores: Tensor,
+    ranks: Tensor,
+    group_offsets: Tensor,
+    *,
+    kind: Kind = "tuna",
+    reduction: Reduction = "mean_groups",
+    counts: LossCounts | None = None,
+    margin: float = 0.1,
+) -> Tensor:
+    """Ranking loss over the sequence scores of grouped candidates.
+
+    >>> scores = torch.tensor([-1.0, -0.5], requires_grad=True)
+    >>> ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([0, 2])).item()  # 0.1 - (-1.0 + 0.5)
+    0.6000000238418579
+
+    Args:
+        scores: [C] floating point, higher = more likely; differentiable.
+        ranks: [C] int64, dense within a group, 0 = best, equal = tie (ties make no pair).
+        group_offsets: [G+1] int64; group g holds candidates ``group_offsets[g]:group_offsets[g+1]``.
+        kind: ``"tuna"``.
+        reduction: ``"mean_groups"`` (the paper): sum over a group's pairs, mean over groups, groups without a
+            pair included. ``"mean_per_lag"`` (the released code): for each rank difference the mean over all
+            pairs of that difference in the batch, then the sum over differences.
+        counts: denominators of the whole optimizer step; by default those of the ranks at hand.
+        margin: score gap asked for per step of rank difference.
+
+    Returns:
+        A scalar: float64 for float64 scores, else float32.
+
+    Raises:
+        ValueError: unknown ``kind`` or ``reduction``; shapes that do not fit; counts that miss a pair.
+        TypeError: ``scores`` not floating point, ``ranks`` or ``group_offsets`` not integers.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction = {reduction!r} is not one of {get_args(Reduction)}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    for name, tensor in (("ranks", ranks), ("group_offsets", group_offsets)):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+    if scores.ndim != 1 or ranks.shape != scores.shape:
+        raise ValueError(f"scores {list(scores.shape)} and ranks {list(ranks.shape)} must both be [C]")
+    if group_offsets.ndim != 1 or group_offsets.numel() < 1:
+        raise ValueError(f"group_offsets must be [G+1], got {list(group_offsets.shape)}")
+    groups, pairs = (-1, ()) if counts is None else (counts.groups, counts.pairs_by_lag)
+    loss: Tensor = torch.ops.tuna_kernels.ranking_loss(
+        scores, ranks, group_offsets, margin, reduction, groups, list(pairs)
+    )[0]
+    return loss
+
+
+@dataclass(frozen=True)
+class PresetResult:
+    """Loss parts of some groups (float64 scalars), their scores [C] and dL/dlogprob [M] (float64)."""
+
+    ranking: Tensor
+    mle: Tensor
+    scores: Tensor
+    upstream: Tensor
+
+
+def preset_upstream(
+    logprobs: Tensor,
+    candidate_offsets: Tensor,
+    ranks: Tensor,
+    group_offsets: Tensor,
+    *,
+    preset: Preset,
+    margin: float,
+    length_penalty: float,
+    mle_weight: float,
+    counts: LossCounts,
+) -> PresetResult:
+    """Tuna's total loss ``ranking + mle_weight * mle`` of some groups, and its closed-form gradient per slot.
+
+    The MLE term is, in the preset ``paper``, the mean over groups of the token mean of each group's first best
+    candidate; in ``released`` the token mean over all candidates of the batch.
+    """
+    lengths = candidate_offsets.diff()
+    candidate = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
+    exact = logprobs.detach().double()
+    sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=exact.device).index_add_(0, candidate, exact)
+    penalty = lengths.double() ** length_penalty
+    scores = sums / penalty
+    # The scores as the caller sees them decide which hinges are open.
+    visible = scores.to(logprobs.dtype)
+    ranking, gradient = tuna_hinge(
+        visible,
+        ranks,
+        group_offsets,
+        margin=margin,
+        reduction=REDUCTION_OF[preset],
+        groups=counts.groups,
+        pairs_by_lag=counts.pairs_by_lag,
+    )
+    if preset == "paper":
+        best = first_best(ranks, group_offsets)
+        mle_gradient = torch.zeros_like(scores)
+        mle_gradient[best] = -1.0 / (lengths[best].double() * max(counts.groups, 1))
+    else:
+        mle_gradient = torch.full_like(scores, -1.0 / max(counts.tokens, 1))
+    mle = (mle_gradient * sums).sum()
+    per_candidate = gradient / penalty + mle_weight * mle_gradient
+    return PresetResult(ranking, mle, visible, per_candidate[candidate])
+
+
+def first_best(ranks: Tensor, group_offsets: Tensor) -> Tensor:
+    """[G'] the first candidate of rank 0 of every group that has one."""
+    sizes = group_offsets.diff()
+    group = torch.arange(sizes.numel(), device=ranks.device).repeat_interleave(sizes)
+    none = ranks.numel()
+    place = torch.where(ranks == 0, torch.arange(none, device=ranks.device), none)
+    first = torch.full_like(sizes, none).scatter_reduce_(0, group, place, "amin")
+    return first[first < none]

@@ -1,0 +1,351 @@
+"""Registration with ``torch.library``: op, fake implementation, autograd. The arithmetic is in ``backends``.
+
+Ops take flat tensors, numbers and flags, and return fixed tuples, so ``torch.compile(fullgraph=True)``,
+``opcheck``, autocast and ``torch.export`` see them. What is not wanted comes back empty. The ``reference`` backend
+is plain autograd and has no op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .backends import linear, ranking, selective
+from .backends.linear import LinearCall, Saved
+from .backends.ranking import Candidates, LossSettings
+from .backends.reference import compute_dtype
+from .config import tile_ops
+from .losses import LossCounts, Preset, Reduction, tuna_hinge
+
+P = ParamSpec("P")
+R = TypeVar("R")
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+TwelveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast must not reach into a kernel: it would turn our float32 products into half precision."""
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+def _five_needed(ctx: Any, first_five: Sequence[int]) -> list[bool]:
+    return [bool(ctx.needs_input_grad[i]) for i in first_five]
+
+
+def _or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [g if wanted else None for g, wanted in zip(gradients, needs, strict=True)]
+
+
+# --- linear_logprobs ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tuna_kernels::linear_logprobs", mutates_args=())
+@_outside_autocast
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank_hidden: Tensor | None,
+    low_rank_weight: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    want_entropy: bool,
+    keep_unit: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
+    return linear.forward(
+        tile_ops(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
+    )
+
+
+@linear_logprobs.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    targets, (want_entropy, keep_unit, _backend) = rest[3], rest[-3:]
+    slots = targets.shape[0]
+    new = partial(hidden.new_empty, dtype=compute_dtype(hidden.dtype, weight.dtype))
+    unit_rows = torch.sym_min(hidden.shape[0], slots) if keep_unit else 0  # type: ignore[no-untyped-call]
+    return new(slots), new(slots), new(slots if want_entropy else 0), new(unit_rows, hidden.shape[1])
+
+
+@torch.library.custom_op("tuna_kernels::linear_logprobs_backward", mutates_args=())
+@_outside_autocast
+def linear_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank_hidden: Tensor | None,
+    low_rank_weight: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    unit: Tensor,
+    upstream: Tensor | None,
+    upstream_lse: Tensor | None,
+    upstream_entropy: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
+    saved = Saved(logprobs, lse, entropy, unit, upstream, upstream_lse, upstream_entropy)
+    a, b, c, d, e = needs
+    return linear.backward(tile_ops(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e))
+
+
+def _fake_gradients(sources: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype | None) -> FiveTensors:
+    first = sources[0]
+    if first is None:
+        raise TypeError("hidden is never None")
+    made = [
+        first.new_empty(0, dtype=dtype) if t is None or not wanted else t.new_empty(t.shape, dtype=dtype)
+        for t, wanted in zip(sources, needs, strict=True)
+    ]
+    return made[0], made[1], made[2], made[3], made[4]
+
+
+@linear_logprobs_backward.register_fake
+def _(*arguments: Any) -> FiveTensors:
+    return _fake_gradients(arguments[:5], needs=arguments[-2], dtype=None)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.settings = inputs[7], inputs[8], inputs[9], inputs[12]
+
+
+def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = _five_needed(ctx, range(5))
+    ignore_index, logit_scale, softcap, backend = ctx.settings
+    gradients = torch.ops.tuna_kernels.linear_logprobs_backward(
+        *ctx.saved_tensors, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend
+    )
+    return (*_or_none(gradients, needs), *[None] * 8)
+
+
+linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
+
+
+# --- selective_logprobs ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tuna_kernels::selective_logprobs", mutates_args=())
+@_outside_autocast
+def selective_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return selective.forward(tile_ops(backend), logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
+
+
+@selective_logprobs.register_fake
+def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    new = partial(logits.new_empty, dtype=compute_dtype(logits.dtype))
+    return new(targets.shape), new(targets.shape)
+
+
+@torch.library.custom_op("tuna_kernels::selective_logprobs_backward", mutates_args=())
+@_outside_autocast
+def selective_logprobs_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    return selective.backward(tile_ops(backend), upstream, logits, targets, lse, temperature, ignore_index)
+
+
+@selective_logprobs_backward.register_fake
+def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.settings = inputs[2:]
+
+
+def _selective_gradients(ctx: Any, upstream: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
+    logits, targets, lse = ctx.saved_tensors
+    gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, targets, lse, *ctx.settings)
+    return gradient, None, None, None, None
+
+
+selective_logprobs.register_autograd(_selective_gradients, setup_context=_save_selective)
+
+
+# --- ranking_loss ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tuna_kernels::ranking_loss", mutates_args=())
+def ranking_loss(
+    scores: Tensor,
+    ranks: Tensor,
+    group_offsets: Tensor,
+    margin: float,
+    reduction: str,
+    groups: int,
+    pairs_by_lag: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """``groups`` < 0: denominators are those of the ranks at hand."""
+    if groups < 0:
+        counts = LossCounts.from_ranks(ranks, group_offsets, 0)
+        groups, pairs_by_lag = counts.groups, counts.pairs_by_lag
+    kind: Reduction = "mean_groups" if reduction == "mean_groups" else "mean_per_lag"
+    loss, gradient = tuna_hinge(
+        scores, ranks, group_offsets, margin=margin, reduction=kind, groups=groups, pairs_by_lag=pairs_by_lag
+    )
+    return loss.to(compute_dtype(scores.dtype)), gradient.to(scores.dtype)
+
+
+@ranking_loss.register_fake
+def _(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return scores.new_empty((), dtype=compute_dtype(scores.dtype)), scores.new_empty(scores.shape)
+
+
+def _save_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _ranking_gradients(ctx: Any, upstream: Tensor | None, _gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (None if upstream is None else (gradient * upstream).to(gradient.dtype), *[None] * 6)
+
+
+ranking_loss.register_autograd(_ranking_gradients, setup_context=_save_ranking)
+
+
+# --- linear_ranking_loss --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tuna_kernels::linear_ranking_loss", mutates_args=())
+@_outside_autocast
+def linear_ranking_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank_hidden: Tensor | None,
+    low_rank_weight: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    candidate_offsets: Tensor,
+    ranks: Tensor,
+    group_offsets: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    preset: str,
+    margin: float,
+    length_penalty: float,
+    mle_weight: float,
+    groups: int,
+    pairs_by_lag: Sequence[int],
+    tokens: int,
+    logits_budget: int,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, ranking, mle, scores, logprobs, lse, upstream, and the five gradients for an upstream of 1.
+
+    The gradients stay in the compute type until the true upstream is known, so that scaling a loss up against
+    underflow in float16 still helps. ``groups`` < 0: denominators are those of the ranks at hand.
+    """
+    call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
+    counts = LossCounts(groups, tuple(pairs_by_lag), tokens)
+    if groups < 0:
+        counts = LossCounts.from_ranks(ranks, group_offsets, targets.numel())
+    kind: Preset = "paper" if preset == "paper" else "released"
+    a, b, c, d, e = needs
+    result = ranking.linear_ranking(
+        tile_ops(backend),
+        call,
+        Candidates(rows, targets, candidate_offsets, ranks, group_offsets),
+        LossSettings(kind, margin, length_penalty, mle_weight, counts),
+        (a, b, c, d, e),
+        logits_budget,
+    )
+    made = result.gradients
+    ready = (made.rows, made.weight, made.bias, made.low_rank_rows, made.low_rank_weight)
+    u, v, x, y, z = (result.logprobs.new_empty(0) if t is None else t for t in ready)
+    loss, ranking_, mle = (t.to(call.compute) for t in (result.total(mle_weight), result.ranking, result.mle))
+    return loss, ranking_, mle, result.scores, result.logprobs, result.lse, result.upstream, u, v, x, y, z
+
+
+@linear_ranking_loss.register_fake
+def _(*arguments: Any) -> TwelveTensors:
+    hidden, weight, targets, ranks = arguments[0], arguments[1], arguments[6], arguments[8]
+    dtype = compute_dtype(hidden.dtype, weight.dtype)
+    a, b, c = (hidden.new_empty((), dtype=dtype) for _ in range(3))
+    d, e, f = (hidden.new_empty(targets.shape, dtype=dtype) for _ in range(3))
+    scores = hidden.new_empty(ranks.shape, dtype=dtype)
+    return a, b, c, scores, d, e, f, *_fake_gradients(arguments[:5], needs=arguments[-2], dtype=dtype)
+
+
+class _Ready:
+    """Gradients made in the forward, handed over once: whoever takes them owns them and may scale in place."""
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self._gradients: list[Tensor] | None = [g.detach() for g in gradients]
+
+    def take(self) -> list[Tensor] | None:
+        gradients, self._gradients = self._gradients, None
+        return gradients
+
+
+def _save_linear_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    logprobs, lse, upstream = output[4:7]
+    hidden, weight, bias, low_hidden, low_weight, rows, targets = inputs[:7]
+    ctx.save_for_backward(hidden, weight, bias, low_hidden, low_weight, targets, rows, logprobs, lse, upstream)
+    ctx.settings = inputs[10], inputs[11], inputs[21]  # logit_scale, softcap, backend
+    ctx.ready = _Ready(output[7:])
+
+
+def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The first backward takes the gradients that lie ready; a later one (retain_graph) recomputes them."""
+    none: list[Tensor | None] = [None] * 17
+    if scale is None:
+        return (*[None] * 5, *none)
+    needs = _five_needed(ctx, range(5))
+    *call, targets, rows, logprobs, lse, upstream = ctx.saved_tensors
+    ready = ctx.ready.take()
+    if ready is None:
+        logit_scale, softcap, backend = ctx.settings
+        empty = logprobs.new_empty(0)
+        gradients = torch.ops.tuna_kernels.linear_logprobs_backward(
+            *call, targets, rows, logprobs, lse, empty, empty, upstream * scale, None, None, -1, logit_scale,
+            softcap, needs, backend,
+        )  # fmt: skip
+        return (*_or_none(gradients, needs), *none)
+    if type(scale) is not Tensor:  # being traced: the graph's compiler decides what happens in place
+        ready = [g * scale for g in ready]
+    elif scale.device.type != "cpu" or scale.item() != 1.0:  # reading it is free on CPU, a wait elsewhere
+        ready = [g.mul_(scale) for g in ready]
+    gradients = [
+        g if t is None or not wanted else g.to(t.dtype) for g, t, wanted in zip(ready, call, needs, strict=True)
+    ]
+    return (*_or_none(gradients, needs), *none)
+
+
+linear_ranking_loss.register_autograd(_linear_ranking_gradients, setup_context=_save_linear_ranking)
