@@ -76,19 +76,33 @@ TUNA_CLONES float sum_weighted_row(const float* x, int64_t n, const float* bias,
   return sum;
 }
 
-// The row becomes e^(z - m) dz/dx; returns the sum of the exponentials.
-TUNA_CLONES float exponential_row(float* x, int64_t n, const float* bias, float scale, float cap, float maximum,
-                                  bool is_capped) {
+// The row becomes e^(z - m) dz/dx; returns the sum of the exponentials. A capped row holds z already.
+template <bool kHasBias>
+TUNA_INLINE float exponential_row_body(float* x, int64_t n, const float* bias, float scale, float maximum) {
   float sum = 0.f;
-  const float inverse = cap > 0.f ? 1.f / cap : 0.f;
-  const float input_scale = is_capped ? 1.f : scale;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    const float z = input_scale * (bias && !is_capped ? x[j] + bias[j] : x[j]);
-    const float e = exp_of(z - maximum);
-    const float t = z * inverse;
+    const float e = exp_of(affine<kHasBias>(x, bias, scale, j) - maximum);
     sum += e;
-    x[j] = e * scale * (cap > 0.f ? 1.f - t * t : 1.f);
+    x[j] = e * scale;
+  }
+  return sum;
+}
+
+TUNA_CLONES float exponential_row(float* x, int64_t n, const float* bias, float scale, float maximum) {
+  return bias ? exponential_row_body<true>(x, n, bias, scale, maximum)
+              : exponential_row_body<false>(x, n, bias, scale, maximum);
+}
+
+TUNA_CLONES float capped_exponential_row(float* x, int64_t n, float scale, float cap, float maximum) {
+  float sum = 0.f;
+  const float inverse = 1.f / cap;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const float e = exp_of(x[j] - maximum);
+    const float t = x[j] * inverse;
+    sum += e;
+    x[j] = e * scale * (1.f - t * t);
   }
   return sum;
 }
@@ -108,19 +122,37 @@ TUNA_CLONES void softmax_gradient_row(float* x, int64_t n, const float* bias, fl
   }
 }
 
-// The general case: entropy term and cap. The row holds z already (cap) or is read through scale and bias.
-TUNA_CLONES void full_gradient_row(float* x, int64_t n, const float* bias, float scale, float cap, bool is_capped,
-                                   float lse, float weight, float entropy_weight, float entropy) {
-  const float inverse = cap > 0.f ? 1.f / cap : 0.f;
-  const float input_scale = is_capped ? 1.f : scale;
+// The same with the entropy term.
+template <bool kHasBias>
+TUNA_INLINE void entropy_gradient_body(float* x, int64_t n, const float* bias, float scale, float lse, float weight,
+                                       float entropy_weight, float entropy) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const float z = input_scale * (bias && !is_capped ? x[j] + bias[j] : x[j]);
-    const float log_p = z - lse;
+    const float log_p = affine<kHasBias>(x, bias, scale, j) - lse;
     const float p = exp_of(log_p);
-    const float surprise = p > 0.f || p != p ? log_p + entropy : 0.f;
-    const float t = z * inverse;
-    x[j] = p * (weight - entropy_weight * surprise) * scale * (cap > 0.f ? 1.f - t * t : 1.f);
+    const float surprise = p > 0.f || p != p ? log_p + entropy : 0.f;  // 0 times infinity is to be 0
+    x[j] = p * (weight - entropy_weight * surprise) * scale;
+  }
+}
+
+TUNA_CLONES void entropy_gradient_row(float* x, int64_t n, const float* bias, float scale, float lse, float weight,
+                                      float entropy_weight, float entropy) {
+  if (bias) {
+    entropy_gradient_body<true>(x, n, bias, scale, lse, weight, entropy_weight, entropy);
+  } else {
+    entropy_gradient_body<false>(x, n, bias, scale, lse, weight, entropy_weight, entropy);
+  }
+}
+
+// The same for a row that holds capped logits z (which are finite).
+TUNA_CLONES void capped_gradient_row(float* x, int64_t n, float scale, float cap, float lse, float weight,
+                                     float entropy_weight, float entropy) {
+  const float inverse = 1.f / cap;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const float log_p = x[j] - lse;
+    const float t = x[j] * inverse;
+    x[j] = exp_of(log_p) * (weight - entropy_weight * (log_p + entropy)) * scale * (1.f - t * t);
   }
 }
 
@@ -159,7 +191,8 @@ void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlot
   const float reference = maximum == kLowest ? 0.f : maximum;
   float sum = 0.f, weighted = 0.f;
   if (state.shrink) {
-    sum = exponential_row(x, n, transform.bias, transform.scale, transform.cap, reference, is_capped);
+    sum = is_capped ? capped_exponential_row(x, n, transform.scale, transform.cap, reference)
+                    : exponential_row(x, n, bias, scale, reference);
   } else if (state.weighted) {
     sum = sum_weighted_row(x, n, bias, scale, reference, &weighted);
   } else {
@@ -180,13 +213,16 @@ void gradient_one_row(const Tile& tile, const Transform& transform, const RowSlo
                       const GradientInputs& inputs, bool is_capped, int64_t row) {
   float* x = tile.x + row * tile.stride;
   const int64_t n = tile.columns;
-  if (transform.cap > 0.f && !is_capped) cap_row(x, n, transform.bias, transform.scale, transform.cap);
-  if (transform.cap > 0.f || inputs.entropy_weight) {
-    full_gradient_row(x, n, transform.bias, transform.scale, transform.cap, transform.cap > 0.f, inputs.lse[row],
-                      inputs.softmax_weight[row], inputs.entropy_weight ? inputs.entropy_weight[row] : 0.f,
-                      inputs.entropy ? inputs.entropy[row] : 0.f);
+  const float lse = inputs.lse[row], weight = inputs.softmax_weight[row];
+  const float entropy_weight = inputs.entropy_weight ? inputs.entropy_weight[row] : 0.f;
+  const float entropy = inputs.entropy_weight ? inputs.entropy[row] : 0.f;
+  if (transform.cap > 0.f) {
+    if (!is_capped) cap_row(x, n, transform.bias, transform.scale, transform.cap);
+    capped_gradient_row(x, n, transform.scale, transform.cap, lse, weight, entropy_weight, entropy);
+  } else if (inputs.entropy_weight) {
+    entropy_gradient_row(x, n, transform.bias, transform.scale, lse, weight, entropy_weight, entropy);
   } else {
-    softmax_gradient_row(x, n, transform.bias, transform.scale, inputs.lse[row], inputs.softmax_weight[row]);
+    softmax_gradient_row(x, n, transform.bias, transform.scale, lse, weight);
   }
   for (int64_t s = slots.offsets[row]; s < slots.offsets[row + 1]; ++s) {
     const int64_t column = slots.targets[s] - tile.first_column;
