@@ -1,0 +1,87 @@
+"""The `tuna` command, assembled from one file a subcommand.
+
+`main` prints what the user can mend (a bad value, a missing file or package) as one message without a
+traceback and exits with 2; `TUNA_TRACEBACK=1` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError as error:  # the kernels alone need torch and numpy only
+    raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
+
+__all__ = ["app", "main"]
+
+# Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
+COMMANDS = ("train", "score", "info", "demo")
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+app = typer.Typer(
+    name="tuna",
+    help="Tune language models on ranked responses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from tuna import __version__
+
+        typer.echo(f"tuna {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Tune language models on ranked responses."""
+
+
+def _assemble() -> None:
+    for name in COMMANDS:
+        if find_spec(f"tuna.cli.{name}") is not None:
+            app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
+    app.add_typer(import_module("tuna.cli.data").app, name="data")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: the words after `tuna` (default: those of the process).
+
+    Raises:
+        SystemExit: always; 0 when all went well, 2 for an error of the user's.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="tuna")
+    except USER_ERRORS as error:
+        if os.environ.get("TUNA_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'tuna-kernels[train]'"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+_assemble()

@@ -1,0 +1,210 @@
+"""`tuna data`: check, convert and count ranked records."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tuna.records import Problem, Record
+    from tuna.tokenization import TokenStats
+
+__all__ = ["app", "best_and_worst", "record_stats"]
+
+app = typer.Typer(help="Check, convert and count ranked records.", no_args_is_help=True)
+
+Source = Annotated[str, typer.Argument(help="A .json, .jsonl or .parquet file, or a folder saved by datasets.")]
+Format = Annotated[str, typer.Option(help="Shape of the records; see `tuna data convert --help`.")]
+OnBadFlag = Annotated[Literal["fail", "skip"], typer.Option("--on-bad", help="What to do about bad records.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+SHOWN_PROBLEMS = 20
+
+
+@app.command()
+def validate(
+    source: Source,
+    format: Format = "auto",
+    show: Annotated[int, typer.Option(help="Groups to show the best and the worst response of.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Read all records, say what is wrong with which, and exit with 1 if anything is."""
+    from tuna.records import read_records
+
+    found = read_records(source, format=format, on_bad="skip")
+    stats = record_stats(found.records)
+    if as_json:
+        problems = [{"file": p.file, p.unit: p.line, "reason": p.reason} for p in found.problems]
+        typer.echo(json.dumps({**stats, "problems": problems}, ensure_ascii=False))
+    else:
+        console = Console()
+        _print_problems(console, found.problems)
+        console.print(_stats_table(stats))
+        if show > 0 and found.records:
+            console.print(best_and_worst(found.records, show))
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="The file to write: .jsonl, .json or .parquet.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="auto, or one of: tuna (prompt|messages, responses, scores|ranks), released (instruction, "
+            "output, score), alpaca_eval (the same with generator), preference (prompt, chosen, rejected), "
+            "ranked_answers (prompt|question, answers of {answer, rank})."
+        ),
+    ] = "auto",
+    on_bad: OnBadFlag = "fail",
+) -> None:
+    """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
+    from tuna.records import read_records, write_records
+
+    found = read_records(source, format=format, on_bad=on_bad)
+    write_records(target, found.records)
+    _print_problems(Console(stderr=True), found.problems)
+    typer.echo(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
+
+
+@app.command()
+def stats(
+    source: Source,
+    format: Format = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Count tokens with the tokenizer of this model (name or folder).")
+    ] = None,
+    template: Annotated[str, typer.Option(help="none, chat, alpaca, or a text with {prompt}.")] = "alpaca",
+    max_length: Annotated[int, typer.Option(help="Most tokens of prompt and response together.")] = 512,
+    batch_groups: Annotated[int, typer.Option(help="Groups a padded batch has, to compare with.")] = 16,
+    on_bad: OnBadFlag = "skip",
+    as_json: Json = False,
+) -> None:
+    """Count groups, candidates and ties; with --model also tokens, and how many of them sharing saves."""
+    from tuna.records import read_records
+
+    found = read_records(source, format=format, on_bad=on_bad)
+    problems, tokens = list(found.problems), None
+    if model is not None and found.records:
+        from tuna.models import load_tokenizer
+        from tuna.tokenization import token_stats, tokenize_records
+
+        groups, unfit = tokenize_records(
+            found.records,
+            load_tokenizer(model),
+            template=template,
+            max_length=max_length,
+            on_bad=on_bad,
+        )
+        problems += unfit
+        tokens = token_stats(groups, batch_groups=batch_groups) if groups else None
+    numbers = record_stats(found.records)
+    if as_json:
+        left_out = [str(problem) for problem in problems]
+        typer.echo(json.dumps({**numbers, "tokens": asdict(tokens) if tokens else None, "problems": left_out}))
+        return
+    console = Console()
+    _print_problems(console, problems)
+    console.print(_stats_table(numbers))
+    if tokens is not None:
+        console.print(_lengths_table(tokens, max_length))
+        console.print(_tokens_table(tokens))
+
+
+def record_stats(records: Sequence[Record]) -> dict[str, Any]:
+    """Counts that need no tokenizer, as plain JSON values.
+
+    `tied_records` have two responses of equal rank, `unranked_records` have no two of different rank (k = 1
+    among them), `duplicate_responses` and `empty_responses` count responses.
+    """
+    levels = [max(record.dense_ranks()) + 1 for record in records]
+    sizes = [len(record.responses) for record in records]
+    lengths = sorted(len(response) for record in records for response in record.responses)
+    return {
+        "records": len(records),
+        "responses": sum(sizes),
+        "responses_per_record": {str(k): n for k, n in sorted(Counter(sizes).items())},
+        "tied_records": sum(level < size for level, size in zip(levels, sizes, strict=True)),
+        "unranked_records": sum(level == 1 for level in levels),
+        "duplicate_responses": sum(len(record.responses) - len(set(record.responses)) for record in records),
+        "empty_responses": sum(not response.strip() for record in records for response in record.responses),
+        "median_response_characters": lengths[len(lengths) // 2] if lengths else 0,
+    }
+
+
+def best_and_worst(records: Sequence[Record], count: int = 3, width: int = 160) -> Table:
+    """A table of the best and the worst response of the first `count` ranked records.
+
+    A reversed order is silent in every number of a training run, and plain to see here.
+    """
+    table = Table(title="Is the better one really better?", show_lines=True, title_justify="left")
+    for column in ("record", "prompt", "best", "worst"):
+        table.add_column(column, overflow="fold")
+    ranked = [record for record in records if max(record.dense_ranks()) > 0]
+    for record in ranked[:count]:
+        prompt = record.prompt if record.prompt is not None else (record.messages or [])[-1].content
+        cells = (record.id, prompt, _judged(record, record.best()), _judged(record, record.worst()))
+        # Text, not str: rich would read [brackets] in data as mark-up.
+        table.add_row(*(Text(cell if len(cell) <= width else cell[: width - 1] + "…") for cell in cells))
+    return table
+
+
+def _judged(record: Record, index: int) -> str:
+    if record.scores is not None:
+        return f"({record.scores[index]:g}) {record.responses[index]}"
+    return f"(rank {(record.ranks or [0])[index]}) {record.responses[index]}"
+
+
+def _print_problems(console: Console, problems: Sequence[Problem]) -> None:
+    for problem in problems[:SHOWN_PROBLEMS]:
+        console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(f"… and {len(problems) - SHOWN_PROBLEMS} more left out")
+
+
+def _stats_table(numbers: dict[str, Any]) -> Table:
+    table = Table(title="Records", show_header=False, title_justify="left")
+    for key, value in numbers.items():
+        shown = ", ".join(f"{k}: {n}" for k, n in value.items()) if isinstance(value, dict) else f"{value:,}"
+        table.add_row(key.replace("_", " "), shown)
+    return table
+
+
+def _lengths_table(tokens: TokenStats, max_length: int) -> Table:
+    table = Table(title=f"Tokens, {tokens.groups:,} groups, limit {max_length}", title_justify="left")
+    table.add_column("quantile")
+    for quantile in tokens.prompt_tokens:
+        table.add_column(quantile, justify="right")
+    table.add_row("prompt", *(f"{n:,}" for n in tokens.prompt_tokens.values()))
+    table.add_row("response", *(f"{n:,}" for n in tokens.response_tokens.values()))
+    table.caption = f"{tokens.cut_responses / tokens.candidates:.1%} of the responses are cut"
+    return table
+
+
+def _tokens_table(tokens: TokenStats) -> Table:
+    table = Table(title="Tokens to compute", title_justify="left")
+    table.add_column("how")
+    table.add_column("tokens", justify="right")
+    table.add_column("of padded", justify="right")
+    ways = {
+        f"k padded copies, {tokens.batch_groups} groups a batch": tokens.padded,
+        "k copies, no padding": tokens.unpadded,
+        "prompt once": tokens.prompt_shared,
+        "prefix tree": tokens.tree,
+    }
+    for name, count in ways.items():
+        table.add_row(name, f"{count:,}", f"{count / tokens.padded:.1%}")
+    saved = tokens.unpadded - tokens.tree
+    table.caption = f"the tree saves {saved:,} tokens ({saved / tokens.unpadded:.1%}) over copies without padding"
+    return table

