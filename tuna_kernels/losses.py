@@ -112,7 +112,7 @@ def tuna_hinge(
                 f"that the ranks have (largest: {int(lag.max())})"
             )
         pair_weight = counted[lag].reciprocal()
-    hinge = margin * lag - (exact[better] - exact[worse])
+    hinge = margin * lag.double() - (exact[better] - exact[worse])
     open_weight = torch.where(hinge > 0, pair_weight, 0.0)
     # NaN scores must give a NaN loss, never a plausible one: clamp keeps NaN, the comparison above does not.
     loss = (hinge.clamp(min=0) * pair_weight).sum()

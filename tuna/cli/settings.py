@@ -1,0 +1,137 @@
+"""Settings of `tuna train` from a YAML file and from flags: one vocabulary, the field names.
+
+Keys are fields of `RunSettings` or of `tuna.config.TunaConfig`. Flags win over ``--set``, which wins over the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuna.config import TunaConfig
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """What a run of `tuna train` is about, beyond the trainer's own settings.
+
+    Raises:
+        ValueError: a value outside its range, or evaluation data given twice.
+    """
+
+    model: str
+    data: str
+    eval_data: str | None = None
+    eval_fraction: float | None = None
+    eval_first: bool = True
+    format: str = "auto"
+    limit: int | None = None
+    dtype: str = "float32"
+    lora_r: int = 0
+    lora_alpha: int | None = None
+    lora_targets: str = "all-linear"
+    resume: bool = False
+    overwrite: bool = False
+    yes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eval_data is not None and self.eval_fraction is not None:
+            raise ValueError("eval_data and eval_fraction are both given: hold out a fraction, or give a file")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction = {self.eval_fraction} must be between 0 and 1")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype = {self.dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit} must be at least 1")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r = {self.lora_r} must be at least 0 (0: no adapter)")
+
+
+RUN_FIELDS = {item.name: item for item in fields(RunSettings)}
+TRAINER_FIELDS = {item.name: item for item in fields(TunaConfig) if item.init}
+
+
+def merge_settings(
+    file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]
+) -> tuple[RunSettings, dict[str, Any]]:
+    """Settings of the run, and keyword arguments of `TunaConfig`.
+
+    Args:
+        file: YAML with one mapping of keys to values, or None.
+        overrides: ``key=value`` texts; a value is read as YAML.
+        flags: values of flags by key; None stands for a flag not given.
+
+    Raises:
+        ValueError: an unknown key (near matches are named), a value of the wrong kind, a missing one.
+        FileNotFoundError: no such file.
+    """
+    values = _read_yaml(file) if file else {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes key=value, got {text!r}")
+        values[key.strip().replace("-", "_")] = _parse(value, f"--set {key}")
+    values |= {key: value for key, value in flags.items() if value is not None}
+    known = {**TRAINER_FIELDS, **RUN_FIELDS}
+    for key in values:
+        if key not in known:
+            raise ValueError(_unknown(key, list(known)))
+    values = {key: _fitted(known[key], value) for key, value in values.items()}
+    for key in ("model", "data", "output_dir"):
+        if values.get(key) is None:
+            raise ValueError(f"{key} is missing: give it as a flag or in the YAML file")
+    run = {key: value for key, value in values.items() if key in RUN_FIELDS}
+    return RunSettings(**run), {key: value for key, value in values.items() if key not in RUN_FIELDS}
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no settings file {file}")
+    content = _parse(file.read_text("utf-8"), str(file))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not keys and values")
+    return {str(key): value for key, value in content.items()}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML: {error}") from error
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `tuna train --help` lists common ones"
+    return f"unknown setting {key!r}{hint}"
+
+
+def _fitted(field: Field[Any], value: Any) -> Any:
+    """``value`` as the kind of its field; YAML 1.1 reads 1e-5, without a dot, as text, and no as false."""
+    kinds = set(re.findall(r"\w+", str(field.type))) - {"class", "None"}
+    if value is None:
+        return value
+    if kinds == {"bool"}:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{field.name} = {value!r} must be true or false")
+    if not kinds <= {"int", "float"}:
+        return {False: "no", True: "yes"}[value] if isinstance(value, bool) and "bool" not in kinds else value
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if "float" in kinds and not math.isnan(number):
+        return number
+    if number.is_integer():
+        return int(number)
+    raise ValueError(f"{field.name} = {value!r} must be {'a number' if 'float' in kinds else 'a whole number'}")

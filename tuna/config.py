@@ -1,0 +1,171 @@
+"""`TunaConfig`: every setting of a training run, as Python fields, YAML keys and command-line flags alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from transformers import TrainingArguments
+
+from tuna.records import OnBad
+from tuna_kernels.losses import Preset
+from tuna_kernels.tree import Share
+
+
+# kw_only: the field order of the parent is not ours, so nothing of ours may be given by position.
+@dataclass(kw_only=True)
+class TunaConfig(TrainingArguments):
+    """Settings of `TunaTrainer`: `transformers.TrainingArguments` with the paper's defaults, and our own.
+
+    Everything of the parent that is not named below works as documented there, except that
+    **batch sizes count groups** (a prompt with its k responses), not sequences, and that
+    ``label_smoothing_factor``, ``dataloader_drop_last``, ``train_sampling_strategy``, ``bf16_full_eval``,
+    ``fp16_full_eval``, ``parallelism_config``, ``torch_compile`` and DataParallel are refused: they would
+    have no effect, or a wrong one.
+
+    >>> config = TunaConfig(output_dir="out", preset="released", use_cpu=True)
+    >>> config.margin, config.learning_rate, config.lr_scheduler_type.value
+    (0.1, 1e-05, 'cosine')
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the limit.
+    """
+
+    # Loss
+    preset: Preset = field(
+        default="paper",
+        metadata={
+            "help": "'paper': sum over a group's pairs plus the likelihood of its best response, mean over "
+            "groups. 'released': what the authors' code computes, means per rank difference plus the token "
+            "mean of all candidates."
+        },
+    )
+    margin: float = field(default=0.1, metadata={"help": "Score gap asked for per step of rank difference."})
+    length_penalty: float = field(
+        default=1.0,
+        metadata={"help": "A score is sum(log p) / length ** length_penalty: 1.0 gives the mean, 0.0 the sum."},
+    )
+    mle_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the likelihood term. 0 trains on the ranking alone."}
+    )
+
+    # Data
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Longest prompt plus response in tokens. Responses are cut to fit; a prompt never is."},
+    )
+    template: str = field(
+        default="none",
+        metadata={
+            "help": "How a prompt is rendered: 'none' (as it is), 'chat' (the model's chat template), "
+            "'alpaca', or any format string with {prompt}."
+        },
+    )
+    on_bad: OnBad = field(
+        default="fail",
+        metadata={"help": "A record that cannot be tokenised: 'fail', or 'skip' it and go on."},
+    )
+
+    # Batches
+    per_device_train_batch_size: int = field(
+        default=1,
+        metadata={"help": "GROUPS per micro-batch and device. Ignored where tokens_per_batch is given."},
+    )
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "GROUPS per evaluation batch and device."})
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tree tokens per micro-batch and device: as many groups as fit. None: by groups."},
+    )
+    share: Share = field(
+        default="tree",
+        metadata={
+            "help": "What the candidates of a group compute once: 'tree' (every common prefix), 'prompt', "
+            "or 'none'. Scores and gradients are the same up to rounding."
+        },
+    )
+
+    # Kernels
+    backend: str = field(
+        default="auto", metadata={"help": "Backend of tuna_kernels; `tuna info` lists those usable here."}
+    )
+    logits_budget: int | None = field(
+        default=None,
+        metadata={"help": "Bytes of logits the loss may keep instead of recomputing. None: the kernels' choice."},
+    )
+
+    # Defaults of the paper, where they differ from the parent's
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate. The paper: 1e-5 probabilistic, 1e-6 contextual."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(
+        default=2, metadata={"help": "Steps of linear warm-up; below 1, their share of all steps."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+
+    # What our batches need of the parent
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: a batch is a tree, not columns."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps from one line of the log to the next."})
+
+    def __post_init__(self) -> None:
+        self._check_ours()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_parents()
+
+    def _check_ours(self) -> None:
+        _one_of("preset", self.preset, get_args(Preset))
+        _one_of("share", self.share, get_args(Share))
+        _one_of("on_bad", self.on_bad, get_args(OnBad))
+        for name in ("margin", "mle_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} = {getattr(self, name)} must be a finite number, at least 0")
+        if not -float("inf") < self.length_penalty < float("inf"):
+            raise ValueError(f"length_penalty = {self.length_penalty} must be finite")
+        if self.max_length < 2:
+            raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt and a response token")
+        for name in ("tokens_per_batch", "logits_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.template not in ("none", "chat", "alpaca") and "{prompt}" not in self.template:
+            raise ValueError(
+                f"template = {self.template!r} is none of 'none', 'chat', 'alpaca' and holds no {{prompt}}"
+            )
+
+    def _check_parents(self) -> None:
+        """Refuse what the parent takes and our batches would silently ignore."""
+        refused = {
+            "remove_unused_columns": (
+                self.remove_unused_columns,
+                "a batch is a packed tree, it has no columns",
+            ),
+            "label_smoothing_factor": (self.label_smoothing_factor, "the Tuna loss has no smoothed form"),
+            "dataloader_drop_last": (self.dataloader_drop_last, "every group is seen once per epoch"),
+            "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),
+            "fp16_full_eval": (self.fp16_full_eval, "load the model in float16 instead"),
+            "parallelism_config": (self.parallelism_config, "ranks that share a batch would count it twice"),
+            "torch_compile": (self.torch_compile, "the loss does not go through the model's own forward"),
+        }
+        for name, (value, reason) in refused.items():
+            if value:
+                raise ValueError(f"{name} = {value} is not supported: {reason}")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy = {self.train_sampling_strategy!r} is not supported: batches are "
+                "planned by groups or by tokens_per_batch"
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r} is not one of {allowed}")

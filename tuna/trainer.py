@@ -1,0 +1,326 @@
+"""`TunaTrainer`: the stock trainer of transformers, with the Tuna loss over packed trees.
+
+What is ours: batches (`tuna.batching`), the loss and what it is divided by, evaluation, the logged figures.
+The loop, schedules, checkpoints, callbacks, launchers and mixed precision are the stock trainer's.
+
+**Exact under accumulation.** A loss over groups, pairs and tokens is no mean over micro-batches. So the
+counts of all micro-batches of an optimizer step, on all ranks, are added up before the first of them runs
+(`get_batch_samples` sees them all), every micro-batch is divided by those, and the stock trainer's own
+division is switched off. Data-parallel wrappers average gradients over ranks; the loss is multiplied by their
+number.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import operator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
+
+from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
+from tuna.config import TunaConfig
+from tuna.evaluation import PendingScores, in_dataset_order
+from tuna.meters import TrainingMeter
+from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
+from tuna.records import Record
+from tuna.tokenization import TokenizedGroup, tokenize_records
+from tuna_kernels import LossCounts, PackedTree, RankingLossOutput
+from tuna_kernels.integrations.transformers import (
+    GroupScores,
+    model_ranking_loss,
+    prepare_model,
+    score_groups,
+)
+
+logger = logging.getLogger(__name__)
+SHOWN_PROBLEMS = 10
+T = TypeVar("T")
+GroupData = Sequence[TokenizedGroup] | Sequence[Record]
+
+
+class TunaTrainer(Trainer):
+    """Trains a causal language model to rank responses; see `tuna.config.TunaConfig` for every setting.
+
+    Groups may have different numbers of responses. A group of one response has no pairs and trains on its
+    likelihood alone: that is supervised fine-tuning.
+
+    Args:
+        model: a causal language model of transformers, or a `peft` model around one. It is prepared for trees
+            (`tuna_kernels.integrations.transformers.prepare_model`) and keeps working as before otherwise.
+        args: the settings.
+        train_dataset: tokenised groups, or records, which are tokenised here by ``args.template``,
+            ``args.max_length`` and ``args.on_bad`` with ``processing_class``.
+        eval_dataset: the same, or several by name.
+        processing_class: the tokenizer; saved with the model.
+        callbacks: as for the stock trainer.
+        optimizers: optimizer and schedule, as for the stock trainer.
+
+    Raises:
+        ValueError: DataParallel (several GPUs in one process), an empty dataset, a model or a setting that
+            cannot be trained exactly on trees.
+        TypeError: ``args`` is no `TunaConfig`, or a dataset of something else.
+    """
+
+    args: TunaConfig
+    # Our losses are normalised over the whole optimizer step: no division by the number of micro-batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TunaConfig,
+        train_dataset: GroupData | None = None,
+        eval_dataset: GroupData | Mapping[str, GroupData] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        if not isinstance(args, TunaConfig):
+            raise TypeError(f"args must be a TunaConfig, got {type(args).__name__}")
+        tokenize = functools.partial(tokenized, args=args, tokenizer=processing_class)
+        evaluation = (
+            {name: tokenize(data) for name, data in eval_dataset.items()}
+            if isinstance(eval_dataset, Mapping)
+            else eval_dataset and tokenize(eval_dataset)
+        )
+        model = prepare_model(model)
+        config: Any = model.config
+        use_cache = config.use_cache
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset and tokenize(train_dataset),
+            eval_dataset=evaluation,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process means DataParallel, which cannot split a packed tree: "
+                "start one process per GPU with torchrun, or choose one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        # The stock trainer turns the cache off for good, and a saved model would generate without it. Passes
+        # over a tree never use it.
+        config.use_cache = use_cache
+        # What says the same to versions of transformers without loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = True
+        self.meter = TrainingMeter()
+
+    # Data
+
+    def get_train_dataloader(self) -> GroupLoader:
+        """Shuffled micro-batches of this rank."""
+        if not self.train_dataset:
+            raise ValueError("train_dataset is empty or missing: there is nothing to train on")
+        return self._loader(cast(Any, self.train_dataset), self._train_batch_size, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> GroupLoader:
+        """This rank's share of an evaluation set, given as groups, by its name, or the only one there is."""
+        dataset = self._evaluation_set(eval_dataset)
+        return self._loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
+
+    def _evaluation_set(self, dataset: Any = None) -> Any:
+        """An evaluation set given itself, by its name, or the only one there is (or all, by name)."""
+        known: Any = self.eval_dataset
+        if isinstance(dataset, str):
+            return known[dataset]
+        return known if dataset is None else dataset
+
+    def _loader(self, dataset: Sequence[TokenizedGroup], groups: int, *, shuffle: bool) -> GroupLoader:
+        args, share = self.args, self.args.share
+        sampler = GroupBatchSampler(
+            [item.group for item in dataset],
+            groups_per_batch=groups if args.tokens_per_batch is None else None,
+            tokens_per_batch=args.tokens_per_batch,
+            shuffle=shuffle,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            share=share,
+            lone_groups=not shuffle,  # no step of training may outgrow its memory unasked; evaluation goes on
+        )
+        return group_loader(dataset, sampler, share=share, num_workers=args.dataloader_num_workers)
+
+    # One optimizer step
+
+    def get_batch_samples(  # type: ignore[override]  # the count of items is a LossCounts
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], LossCounts]:
+        """This rank's micro-batches of an optimizer step, and what the whole step's loss is divided by."""
+        self.meter.start_step()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        mine = [batch["tree"].loss_counts() for batch in batches if batch["counted"]]
+        counts = functools.reduce(operator.add, mine, LossCounts(0, (), 0))
+        return batches, functools.reduce(operator.add, gather_object([counts]))
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
+        """Move a batch; the stock version casts floating-point inputs under DeepSpeed."""
+        tree = inputs["tree"].to(self.args.device)
+        return Batch({**inputs, "input_ids": tree.input_ids, "tree": tree})
+
+    def compute_loss(  # type: ignore[override]  # a batch is a Batch, its count a LossCounts
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: LossCounts | None = None,
+    ) -> Tensor | tuple[Tensor, RankingLossOutput]:
+        """This micro-batch's part of the loss of the optimizer step, times the number of ranks."""
+        args, counted = self.args, inputs["counted"]
+        loss_of = functools.partial(
+            model_ranking_loss,
+            preset=args.preset,
+            margin=args.margin,
+            length_penalty=args.length_penalty,
+            mle_weight=args.mle_weight,
+            counts=num_items_in_batch if counted else None,
+            logits_budget=args.logits_budget,
+            backend=args.backend,
+        )
+        output: RankingLossOutput = self._run(model, inputs["tree"], loss_of)
+        if counted:
+            self.meter.add(inputs, output)
+        loss = output.loss * (self.accelerator.num_processes if counted else 0)
+        return (loss, output) if return_outputs else loss
+
+    def _run(self, model: nn.Module, tree: PackedTree, function: Callable[[nn.Module, PackedTree], T]) -> T:
+        """``function(the bare model, tree)``, called through the wrappers around the model.
+
+        Wrappers (DDP, DeepSpeed, FSDP) set up gradient reduction and gather parameters when they are called.
+        """
+        bare = self.accelerator.unwrap_model(model)
+
+        def call(tree: PackedTree) -> T:
+            with self.accelerator.autocast():
+                return function(bare, tree)
+
+        if model is bare:
+            return call(tree)
+        with _forward_replaced(bare, call):
+            return cast(T, model(tree))
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss parts and ranking metrics (`tuna.metrics`) of a dataset, over all its groups as one batch.
+
+        Args:
+            eval_dataset: groups, records, the name of an evaluation set, or several by name; default: all.
+            ignore_keys: not used.
+            metric_key_prefix: in front of every metric, as in ``eval_loss`` and ``eval_rank/accuracy``.
+        """
+        data = self._evaluation_set(eval_dataset)
+        if isinstance(data, Mapping):
+            parts = [self.evaluate(data[k], ignore_keys, f"{metric_key_prefix}_{k}") for k in data]
+            return functools.reduce(operator.or_, parts)
+        start, args = time.time(), self.args
+        scored = self.score(data)
+        loss = loss_parts(scored, preset=args.preset, margin=args.margin, mle_weight=args.mle_weight)
+        values = {
+            "loss": loss.loss,
+            "loss/rank": loss.ranking,
+            "loss/mle": loss.mle,
+            **ranking_metrics(scored),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics |= cast(Any, speed_metrics)(metric_key_prefix, start, num_samples=scored.num_groups)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, dataset: Any) -> ScoredGroups:
+        """Scores of all groups of a dataset, in its order, the same on every rank; all ranks must call it."""
+        dataset = self._evaluation_set(dataset)
+        if not dataset:
+            raise ValueError("eval_dataset is empty or missing: there is nothing to evaluate")
+        groups = tokenized(dataset, self.args, cast(Any, self.processing_class))
+        loader = self.get_eval_dataloader(groups)
+        self.callback_handler.eval_dataloader = loader
+        score = functools.partial(score_groups, length_penalty=self.args.length_penalty, backend=self.args.backend)
+        model, mine = self.model_wrapped, []
+        model.eval()
+        for batch in map(self._prepare_inputs, loader):
+            with torch.no_grad():
+                result: GroupScores = self._run(model, batch["tree"], score)
+            if batch["counted"]:
+                mine.append(PendingScores.of(batch["tree"], result.scores, result.logprobs).fetch())
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sampler = cast(GroupBatchSampler, loader.batch_sampler)
+        plan, world = sampler.plan(), sampler.world_size
+        by_rank = [[row for row in plan[rank::world] if row] for rank in range(world)]
+        return in_dataset_order(gather_object(mine), list(itertools.chain.from_iterable(by_rank)))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a tree has no labels to predict. `score` gives what the model makes of each response."""
+        raise TypeError("TunaTrainer has no predict: use score(dataset) or evaluate(dataset)")
+
+    # Logging
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock trainer's ``train``."""
+        self.meter = TrainingMeter()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a line of the training loop gets the meter's figures."""
+        if "loss" in logs:
+            logs |= self.meter.flush()
+        super().log(logs, start_time)
+
+
+def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[TokenizedGroup]:
+    """``dataset`` as tokenised groups; records are tokenised by the settings in ``args``.
+
+    Raises:
+        TypeError: elements of another kind.
+        ValueError: records without a tokenizer, or none that can be used.
+    """
+    items: list[Any] = list(dataset)
+    if all(isinstance(item, TokenizedGroup) for item in items):
+        return items
+    wrong = next((item for item in items if not isinstance(item, Record)), None)
+    if wrong is not None:
+        raise TypeError(f"a dataset holds TokenizedGroup or Record, all of one kind, not {type(wrong).__name__}")
+    if tokenizer is None:
+        raise ValueError("records need a tokenizer: pass processing_class=tokenizer")
+    groups, problems = tokenize_records(
+        items, tokenizer, template=args.template, max_length=args.max_length, on_bad=args.on_bad
+    )
+    for problem in problems[:SHOWN_PROBLEMS]:
+        logger.warning("left out: %s", problem)
+    if len(problems) > SHOWN_PROBLEMS:
+        logger.warning("… and %d more left out", len(problems) - SHOWN_PROBLEMS)
+    if not groups:
+        raise ValueError(f"none of the {len(items)} records can be used; the first problem: {problems[0]}")
+    return groups
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, function: Callable[[PackedTree], Any]) -> Iterator[None]:
+    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
