@@ -30,9 +30,7 @@ def native_exp(x: Tensor) -> Tensor:
 def native_tanh(x: Tensor) -> Tensor:
     """A cap of 1 leaves tanh(x) in the tile."""
     out = x.clone()
-    state = SoftmaxState(
-        torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.float64), None, None, torch.empty(0)
-    )
+    state = SoftmaxState(torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.float64), None, None, torch.empty(0))
     OPS.softmax(one_row(out), Head(torch.empty(0, 0), None, None, 1.0, 1.0), state)
     return out
 

@@ -1,0 +1,81 @@
+"""Tree attention: what it refuses, by name; which backend it takes; what its module promises."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import tuna_kernels.attention
+from tests.tuna_kernels.test_attention import TREE, inputs
+from tuna_kernels.attention import tree_attention
+
+
+def _qkv() -> dict[str, Tensor]:
+    q, k, v = (x.detach() for x in inputs(TREE))
+    return {"q": q, "k": k, "v": v, "subtree_end": TREE.subtree_end}
+
+
+END = TREE.subtree_end
+BAD = {
+    "q 3-D": ({"q": torch.zeros(2, 3, 4)}, ValueError, "q has 3 dimensions"),
+    "integer k": ({"k": torch.zeros(1, 2, END.numel(), 3, dtype=torch.int64)}, TypeError, "k is torch.int64"),
+    "mixed dtypes": ({"v": torch.zeros(1, 2, END.numel(), 3)}, ValueError, "v is torch.float32"),
+    "head size": ({"k": torch.zeros(1, 2, END.numel(), 5, dtype=torch.float64)}, ValueError, "head size"),
+    "v rows": ({"v": torch.zeros(1, 2, 4, 3, dtype=torch.float64)}, ValueError, "v .* does not fit k"),
+    "heads": (
+        {"q": torch.zeros(1, 3, END.numel(), 3, dtype=torch.float64)},
+        ValueError,
+        "not a multiple of the 2",
+    ),
+    "end length": ({"subtree_end": END[:-1]}, ValueError, "subtree_end has shape"),
+    "end dtype": ({"subtree_end": END.int()}, TypeError, "subtree_end is torch.int32"),
+    "end too small": (
+        {"subtree_end": torch.zeros_like(END)},
+        ValueError,
+        r"subtree_end\[0\] = 0 is outside \(0, ",
+    ),
+    "end too large": ({"subtree_end": END + END.numel()}, ValueError, r"subtree_end\[0\]"),
+    "few queries": ({"q": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, ValueError, "by query_rows"),
+    "query row": (
+        {"q": torch.zeros(1, 4, 2, 3, dtype=torch.float64), "query_rows": torch.tensor([0, END.numel()])},
+        IndexError,
+        r"query_rows\[1\]",
+    ),
+    "window 0": ({"window": 0, "position_ids": TREE.position_ids}, ValueError, "window = 0"),
+    "window alone": ({"window": 3}, ValueError, "window needs position_ids"),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
+    "backend": ({"backend": "flash"}, ValueError, "backend = 'flash'"),
+    "no native code": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve tree_attention"),
+    "device": ({"subtree_end": END.to("meta")}, ValueError, "subtree_end is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_bad_arguments_are_named(case: str, backend: str) -> None:
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        tree_attention(**{**_qkv(), "backend": backend, **changes})  # type: ignore[arg-type]
+
+
+def test_environment_may_ask_for_the_oracle_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TUNA_KERNELS_BACKEND=cpu` speaks of the ops that have native code; attention stays on torch."""
+    arguments = _qkv()
+    for name in ("torch", "reference", "cpu"):
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", name)
+        expected = tree_attention(**arguments, backend="torch" if name == "cpu" else name)
+        assert torch.equal(tree_attention(**arguments), expected)
+
+
+def test_documented_example() -> None:
+    assert doctest.testmod(tuna_kernels.attention).failed == 0
+
+
+def test_the_library_does_not_import_transformers() -> None:
+    code = "import sys, tuna_kernels.attention; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,190 @@
+"""Attention over a packed tree: the boundary of groups, the shared prompt and any deeper sharing in one rule.
+
+    row i attends to row j exactly when  j <= i < subtree_end[j]
+
+Backends: `torch` (block by block, any device, never T × T across groups or branches) and `reference` (the
+whole mask, the oracle). A group's attention comes out in the same bits alone and packed with others on
+`torch`.
+
+What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
+separate ones), additive biases and sinks (no model among the tested families trains with them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from tuna_kernels import attention_ops
+from tuna_kernels.backends import attention_plan, attention_reference
+from tuna_kernels.config import BACKENDS, ENVIRONMENT_VARIABLE
+
+__all__ = ["tree_attention"]
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of the rows of a packed tree to their ancestors and themselves.
+
+    Args:
+        q: [B, Hq, Tq, d] float queries. The B trees are the same; Hq is a multiple of Hkv (query head h reads
+            key head ``h // (Hq / Hkv)``).
+        k: [B, Hkv, T, d] keys of all T packed rows, dtype and device of q.
+        v: [B, Hkv, T, dv] values.
+        subtree_end: [T] int64, one past the last row of the subtree below row j (`PackedTree.subtree_end`).
+        query_rows: [Tq] int64 packed row of each query, in any order; default: all rows (Tq = T).
+        position_ids: [T] int64 depth of each row; needed with ``window``.
+        window: w >= 1: see row j only where ``0 <= depth_i - depth_j < w`` too. Depth, not packed rows: a
+            branch measures its distance along its own sequence. A row always sees itself.
+        scale: factor on the scores; default ``1 / sqrt(d)``.
+        softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
+        return_lse: also the log-sum-exp of the scores, differentiable.
+        backend: `"torch"` (what `"auto"` takes) or `"reference"`.
+
+    Returns:
+        out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
+        ``return_lse`` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable once in q, k and v.
+        Under autocast q, k and v are cast to its dtype first, as for PyTorch's own attention.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
+        IndexError: a query row outside [0, T).
+        TypeError: an argument that is no tensor of the right kind.
+        RuntimeError: a backend without tree attention (`"cpu"`).
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 3, 2)
+        >>> v = torch.tensor([[[[2.0], [4.0], [8.0]]]])  # a prompt of one token, two responses of one
+        >>> tree_attention(q, k, v, torch.tensor([3, 2, 3])).flatten().tolist()
+        [2.0, 3.0, 5.0]
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    _check_tensors(q, k, v)
+    _check_tree(k, q, subtree_end, query_rows, position_ids)
+    _check_settings(window, position_ids, softcap)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    if _resolve(backend) == "reference":
+        _check_values(subtree_end, query_rows)
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = attention_reference.tree_attention(
+                q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
+            )
+    else:
+        out, lse = attention_ops.tree_attention(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has {x.ndim} dimensions, not the 4 of [batch, heads, rows, head size]")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}, not a floating dtype")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k {list(k.shape)} does not fit q {list(q.shape)}: batch and head size must agree")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v {list(v.shape)} does not fit k {list(k.shape)}: only the head size may differ")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {k.shape[1]} of k and v")
+
+
+def _check_tree(
+    k: Tensor, q: Tensor, subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None
+) -> None:
+    total = k.shape[2]
+    lengths = {"subtree_end": total, "query_rows": q.shape[2], "position_ids": total}
+    given = {"subtree_end": subtree_end, "query_rows": query_rows, "position_ids": position_ids}
+    for name, x in given.items():
+        if x is None:
+            continue
+        if x.dtype != torch.int64:
+            raise TypeError(f"{name} is {x.dtype}, not torch.int64")
+        if x.shape != (lengths[name],):
+            raise ValueError(f"{name} has shape {list(x.shape)}, not [{lengths[name]}]")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must agree")
+    if query_rows is None and q.shape[2] != total:
+        raise ValueError(f"q has {q.shape[2]} rows and k {total}: say which rows the queries are by query_rows")
+
+
+def _check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
+    """For the oracle, on the CPU; `torch` reads the values to plan its blocks and checks them there."""
+    if subtree_end.device.type == "cpu":
+        attention_plan.check_subtree_end(subtree_end.numpy())
+        if query_rows is not None:
+            attention_plan.check_rows(query_rows.numpy(), len(subtree_end))
+
+
+def _check_settings(window: int | None, position_ids: Tensor | None, softcap: float | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} is below 1: a row sees at least itself")
+    if window is not None and position_ids is None:
+        raise ValueError("window needs position_ids, the depth of each row: packed rows are no distance")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap = {softcap} is not above 0")
+
+
+def _resolve(backend: str) -> str:
+    """`auto` is `torch`, whatever the environment asks of other ops, unless it asks for the oracle."""
+    if backend == "auto":
+        return "reference" if os.environ.get(ENVIRONMENT_VARIABLE) == "reference" else "torch"
+    if backend == "cpu":
+        raise RuntimeError("backend = 'cpu' cannot serve tree_attention: it has no native code yet, use 'torch'")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r} is not one of {('auto', *BACKENDS)}")
+    return backend

@@ -1,0 +1,45 @@
+"""Textbook attention over a packed tree: the whole [Tq, T] mask, plain autograd. The oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tuna_kernels.backends.reference import compute_dtype
+
+
+def visible(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> Tensor:
+    """Bool [Tq, T]: whether query i sees row j, that is ``j <= i < subtree_end[j]`` and, with a window w,
+    ``0 <= depth_i - depth_j < w``."""
+    keys = torch.arange(subtree_end.shape[0], device=subtree_end.device)
+    rows = keys if query_rows is None else query_rows
+    seen = (keys <= rows[:, None]) & (rows[:, None] < subtree_end)
+    if window is not None and position_ids is not None:
+        distance = position_ids[rows][:, None] - position_ids
+        seen &= (distance >= 0) & (distance < window)
+    return seen
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    query_rows: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``, computed in float32, or float64 for float64 inputs."""
+    dtype = compute_dtype(q.dtype)
+    heads = q.shape[1] // k.shape[1]
+    keys = k.to(dtype).repeat_interleave(heads, dim=1)
+    values = v.to(dtype).repeat_interleave(heads, dim=1)
+    scores = q.to(dtype) @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = visible(subtree_end, query_rows, position_ids, window)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    return (torch.softmax(scores, -1) @ values).to(q.dtype), torch.logsumexp(scores, -1)

@@ -1,0 +1,202 @@
+"""What stands between a model's last hidden states and its logits, read from the model.
+
+    logits = softcap(scale * (h Wᵀ + bias + lora_scale * (h Aᵀ) Bᵀ))
+
+Which configuration value scales the logits, and whether it multiplies or divides, differs between families
+that even share its name; the table below is from reading transformers 5.23. A family that does something else
+with its logits is caught by the self-check (`_selfcheck`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_MULTIPLIES = {
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
+    "cohere2_moe": "logit_scale",
+    "hyperclovax": "logits_scaling",
+}
+_DIVIDES = {
+    "granite": "logits_scaling",
+    "granitemoe": "logits_scaling",
+    "granitemoeshared": "logits_scaling",
+    "minicpm3": "logits_scaling",
+}
+
+
+class HeadOptions(TypedDict):
+    """The head as keyword arguments of `linear_logprobs` and `linear_ranking_loss`."""
+
+    bias: Tensor | None
+    lora: tuple[Tensor, Tensor, float] | None
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head: weight [V, D], bias [V] or None, lora (A [r, D], B [V, r], scale) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora: tuple[Tensor, Tensor, float] | None
+    logit_scale: float
+    softcap: float | None
+
+    def options(self) -> HeadOptions:
+        """All but the weight."""
+        return {
+            "bias": self.bias,
+            "lora": self.lora,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+        }
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a causal LM, with what peft has put on it.
+
+    Raises:
+        ValueError: no head, a head that is more than a linear layer, a sharded or missing weight, or an
+            adapter that is not plain LoRA.
+    """
+    module: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if module is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: a causal LM with a head is needed")
+    linear, lora = _without_peft(module)
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(f"the head of {type(model).__name__} is {type(linear).__name__}, not a linear layer")
+    for name, weight in (("weight", linear.weight), ("bias", linear.bias)):
+        if weight is not None:
+            _check_whole(name, weight)
+    config = model.config.get_text_config()
+    return Head(linear.weight, linear.bias, lora, _logit_scale(config), _softcap(config))
+
+
+def _logit_scale(config: Any) -> float:
+    family = config.model_type
+    if (name := _MULTIPLIES.get(family)) is not None:
+        return float(getattr(config, name))
+    if (name := _DIVIDES.get(family)) is not None:
+        return 1.0 / float(getattr(config, name))
+    return 1.0
+
+
+def _softcap(config: Any) -> float | None:
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return None if softcap is None else float(softcap)
+
+
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that another library keeps elsewhere: its values here would be nothing, or a part."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            raise ValueError(f"the head's {name} is a DTensor (FSDP2, tensor parallel), sharded over ranks: {_REMEDY}")
+    if tensor.numel() == 0 or tuple(tensor.shape) != tuple(getattr(tensor, "ds_shape", tensor.shape)):
+        raise ValueError(f"the head's {name} is empty here (ZeRO-3 or FSDP holds it in shards): {_REMEDY}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"the head's {name} is on the meta device (offloaded or not loaded): {_REMEDY}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"the head's {name} is quantised ({tensor.dtype}); keep the head in a floating dtype")
+
+
+_REMEDY = (
+    "this functional form reads the weight outside the model's own forward, where no hook gathers it; use DDP, "
+    "ZeRO-1 or ZeRO-2, or gather the head first (deepspeed.zero.GatheredParameters, summon_full_params)"
+)
+
+
+def _without_peft(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
+    """The plain layer inside peft's wrappers, and the LoRA factors that count now."""
+    if "peft" not in sys.modules:
+        return module, None
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        if module.disable_adapters or not module.active_adapters:
+            return module.original_module, None
+        return module.modules_to_save[module.active_adapters[0]], None
+    if isinstance(module, LoraLayer):
+        return module.get_base_layer(), _lora_factors(module)
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"the head carries a peft {type(module).__name__}; only LoRA and modules_to_save are served on the head"
+        )
+    return module, None
+
+
+def _lora_factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(A [r, D], B [V, r], scale) of a peft LoRA layer, None where its adapters do not count now."""
+    if layer.disable_adapters:
+        if layer.merged:
+            raise ValueError(
+                f"adapters {layer.merged_adapters} are merged into the head and disabled at once: unmerge them first"
+            )
+        return None
+    if layer.merged:  # the base weight holds them; as in peft itself, A and B then get no gradient
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise ValueError(f"{len(active)} LoRA adapters are active on the head ({active}); one is served")
+    name = active[0]
+    if name in layer.lora_variant or getattr(layer, "use_dora", {}).get(name):
+        variant = type(layer.lora_variant.get(name)).__name__
+        raise ValueError(f"adapter {name!r} on the head is not plain LoRA ({variant}: DoRA or another variant)")
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0)
+    if dropout > 0 and layer.training:
+        raise ValueError(
+            f"lora_dropout = {dropout} on the head in training mode: a row serves several candidates, so it would be "
+            "drawn once where separate sequences draw it once each; set it to 0"
+        )
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if a.bias is not None or b.bias is not None:
+        raise ValueError(f"adapter {name!r} on the head has a LoRA bias (lora_bias=True), which is not served")
+    for factor, weight in (("LoRA A", a.weight), ("LoRA B", b.weight)):
+        _check_whole(factor, weight)
+    return a.weight, b.weight, float(layer.scaling[name])
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside, with peft's wrapper taken off.
+
+    Raises:
+        TypeError: no transformers model (also one wrapped by DDP, FSDP or DeepSpeed).
+        ValueError: an adapter that works outside the layers (prompt or prefix tuning, activated LoRA).
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    if "peft" in sys.modules:
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            for name in model.active_adapters:
+                adapter = model.peft_config[name]
+                if adapter.is_prompt_learning:
+                    raise ValueError(f"adapter {name!r} is {adapter.peft_type}: its virtual tokens are not in the tree")
+                if getattr(adapter, "alora_invocation_tokens", None):
+                    raise ValueError(f"adapter {name!r} is an activated LoRA, which depends on the whole input")
+            inner = model.get_base_model()
+            if isinstance(inner, PreTrainedModel):
+                return inner
+    raise TypeError(
+        f"model is {type(model).__name__}, not a transformers or peft model; where a wrapper such as DDP must see the "
+        "forward, let it wrap a module whose own forward calls this with the model inside"
+    )
+
+
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """Where the token ids go: the device of the input embeddings."""
+    return next(model.get_input_embeddings().parameters()).device
