@@ -11,11 +11,14 @@ STAMP  := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/tuna demo --output runs/demo
 
+# One thread a process, some processes side by side: tests are many small problems.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(TEST) -m "slow or not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,114 @@
+"""The whole ranking loss over given hidden states: ours in one call, beside the textbook; one `RankingCase`
+for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.arms import Mode, Shape, make_case, needs_backend, tolerance
+from benchmarks.harness import Arm
+from tuna_kernels import Group, PackedTree, linear_ranking_loss, pack_groups
+
+CANDIDATES = 5
+PROMPT = 4
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class RankingCase:
+    """hidden [T, D], weight [V, D], a packed tree of T tokens, and the mode ("trainable" or "frozen" head).
+
+    Margin 0.1, length penalty 1, likelihood weight 1, preset "released": all candidates carry gradient, so
+    nothing is skipped and the figures show the arithmetic alone.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    tree: PackedTree
+    mode: Mode
+
+
+def make_ranking_case(shape: Shape, dtype: str, mode: Mode, *, seed: int = 0) -> RankingCase:
+    """Groups of 5 candidates with together about ``shape.rows`` response tokens, and random hidden states for
+    them."""
+    if mode == "forward":
+        raise ValueError("mode = 'forward' makes no ranking case; it has 'trainable' and 'frozen'")
+    maker = torch.Generator().manual_seed(seed)
+    num_groups = max(1, shape.rows // 160)
+    length = max(1, shape.rows // (num_groups * CANDIDATES))
+    groups = []
+    for _ in range(num_groups):
+        prompt = torch.randint(shape.vocab, (PROMPT,), generator=maker).tolist()
+        responses = torch.randint(shape.vocab, (CANDIDATES, length), generator=maker).tolist()
+        groups.append(Group(prompt, responses, ranks=torch.randperm(CANDIDATES, generator=maker).tolist()))
+    tree = pack_groups(groups)
+    case = make_case(replace(shape, rows=tree.num_tokens), dtype, mode, seed=seed)
+    return RankingCase(case.hidden, case.weight, tree, mode)
+
+
+def scored_rows(tree: PackedTree) -> Tensor:
+    """int64 [N]: the distinct rows of the tree that serve a slot."""
+    return torch.bincount(tree.rows, minlength=tree.num_tokens).nonzero()[:, 0]
+
+
+def textbook_loss(hidden: Tensor, weight: Tensor, tree: PackedTree) -> Tensor:
+    """Released preset by plain torch: logits of every slot, log_softmax, gather, means, pairs by rank
+    difference."""
+    logprobs = F.linear(hidden[tree.rows], weight).log_softmax(dim=-1)
+    token = logprobs.gather(1, tree.targets[:, None])[:, 0].to(torch.promote_types(hidden.dtype, torch.float32))
+    offsets, bounds = tree.candidate_offsets.tolist(), tree.group_offsets.tolist()
+    scores = torch.stack([token[a:b].mean() for a, b in pairwise(offsets)])
+    by_lag: dict[int, list[Tensor]] = {}
+    for first, last in pairwise(bounds):
+        for i in range(first, last):
+            for j in range(first, last):
+                lag = int(tree.ranks[j] - tree.ranks[i])
+                if lag > 0:
+                    by_lag.setdefault(lag, []).append(F.relu(MARGIN * lag - (scores[i] - scores[j])))
+    ranking = sum((torch.stack(pairs).mean() for pairs in by_lag.values()), scores.new_zeros(()))
+    return ranking - token.mean()
+
+
+def ranking_oracle(case: RankingCase) -> dict[str, Tensor]:
+    """Loss and gradients of the textbook in float64."""
+    hidden = case.hidden.detach().double().requires_grad_()
+    weight = case.weight.detach().double().requires_grad_(case.mode == "trainable")
+    return _with_gradients(textbook_loss(hidden, weight, case.tree), hidden, weight)
+
+
+def ranking_tolerance(dtype: str, vocab: int) -> dict[str, float]:
+    """As `benchmarks.arms.tolerance`: the loss is a mean of log-probs, its gradient that of one."""
+    limits = tolerance(dtype, vocab)
+    return {"loss": limits["logprobs"], "gradient": limits["gradient"]}
+
+
+def ranking_arms() -> list[Arm[RankingCase]]:
+    """The textbook, and ours on both backends."""
+
+    def textbook(case: RankingCase) -> dict[str, Tensor]:
+        return _with_gradients(textbook_loss(case.hidden, case.weight, case.tree), case.hidden, case.weight)
+
+    def ours(backend: str) -> Arm[RankingCase]:
+        def call(case: RankingCase) -> dict[str, Tensor]:
+            output = linear_ranking_loss(
+                case.hidden, case.weight, case.tree, preset="released", margin=MARGIN, backend=backend
+            )
+            return _with_gradients(output.loss, case.hidden, case.weight)
+
+        note = f"linear_ranking_loss, backend {backend}"
+        return Arm(f"tuna {backend}", call, note, refuses=needs_backend(backend))
+
+    naive = Arm("naive", textbook, "logits of every slot, log_softmax, gather, pairs", package="torch")
+    return [naive, ours("torch"), ours("cpu")]
+
+
+def _with_gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    inputs = {"gradient:hidden": hidden, "gradient:weight": weight}
+    wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    gradients = torch.autograd.grad(loss, list(wanted.values()))
+    return {"loss": loss.detach(), **dict(zip(wanted, gradients, strict=True))}

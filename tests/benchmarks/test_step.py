@@ -1,0 +1,53 @@
+"""The step benchmark on the tiny model: a record with both ways, agreement and ratios; memory is foretold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import Plan
+from benchmarks.record import read_record
+from benchmarks.step import StepBench, read_batches, typical_batch
+from tuna.models import TINY
+from tuna.side_by_side import LossSettings, count_tokens
+from tuna_kernels import Group
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_program_leaves_a_record_of_both_ways(tmp_path: Path) -> None:
+    words = ["--model", TINY, "--groups", "2", "--rounds", "2", "--threads", "1", "--no-resident"]
+    command = [sys.executable, "-m", "benchmarks.step", *words, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    agreement, step = read_record(tmp_path / "step.json").comparisons
+    assert [arm.name for arm in agreement.arms][::3] == ["tuna, paper", "tuna, released"]
+    assert all(arm.status == "ok" and not arm.samples for arm in agreement.arms)
+    assert [arm.name for arm in step.arms] == ["tuna", "naive"]
+    assert step.arm("naive").ratios["naive step"].cpu.median == 1.0
+    assert 0 < (step.arm("tuna").ratios["naive step"].memory or 0) < 1
+    assert step.setting["tree"] < step.setting["unshared"] <= step.setting["padded"]  # type: ignore[operator]
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_a_textbook_step_that_would_not_fit_is_skipped_and_said_so() -> None:
+    bench = StepBench(TINY, LossSettings(), threads=1, plan=Plan(rounds=1), resident=False)
+    (batch,) = read_batches(None, TINY, "alpaca", 128, [1], seed=0)
+    assert bench.lacks_memory(count_tokens(batch).padded) == ""
+    bench.naive_bytes_per_token = 1e12
+    (step,) = bench.run(batch)
+    assert step.arm("naive").status == "unsupported" and "GiB are free" in step.arm("naive").reason
+    assert step.arm("tuna").status == "ok" and step.arm("tuna").samples
+    assert "the textbook does not fit" in step.title
+
+
+def test_a_typical_batch_is_of_median_size_and_reproducible() -> None:
+    groups = [Group([1] * n, [[2], [3]]) for n in range(1, 20)]
+    batch = typical_batch(groups, 1, seed=3)
+    assert batch == typical_batch(groups, 1, seed=3)
+    assert 4 <= len(batch[0].prompt) <= 16, "neither the smallest nor the largest"
+    with pytest.raises(ValueError, match="20 groups cannot be drawn from 19"):
+        typical_batch(groups, 20, seed=0)
