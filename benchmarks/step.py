@@ -206,6 +206,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch and OpenMP.")] = 2,
     resident: Annotated[bool, typer.Option(help="Measure process memory, each way in a fresh process.")] = True,
+    exact: Annotated[
+        bool, typer.Option(help="Hold the smallest batch against float64 too, which takes minutes.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the choice of batches.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for step.json, .md and .png.")] = Path("results/local"),
 ) -> None:
@@ -221,7 +224,7 @@ def main(
         progress(f"loading {model}")
         bench = StepBench(model, LossSettings(preset=preset), threads, Plan(rounds), resident, progress)
         for batch in read_batches(data, model, template, max_length, sizes, seed):
-            for comparison in bench.run(batch):
+            for comparison in bench.run(batch, exact=exact and len(batch) == sizes[0]):
                 report.add(comparison)
     report.finish()
 
