@@ -39,8 +39,9 @@ def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return inner
 
 
-def _five_needed(ctx: Any, first_five: Sequence[int]) -> list[bool]:
-    return [bool(ctx.needs_input_grad[i]) for i in first_five]
+def _five_needed(ctx: Any) -> list[bool]:
+    """Which of hidden, weight, bias, low_rank_hidden, low_rank_weight (the first five inputs) need a gradient."""
+    return list(ctx.needs_input_grad[:5])
 
 
 def _or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -134,7 +135,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = _five_needed(ctx, range(5))
+    needs = _five_needed(ctx)
     ignore_index, logit_scale, softcap, backend = ctx.settings
     gradients = torch.ops.tuna_kernels.linear_logprobs_backward(
         *ctx.saved_tensors, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend
@@ -327,7 +328,7 @@ def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None)
     none: list[Tensor | None] = [None] * 17
     if scale is None:
         return (*[None] * 5, *none)
-    needs = _five_needed(ctx, range(5))
+    needs = _five_needed(ctx)
     *call, targets, rows, logprobs, lse, upstream = ctx.saved_tensors
     ready = ctx.ready.take()
     if ready is None:

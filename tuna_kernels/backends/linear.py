@@ -144,14 +144,16 @@ def backward(
     all_slots = Slots.build(targets, rows, ignore_index)
     slots, kept, coefficients = row_gradient(all_slots, call, saved)
     hidden, weight, bias, low_hidden, low_weight = needs
+    empty = call.hidden.new_empty
+    # Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile.
     results = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if wanted and t is not None else t0
-        for t, wanted, t0 in (
-            (call.hidden, hidden, call.hidden.new_empty(0)),
-            (call.weight, weight, call.hidden.new_empty(0)),
-            (call.bias, bias, call.hidden.new_empty(0)),
-            (call.low_rank_hidden, low_hidden, call.hidden.new_empty(0)),
-            (call.low_rank_weight, low_weight, call.hidden.new_empty(0)),
+        empty(0) if t is None or not wanted else t.new_zeros(t.shape) if of_rows else t.new_empty(t.shape)
+        for t, wanted, of_rows in (
+            (call.hidden, hidden, True),
+            (call.weight, weight, False),
+            (call.bias, bias, False),
+            (call.low_rank_hidden, low_hidden, True),
+            (call.low_rank_weight, low_weight, False),
         )
     ]
     if saved.unit.numel() and hidden:
@@ -159,7 +161,7 @@ def backward(
         low_rows = None
     else:
         count = slots.rows.numel()
-        row_grads = call.hidden.new_empty(count, call.hidden.shape[1], dtype=call.compute) if hidden else None
+        row_grads = row_grads_like(call.hidden, count, call.compute) if hidden else None
         low_rows = None
         if low_hidden and call.low_rank_hidden is not None:
             low_rows = row_grads_like(call.low_rank_hidden, count, call.compute)
