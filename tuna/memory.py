@@ -17,11 +17,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 _ANSWER = "answer: "
@@ -41,21 +42,34 @@ class ResidentPeak(NamedTuple):
 def allocator_peak(call: Callable[[], object]) -> int:
     """Largest number of bytes that torch held on the CPU at once, of those it took while ``call`` ran.
 
-    Results of ``call`` count, its inputs do not. The profiler does not see memory go that it did not see come: what
-    ``call`` frees of older memory is not subtracted.
+    Results of ``call`` count, its inputs do not. What ``call`` frees of older memory is not subtracted, whether the
+    profiler reports it (it remembers addresses of earlier profiles) or not.
     """
     gc.collect()
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     inner: Any = profiler.profiler
-    recorded = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
-    stream = sorted((event.start_ns(), event.nbytes()) for event in recorded)
+    events = sorted(_allocations(inner.kineto_results.experimental_event_tree()))
     del kept
+    live: dict[int, int] = {}
     held = peak = 0
-    for _, delta in stream:
-        held += delta
+    for _, address, size in events:
+        if size > 0:
+            held += size
+            live[address] = size
+        else:
+            held -= live.pop(address, 0)
         peak = max(peak, held)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """``(time in ns, address, bytes; negative when freed)`` of all allocations in a tree of profiler events."""
+    for event in events:
+        tag, fields = event.typed
+        if tag == _EventType.Allocation:
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
+        yield from _allocations(event.children)
 
 
 def resident_peak(call: Callable[[], object]) -> ResidentPeak:
