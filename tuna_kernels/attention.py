@@ -116,14 +116,17 @@ def tree_attention(
     _check_settings(window, position_ids, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    if _resolve(backend) == "reference":
+    chosen = _resolve(backend)
+    if chosen == "reference":
         _check_values(subtree_end, query_rows)
         with torch.autocast(q.device.type, enabled=False):
             out, lse = attention_reference.tree_attention(
                 q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
             )
     else:
-        out, lse = attention_ops.tree_attention(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
+        out, lse = attention_ops.tree_attention(
+            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap, chosen
+        )
     return (out, lse) if return_lse else out
 
 

@@ -1,14 +1,20 @@
-"""Registration of tree attention with `torch.library`: op, fake implementation, autograd. No arithmetic
-here."""
+"""Registration of tree attention with `torch.library`: op, fake implementation, autograd. No arithmetic here.
+
+A backend is a module with `forward` and `backward` of the signatures in `attention_torch`; `reference` is plain
+autograd and has no op.
+"""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tuna_kernels.backends import attention_torch
+
+BACKENDS: dict[str, ModuleType] = {"torch": attention_torch}
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention", mutates_args=())
@@ -22,10 +28,11 @@ def tree_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; see `tuna_kernels.attention.tree_attention`."""
     with torch.autocast(q.device.type, enabled=False):  # or it would take the float32 products for its own
-        return attention_torch.forward(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
+        return BACKENDS[backend].forward(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention_backward", mutates_args=())
@@ -43,10 +50,11 @@ def tree_attention_backward(
     window: int | None,
     scale: float,
     softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` for the gradients of both outputs."""
     with torch.autocast(q.device.type, enabled=False):
-        return attention_torch.backward(
+        return BACKENDS[backend].backward(
             grad_out,
             grad_lse,
             q,
@@ -76,7 +84,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window, ctx.scale, ctx.softcap = inputs
+    *tensors, ctx.window, ctx.scale, ctx.softcap, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -99,8 +107,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         ctx.window,
         ctx.scale,
         ctx.softcap,
+        ctx.backend,
     )
-    return (*grads, None, None, None, None, None, None)
+    return (*grads, *[None] * 7)
 
 
 tree_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -233,8 +233,8 @@ def test_opcheck() -> None:
     rows = torch.tensor([4, 0, 7])
     ops = torch.ops.tuna_kernels
     for arguments in (
-        (q, k, v, TREE.subtree_end, None, None, None, 0.5, None),
-        (q[:, :, :3], k, v, TREE.subtree_end, rows, TREE.position_ids, 3, 0.5, 2.0),
+        (q, k, v, TREE.subtree_end, None, None, None, 0.5, None, "torch"),
+        (q[:, :, :3], k, v, TREE.subtree_end, rows, TREE.position_ids, 3, 0.5, 2.0, "torch"),
     ):
         torch.library.opcheck(ops.tree_attention.default, arguments)
         out, lse = ops.tree_attention(*arguments)
