@@ -2,9 +2,9 @@
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-Backends: `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16), `torch` (block by block, any device
-and dtype) and `reference` (the whole mask, the oracle). The first two never compute T × T across groups or branches, and a
-group's attention comes out of them in the same bits alone and packed with others.
+Backends: `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16), `torch` (block by block, any
+device and dtype) and `reference` (the whole mask, the oracle). The first two never compute T × T across groups or
+branches, and a group's attention comes out of them in the same bits alone and packed with others.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
 separate ones), additive biases and sinks (no model among the tested families trains with them).

@@ -7,7 +7,8 @@
 
 namespace tuna {
 
-constexpr int64_t kBlockRows = 64;
+constexpr int64_t kKeyRows = 64;    // of a key block at most: a tile of keys and of scores stay in the first-level cache
+constexpr int64_t kQueryRows = 32;  // of a query block: on the diagonal half of what they compute is hidden
 constexpr int64_t kPadding = 16;  // key blocks take a multiple of this many rows in buffers: whole vectors
 
 TUNA_INLINE int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
@@ -17,9 +18,11 @@ struct KeyBlock {
   int64_t start, stop;
 };
 
-// Key block number `key` of the chunk; `open`: every query of the block sees all its keys, and no padding is among them.
+// The first `width` (padded) keys of the chunk's key block number `key`: those after them lie below all the queries.
+// `open`: every query sees all of them, and no padding is among them.
 struct Seen {
   int32_t key;
+  int16_t width;
   bool open;
 };
 

@@ -7,11 +7,11 @@
 
 namespace tuna {
 
-// Query heads of a key head that are computed together: their rows share every load of a key block, and 4 x 64 rows of
+// Query heads of a key head that are computed together: their rows share every load of a key block, and 8 x 32 rows of
 // scores still fit into the second-level cache.
-constexpr int64_t kHeadsAtOnce = 4;
+constexpr int64_t kHeadsAtOnce = 8;
 
-// Shapes: c rows of a chunk; m = kHeadsAtOnce x kBlockRows folded queries; D and E the padded sizes d and dv.
+// Shapes: c rows of a chunk; m = kHeadsAtOnce x kQueryRows folded queries; D and E the padded sizes d and dv.
 // "By blocks": each key block of n padded rows is a [d, n] of its own.
 struct Buffers {
   float* keys_t;    // [d, c] by blocks
@@ -38,7 +38,7 @@ TUNA_INLINE int64_t carve(Buffers& buffers, float* base, const PlanView& plan, c
     taken += padded(floats);
     return piece;
   };
-  const int64_t c = plan.chunk_rows, m = kHeadsAtOnce * kBlockRows;
+  const int64_t c = plan.chunk_rows, m = kHeadsAtOnce * kQueryRows;
   const int64_t size = padded(call.size), value_size = padded(call.value_size);
   buffers.keys_t = take(c * call.size);
   buffers.values = take(backward ? 0 : c * value_size);
@@ -48,9 +48,9 @@ TUNA_INLINE int64_t carve(Buffers& buffers, float* base, const PlanView& plan, c
   buffers.depths = reinterpret_cast<int64_t*>(take(call.tree.window ? 2 * c : 0));
   buffers.queries = take(m * size);
   buffers.out = take(m * value_size);
-  buffers.scores = take(m * kBlockRows);
+  buffers.scores = take(m * kKeyRows);
   buffers.d_queries = take(backward ? m * size : 0);
-  buffers.d_scores = take(backward ? m * kBlockRows : 0);
+  buffers.d_scores = take(backward ? m * kKeyRows : 0);
   buffers.top = take(m);
   buffers.sum = take(m);
   buffers.row = take(size > value_size ? size : value_size);

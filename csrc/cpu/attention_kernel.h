@@ -85,32 +85,32 @@ struct Queries {
 
 // A key block of the chunk, at its place in the buffers.
 struct Keys {
-  int64_t start, count, width;  // first row of the tree, keys, padded keys
-  int64_t offset;               // in the chunk's buffers
-  bool open;
+  int64_t start, count;  // first row of the tree, keys
+  int64_t offset;        // in the chunk's buffers
+  int64_t stride;        // padded keys, the row of a transposed block
+
+  TUNA_INLINE_MEMBER Keys(const Task& task, int64_t number) {
+    const ChunkKey& key = task.plan.chunk_keys[task.chunk.first_key + number];
+    const KeyBlock& block = task.plan.keys[key.block];
+    start = block.start, count = block.stop - block.start, offset = key.offset, stride = padded(count);
+  }
 };
 
-TUNA_INLINE Keys keys_of(const Task& task, int64_t number, bool open) {
-  const ChunkKey& key = task.plan.chunk_keys[task.chunk.first_key + number];
-  const KeyBlock& block = task.plan.keys[key.block];
-  return {block.start, block.stop - block.start, padded(block.stop - block.start), key.offset, open};
-}
-
-// [count, n] rows of x into to[n, width], zeros behind.
+// [count, n] rows of x into to[n, stride], zeros behind.
 static void load_transposed(const Task& task, const Strided& x, const Keys& keys, int64_t n, float* to) {
   float* row = task.buffers.row;
-  for (int64_t j = 0; j < keys.width; ++j) {
+  for (int64_t j = 0; j < keys.stride; ++j) {
     if (j < keys.count) {
       const int64_t offset = row_offset(x, task.batch, task.key_head, keys.start + j);
       load_row(row, x, task.call.element, offset, n, n, 1.f);
     }
-    for (int64_t i = 0; i < n; ++i) to[i * keys.width + j] = j < keys.count ? row[i] : 0.f;
+    for (int64_t i = 0; i < n; ++i) to[i * keys.stride + j] = j < keys.count ? row[i] : 0.f;
   }
 }
 
 static void load_rows(const Task& task, const Strided& x, const Keys& keys, int64_t n, float* to) {
   const int64_t width = padded(n);
-  for (int64_t j = 0; j < keys.width; ++j) {
+  for (int64_t j = 0; j < keys.stride; ++j) {
     const int64_t row = j < keys.count ? j : 0, known = j < keys.count ? n : 0;
     const int64_t offset = row_offset(x, task.batch, task.key_head, keys.start + row);
     load_row(to + j * width, x, task.call.element, offset, known, width, 1.f);
@@ -121,7 +121,7 @@ static void load_chunk(const Task& task, bool backward) {
   const Attention& call = task.call;
   const Buffers& b = task.buffers;
   for (int64_t number = 0; number < task.chunk.last_key - task.chunk.first_key; ++number) {
-    const Keys keys = keys_of(task, number, false);
+    const Keys keys(task, number);
     load_transposed(task, call.k, keys, call.size, b.keys_t + keys.offset * call.size);
     if (backward) {
       load_rows(task, call.k, keys, call.size, b.keys + keys.offset * task.size);
@@ -129,7 +129,7 @@ static void load_chunk(const Task& task, bool backward) {
     } else {
       load_rows(task, call.v, keys, call.value_size, b.values + keys.offset * task.value_size);
     }
-    for (int64_t j = 0; j < keys.width; ++j) {
+    for (int64_t j = 0; j < keys.stride; ++j) {
       const bool is_key = j < keys.count;
       b.ends[keys.offset + j] = is_key ? static_cast<int32_t>(call.tree.end[keys.start + j]) : 0;
       if (call.tree.window) b.depths[keys.offset + j] = is_key ? call.tree.depth[keys.start + j] : 0;
@@ -160,10 +160,10 @@ static void cap_row(float* z, int64_t n, float cap) {
   for (int64_t j = 0; j < n; ++j) z[j] = cap * tanh_of(z[j] * inverse);
 }
 
-static void hide_row(const Task& task, const Keys& keys, float* z, int64_t query) {
+static void hide_row(const Task& task, const Keys& keys, float* z, int64_t width, int64_t query) {
   const int32_t* ends = task.buffers.ends + keys.offset;
   const int32_t row = static_cast<int32_t>(query), ahead = static_cast<int32_t>(query - keys.start);
-  const int32_t n = static_cast<int32_t>(keys.width);
+  const int32_t n = static_cast<int32_t>(width);
 #pragma omp simd
   for (int32_t j = 0; j < n; ++j) z[j] = j <= ahead && ends[j] > row ? z[j] : kHidden;
   if (const int64_t window = task.call.tree.window) {
@@ -175,15 +175,16 @@ static void hide_row(const Task& task, const Keys& keys, float* z, int64_t query
 }
 
 // z [rows, width] of the queries and keys.
-static void score(const Task& task, const Queries& queries, const Keys& keys) {
+static void score(const Task& task, const Queries& queries, const Keys& keys, const Seen& seen) {
   const Attention& call = task.call;
   const Buffers& b = task.buffers;
-  const int64_t n = keys.width, rows = queries.rows(), count = queries.count();
-  multiply<false>({b.scores, n, b.queries, task.size, 1, b.keys_t + keys.offset * call.size, n, rows, n, call.size});
+  const int64_t n = seen.width, rows = queries.rows(), count = queries.count();
+  multiply<false>({b.scores, n, b.queries, task.size, 1, b.keys_t + keys.offset * call.size, keys.stride, rows, n,
+                   call.size});
   if (call.cap > 0.f) cap_row(b.scores, rows * n, call.cap);
-  if (keys.open) return;
+  if (seen.open) return;
   for (int64_t m = 0; m < rows; ++m) {
-    hide_row(task, keys, b.scores + m * n, task.plan.rows[queries.block.start + m % count]);
+    hide_row(task, keys, b.scores + m * n, n, task.plan.rows[queries.block.start + m % count]);
   }
 }
 
@@ -215,14 +216,16 @@ static void forward_queries(const Task& task, const Queries& queries) {
   for (int64_t i = 0; i < rows * e; ++i) b.out[i] = 0.f;
   for (int64_t m = 0; m < rows; ++m) b.top[m] = kHidden, b.sum[m] = 0.f;
   for (int64_t i = queries.block.first; i < queries.block.last; ++i) {
-    const Keys keys = keys_of(task, task.plan.seen[i].key, task.plan.seen[i].open);
-    score(task, queries, keys);
+    const Seen& seen = task.plan.seen[i];
+    const Keys keys(task, seen.key);
+    const int64_t n = seen.width;
+    score(task, queries, keys, seen);
     for (int64_t m = 0; m < rows; ++m) {
-      const float shrink = exponential_row(b.scores + m * keys.width, keys.width, b.top[m], b.sum[m]);
+      const float shrink = exponential_row(b.scores + m * n, n, b.top[m], b.sum[m]);
       if (shrink == 1.f) continue;
       for (int64_t j = 0; j < e; ++j) b.out[m * e + j] *= shrink;
     }
-    multiply<true>({b.out, e, b.scores, keys.width, 1, b.values + keys.offset * e, e, rows, e, keys.width});
+    multiply<true>({b.out, e, b.scores, n, 1, b.values + keys.offset * e, e, rows, e, n});
   }
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = task.plan.order[queries.block.start + m % queries.count()];
@@ -289,16 +292,17 @@ static void backward_queries(const Task& task, const Queries& queries, const Att
   load_statistics(task, queries, gradients);
   for (int64_t i = 0; i < rows * d; ++i) b.d_queries[i] = 0.f;
   for (int64_t i = queries.block.first; i < queries.block.last; ++i) {
-    const Keys keys = keys_of(task, task.plan.seen[i].key, task.plan.seen[i].open);
-    const int64_t n = keys.width;
-    score(task, queries, keys);
-    multiply<false>({b.d_scores, n, b.out, e, 1, b.values_t + keys.offset * call.value_size, n, rows, n,
+    const Seen& seen = task.plan.seen[i];
+    const Keys keys(task, seen.key);
+    const int64_t n = seen.width, known = keys.count < n ? keys.count : n;
+    score(task, queries, keys, seen);
+    multiply<false>({b.d_scores, n, b.out, e, 1, b.values_t + keys.offset * call.value_size, keys.stride, rows, n,
                      call.value_size});
     for (int64_t m = 0; m < rows; ++m) {
       gradient_row(b.scores + m * n, b.d_scores + m * n, n, b.top[m], b.sum[m], call.cap);
     }
-    multiply<true>({shares.dv + keys.offset * e, e, b.scores, 1, n, b.out, e, keys.count, e, rows});
-    multiply<true>({shares.dk + keys.offset * d, d, b.d_scores, 1, n, b.queries, d, keys.count, d, rows});
+    multiply<true>({shares.dv + keys.offset * e, e, b.scores, 1, n, b.out, e, known, e, rows});
+    multiply<true>({shares.dk + keys.offset * d, d, b.d_scores, 1, n, b.queries, d, known, d, rows});
     multiply<true>({b.d_queries, d, b.d_scores, n, 1, b.keys + keys.offset * d, d, rows, d, n});
   }
   for (int64_t m = 0; m < rows; ++m) {

@@ -79,12 +79,12 @@ void AttentionPlan::cut_group(const Tree& tree, int64_t first, int64_t last) {
   for (int64_t start = first; start < last;) {
     int64_t stop = start + 1;
     while (stop < last && tree.end[stop - 1] > stop) ++stop;  // a leaf ends a branch
-    const int64_t parts = ceil_div(stop - start, kBlockRows);
+    const int64_t parts = ceil_div(stop - start, kKeyRows);
     const int64_t size = padded(ceil_div(stop - start, parts));
     for (; start < stop; start += size) {
       Bounds block = Bounds::of(tree, start);
       for (int64_t row = start + 1; row < std::min(start + size, stop); ++row) block.merge(Bounds::of(tree, row));
-      if (!blocks.empty() && block.last + 1 - blocks.back().first <= kBlockRows) {
+      if (!blocks.empty() && block.last + 1 - blocks.back().first <= kKeyRows) {
         Bounds both = blocks.back();
         both.merge(block);
         if (both.cost() <= blocks.back().cost() + block.cost()) {
@@ -124,18 +124,20 @@ void AttentionPlan::add_chunks(const Tree& tree, int64_t first_key, const std::v
 // One block of the queries whose rows lie in key block `key` of the group; returns its cost.
 int64_t AttentionPlan::add_queries(const Tree& tree, int64_t first_key, int64_t key,
                                    const std::vector<Bounds>& bounds) {
-  const int64_t start = next_query_, limit = std::min(start + kBlockRows, number());
+  const int64_t start = next_query_;
+  int64_t left = 0;
+  while (start + left < number() && rows_[start + left] <= bounds[key].last) ++left;
   Bounds query = Bounds::of(tree, rows_[start]);
-  for (; next_query_ < limit; ++next_query_) {
-    if (rows_[next_query_] > bounds[key].last) break;
-    query.merge(Bounds::of(tree, rows_[next_query_]));
-  }
+  next_query_ = start + ceil_div(left, ceil_div(left, kQueryRows));  // evenly
+  for (int64_t i = start + 1; i < next_query_; ++i) query.merge(Bounds::of(tree, rows_[i]));
   const auto first_seen = static_cast<int64_t>(seen_.size());
   int64_t width = 0;
   for (int64_t other = 0; other <= key; ++other) {
     if (bounds[other].is_hidden_from(query, tree.window)) continue;
-    seen_.push_back({static_cast<int32_t>(first_key + other), bounds[other].is_open_to(query, tree.window)});
-    width += padded(bounds[other].last + 1 - bounds[other].first);
+    const int64_t keys = padded(std::min(bounds[other].last, query.last) + 1 - bounds[other].first);
+    seen_.push_back({static_cast<int32_t>(first_key + other), static_cast<int16_t>(keys),
+                     bounds[other].is_open_to(query, tree.window)});
+    width += keys;
   }
   queries_.push_back({start, next_query_, first_seen, static_cast<int64_t>(seen_.size())});
   return width * (next_query_ - start);

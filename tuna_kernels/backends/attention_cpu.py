@@ -1,7 +1,7 @@
-"""Attention over a packed tree in C++ (csrc/cpu/attention*): float32 arithmetic on CPU tensors; float32, bfloat16, float16.
+"""Attention over a packed tree in C++ (csrc/cpu/attention*): float32 arithmetic on float32, bfloat16 and float16.
 
-Addresses, strides and a thread count cross the border. The native code plans its blocks itself, from the tree alone, in
-a time that is small beside the work, so that nothing is kept between calls.
+Addresses, strides and a thread count cross the border. The native code plans its blocks itself, from the tree alone,
+in a time that is small beside the work, so that nothing is kept between calls.
 """
 
 from __future__ import annotations
@@ -54,6 +54,28 @@ def backward(
     return call.backward(grad_out, grad_lse)
 
 
+def workspace_bytes(
+    subtree_end: Tensor,
+    *,
+    heads: int,
+    key_heads: int,
+    size: int,
+    value_size: int | None = None,
+    batch: int = 1,
+    backward: bool = False,
+) -> int:
+    """Bytes of working memory that the forward or backward of such a call takes beyond its inputs and results.
+
+    A thread keeps the keys and values of one task, in float32 and rearranged; the backward also holds each task's
+    share of dK and dV.
+    """
+    meta = torch.empty(batch, heads, len(subtree_end), size, device="meta")
+    keys = torch.empty(batch, key_heads, len(subtree_end), size, device="meta")
+    values = torch.empty(batch, key_heads, len(subtree_end), size if value_size is None else value_size, device="meta")
+    call = _Call(meta, keys, values, meta, meta, subtree_end, None, None, None, 1.0, None)
+    return 4 * call.workspace(backward=backward)
+
+
 class _Call:
     """One call of the native code; owns every tensor whose address it gives away."""
 
@@ -102,16 +124,21 @@ class _Call:
             lse=self._kept[4].data_ptr(),
         )
 
+    def workspace(self, *, backward: bool) -> int:
+        """Floats of working memory."""
+        measure = self._native.backward_workspace if backward else self._native.forward_workspace
+        return int(measure(torch.get_num_threads()))
+
     def forward(self) -> None:
         """Fill the ``out`` and ``lse`` given."""
         threads = torch.get_num_threads()
-        workspace = torch.empty(self._native.forward_workspace(threads))
+        workspace = torch.empty(self.workspace(backward=False))
         self._native.forward(workspace=workspace.data_ptr(), threads=threads, instruction_set=instruction_set())
 
     def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)`` from ``out`` and ``lse`` as they are."""
         threads = torch.get_num_threads()
-        workspace = torch.empty(self._native.backward_workspace(threads))
+        workspace = torch.empty(self.workspace(backward=True))
         grad_out = _dense_rows(grad_out)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
