@@ -151,7 +151,7 @@ def oracle(case: AttentionCase) -> dict[str, Tensor]:
     for first, last in pairwise(case.tree.group_rows_host.tolist()):
         own = [x.detach()[:, :, first:last].double().requires_grad_(case.mode == "training") for x in case.inputs]
         end = case.tree.subtree_end[first:last] - first
-        out = tree_attention(*own, end, backend="reference")
+        out = tree_attention(own[0], own[1], own[2], end, backend="reference")
         parts.append(_with_gradients(out, own, case.upstream[:, :, first:last].double()))
     return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
 
