@@ -175,7 +175,7 @@ def score_groups(
         IndexError: a token outside the vocabulary.
     """
     scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend))
-    return GroupScores(scores, logprobs, *(entropy or [None]))
+    return GroupScores(scores, logprobs, entropy[0] if entropy else None)
 
 
 def model_ranking_loss(

@@ -340,12 +340,12 @@ def _check_trainable(base: PreTrainedModel) -> None:
             )
         # transformers leaves the checkpointing function on every module that checkpoints
         checkpointing = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpointing is not None and getattr(module, "gradient_checkpointing", False):
-            if getattr(checkpointing, "keywords", {}).get("use_reentrant", True):
-                raise ValueError(
-                    "reentrant activation checkpointing keeps the prompt's keys out of the graph: enable it with "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
-                )
+        in_use = checkpointing is not None and getattr(module, "gradient_checkpointing", False)
+        if in_use and getattr(checkpointing, "keywords", {}).get("use_reentrant", True):
+            raise ValueError(
+                "reentrant activation checkpointing keeps the prompt's keys out of the graph: enable it with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
 
 
 class _nothing_random:
