@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tuna_kernels.attention import tree_attention
+from tuna_kernels.integrations._shared_keys import KeyRole
 
 NAME = "tuna_tree"
 """What the attention implementation is called in `model.set_attn_implementation`."""
@@ -52,11 +53,15 @@ class TreePass:
         backend: for `tree_attention`.
         asked: windows of the masks the model asked for (None: no window, or one longer than every sequence).
         applied: windows that attention layers asked us to apply.
+        query_rows: [Tq] rows that this pass computes, the last ones of the tree; None: all.
+        role: what to do with each layer's keys and values; None: nothing.
     """
 
     subtree_end: Tensor
     position_ids: Tensor
     backend: str
+    query_rows: Tensor | None = None
+    role: KeyRole | None = None
     asked: set[int | None] = field(default_factory=set)
     applied: set[int | None] = field(default_factory=set)
 
@@ -139,13 +144,18 @@ def tuna_tree_attention(
         )
     _refuse(module, attention_mask, dropout, is_causal, kwargs)
     window = tuna_tree.window(sliding_window)
-    if _current.get() is tuna_tree:
+    first_run = _current.get() is tuna_tree  # else checkpointing computes the layer again
+    if first_run:
         tuna_tree.applied.add(window)
+    if tuna_tree.role is not None:
+        key, value = tuna_tree.role(module, key, value, first_run)
+    query_rows = tuna_tree.query_rows
     out = tree_attention(
         query,
         key,
         value,
         tuna_tree.subtree_end.to(query.device),
+        query_rows=None if query_rows is None else query_rows.to(query.device),
         position_ids=tuna_tree.position_ids.to(query.device),
         window=window,
         scale=scaling,
