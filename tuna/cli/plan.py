@@ -128,7 +128,7 @@ def _request(
 
     from tuna.plan.cards import find_card
     from tuna.plan.planner import GIB, Request
-    from tuna.plan.simulate import StepSettings
+    from tuna.plan.settings import StepSettings
     from tuna.plan.states import Sharding
     from tuna.plan.workload import METHODS
 

@@ -21,7 +21,7 @@ COLOURS = {
     "optimizer": "#64748b",
     "buffers": "#a8b3c2",
     "activations": "#c2410c",
-    "recompute": "#f0a070",
+    "layer at work": "#f0a070",
     "head": "#7c1d1d",
     "allowance": "#e2e8f0",
 }

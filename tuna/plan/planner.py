@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tuna.plan.cards import Card
-from tuna.plan.simulate import Simulator, StepMemory, StepSettings
+from tuna.plan.settings import StepSettings
+from tuna.plan.simulate import Simulator, StepMemory
 from tuna.plan.states import Offload, Optimizer, Sharding, StateMemory, model_states
 from tuna.plan.timing import StepTime, step_time
 from tuna.plan.workload import Workload
@@ -107,9 +108,8 @@ class Plan:
         if self.peak_at == "optimizer step":
             parts |= {"float32 gradients": states.gradient_copy}
         else:
-            head = step.peak_at.startswith("head")
-            parts |= {"activations": min(step.saved, step.peak)}
-            parts |= {"head" if head else "recompute": step.peak - parts["activations"]}
+            more = "head" if step.peak_at.startswith("head") else "layer at work"
+            parts |= {"activations": step.saved, more: step.peak - step.saved}
         return {**parts, "allowance": self.allowance}
 
     def summary(self) -> dict[str, Any]:

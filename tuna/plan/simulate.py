@@ -8,8 +8,6 @@ new gradient is a temporary that is added to what is there.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,45 +16,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from tuna.naive import naive_step_loss
+from tuna.plan.settings import StepSettings
 from tuna.plan.sizes import at_depth, layer_period
+from tuna.plan.steps import make_trainable, prepared_step
 from tuna.plan.tracker import Moment, StepTracker
-from tuna.plan.workload import Method, Workload, share_of
+from tuna.plan.workload import Workload, share_of
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations._heads import base_causal_lm
-from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
-from tuna_kernels.losses import Preset
+from tuna_kernels.integrations.transformers import prepare_model
 
 __all__ = ["ModelCounts", "Simulator", "StepMemory", "StepSettings"]
-
-LORA_TARGETS = "all-linear"
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """How a step is computed.
-
-    Attributes:
-        method: see `tuna.plan.workload.Method`.
-        dtype: of weights, activations and gradients.
-        checkpointing: recompute each layer in the backward instead of keeping its activations.
-        lora_rank: rank of adapters on all linear layers of the trunk, float32 as peft makes them; None: train
-            everything.
-        preset: of the loss.
-        logits_budget: as in `linear_ranking_loss`.
-        attention_backend, head_backend: whose `workspace_bytes` count; "auto" is what a CUDA device takes.
-        candidates_per_pass: of two-phase.
-    """
-
-    method: Method = "one_pass"
-    dtype: torch.dtype = torch.bfloat16
-    checkpointing: bool = True
-    lora_rank: int | None = None
-    preset: Preset = "released"
-    logits_budget: int | None = None
-    attention_backend: str = "torch"
-    head_backend: str = "torch"
-    candidates_per_pass: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,20 +44,17 @@ class StepMemory:
     """Bytes of one micro-batch beyond model states, and its products.
 
     Attributes:
-        peak: the most at any moment; `peak_at` names it.
-        saved: what the trunk keeps for the backward when the head begins.
-        head: what the head and loss hold on top of that, at most.
-        recompute: what the backward of a layer holds on top of that, at most.
+        peak: the most at any moment; ``peak_at`` names it.
+        saved: of which so much was there when the head of that pass began: what the trunk keeps for its backward,
+            and in two-phase the shared keys, values and their gradients.
         flops: floating-point operations of the matrix products of forward and backward, recomputation included.
         tokens: tokens that the trunk sees; ``unshared_tokens``: without padding and sharing.
-        moments: bytes at each moment.
+        moments: bytes at each moment, the most of all passes.
     """
 
     peak: int
     peak_at: str
     saved: int
-    head: int
-    recompute: int
     flops: int
     tokens: int
     unshared_tokens: int
@@ -115,7 +81,7 @@ class Simulator:
 
     def step(self, workload: Workload, groups: int, settings: StepSettings) -> StepMemory:
         """One micro-batch of ``groups`` groups."""
-        key = (id(workload), groups, settings)
+        key = (workload, groups, settings)
         if key not in self._known:
             batch = workload.batch(groups, settings.method)
             self._known[key] = _extended(
@@ -166,55 +132,18 @@ def simulate_step(config: PretrainedConfig, batch: list[Group], settings: StepSe
                 parameter.grad = torch.empty_like(parameter)
         backbone = base_causal_lm(model).base_model
         with tracker.follow(model, backbone, _layers(backbone, config)):
-            step(model)
+            step(model, tracker.repeat)
     return Simulated(tracker.peaks, tracker.saved, tracker.flops)
-
-
-def prepared_step(batch: list[Group], settings: StepSettings) -> Callable[[nn.Module], None]:
-    """Forward and backward of a micro-batch, as the trainer (or the released code) runs them on a model.
-
-    What a data loader makes on the host, the packed tree and its counts, is made here: it is never simulated.
-    """
-    if settings.method == "released":
-
-        def released(model: nn.Module) -> None:
-            naive_step_loss(model, batch, preset=settings.preset).loss.backward()  # type: ignore[no-untyped-call]
-
-        return released
-    tree = pack_groups(batch, share=share_of(settings.method))
-    counts = tree.loss_counts()
-
-    def one_pass(model: nn.Module) -> None:
-        output = model_ranking_loss(
-            model, tree, preset=settings.preset, counts=counts, logits_budget=settings.logits_budget
-        )
-        output.loss.backward()  # type: ignore[no-untyped-call]
-
-    return one_pass
-
-
-def make_trainable(model: nn.Module, settings: StepSettings) -> nn.Module:
-    """Adapters, activation checkpointing and training mode, as settings say; used on real models too."""
-    if settings.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        rank = settings.lora_rank
-        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
-        model = get_peft_model(model, adapters)
-    if settings.checkpointing:
-        inner: Any = model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
-            # Dropout is off, so there is no random state to keep; reading it would need a real generator.
-            inner.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    return model.train()
 
 
 def _model(config: PretrainedConfig, settings: StepSettings) -> nn.Module:
     """Shapes alone, on the meta device, where peft can move adapters about."""
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=settings.dtype, attn_implementation="sdpa")
+        try:
+            model = auto.from_config(config, dtype=settings.dtype, attn_implementation="sdpa")
+        except ValueError:  # a family that has none, for softcapped scores as an example
+            model = auto.from_config(config, dtype=settings.dtype, attn_implementation="eager")
         return make_trainable(model, settings)
 
 
@@ -282,25 +211,27 @@ def _extended(
     peaks = {key: _line([(depth, step.peaks[key]) for depth, step in found], layers) for key in keys}
     saved = {call: _line([(depth, step.saved[call]) for depth, step in found], layers) for call in first.saved}
     peak_at = max(peaks, key=lambda key: peaks[key])
-    held = max(saved.values())
-    of_head = max((value - saved[call] for (call, part), value in peaks.items() if part == "head"), default=0)
     tree = None if settings.method == "released" else pack_groups(batch, share=share_of(settings.method))
     lengths = [len(group.prompt) + len(response) for group in batch for response in group.responses]
+    moments: dict[str, int] = {}
+    for (_, part), value in peaks.items():
+        moments[MOMENTS[part]] = max(moments.get(MOMENTS[part], 0), value)
     return StepMemory(
         peak=peaks[peak_at],
-        peak_at=_moment_name(peak_at, max(saved)),
-        saved=held,
-        head=of_head,
-        recompute=max((peaks[k] - saved[k[0]] for k in peaks if k[1] not in ("head", "forward")), default=0),
+        peak_at=MOMENTS[peak_at[1]],
+        saved=min(saved.get(peak_at[0], 0), peaks[peak_at]),
         flops=_line([(depth, step.flops) for depth, step in found], layers),
         tokens=len(lengths) * max(lengths) if tree is None else tree.num_tokens,
         unshared_tokens=sum(lengths),
-        moments={_moment_name(key, max(saved)): value for key, value in peaks.items()},
+        moments=moments,
     )
 
 
-def _moment_name(moment: Moment, calls: int) -> str:
-    call, part = moment
-    names = {"top": "backward of the last layer", "bottom": "backward of the first layer"}
-    names |= {"middle": "backward", "embedding": "backward of the embedding"}
-    return names.get(part, part) + (f" (pass {call})" if calls > 1 else "")
+MOMENTS = {
+    "forward": "forward",
+    "head": "head and loss",
+    "top": "backward of the last layer",
+    "middle": "backward",
+    "bottom": "backward of the first layer",
+    "embedding": "backward of the embedding",
+}

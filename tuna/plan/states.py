@@ -14,8 +14,8 @@ with a float32 scale for 256, 6.03.
 
 At the optimizer step DeepSpeed makes a float32 copy of the half-precision gradients it owns, 4T/n (in stage 3 for a
 sub-group of 1e9 parameters at a time): no activations are held then, so the step is a moment of its own. With the
-copy and without sub-groups the sum is 2P + 18P/n in stage 2 and 18P/n in stage 3, which is what DeepSpeed's own
-estimators say.
+copy the sum is 2P + 18P/n in stage 2, which is what DeepSpeed's own estimator says; its 18P/n in stage 3 knows no
+sub-groups and leaves out the half-precision gradients.
 
 Offload of the optimizer moves o, and the float32 gradient, to the host, where DeepSpeed's estimators allow half as
 much again for its pinned buffers; gradients leave the GPU bucket by bucket. Offload of the parameters (stage 3)

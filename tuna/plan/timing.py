@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from tuna.plan.cards import Card
-from tuna.plan.simulate import ModelCounts, StepMemory, StepSettings
+from tuna.plan.settings import StepSettings
+from tuna.plan.simulate import ModelCounts, StepMemory
 from tuna.plan.states import Sharding, StateMemory, optimizer_bytes
 
 __all__ = ["StepTime", "step_time"]

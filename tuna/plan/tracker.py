@@ -52,6 +52,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         self.saved: dict[int, int] = {}
         self.flops = 0
         self._moment: Moment = (0, "forward")
+        self._times = 1
         self._start = 0
         self._backends = {"attention": attention_backend, "head": head_backend}
 
@@ -75,6 +76,10 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
             for hook in hooks:
                 hook.remove()
 
+    def repeat(self, times: int) -> None:
+        """What comes next happens so often in the step, though it is run once."""
+        self._times = times
+
     def held(self) -> int:
         """Bytes held now on all devices."""
         return sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
@@ -86,11 +91,11 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         extra = 0
         if func.namespace == "tuna_kernels":
             extra = self._workspace(func._opname, args)
-            self.flops += self._kernel_flops(func._opname, args)
+            self.flops += self._times * self._kernel_flops(func._opname, args)
         elif (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += self._times * formula(*args, **(kwargs or {}), out_val=result)
         elif func.overloadpacket in _FLASH_FLOPS:
-            self.flops += _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
+            self.flops += self._times * _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
         self._note(extra)
         return result
 

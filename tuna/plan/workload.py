@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from tuna.batching import GroupBatchSampler
 from tuna_kernels import Group, tree_tokens
@@ -14,7 +14,7 @@ __all__ = ["METHODS", "Method", "Workload", "share_of"]
 Method: TypeAlias = Literal["released", "unshared", "one_pass", "two_phase"]
 """How a step is computed: `released`: k padded copies and full logits (`tuna.naive`); `unshared`: the fused head
 on k separate, unpadded sequences; `one_pass`: the packed tree; `two_phase`: candidates a few at a time."""
-METHODS: tuple[Method, ...] = ("released", "unshared", "one_pass")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def share_of(method: Method) -> Literal["tree", "none"]:

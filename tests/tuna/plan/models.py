@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tuna.plan.simulate import StepSettings, make_trainable
+from tuna.plan.settings import StepSettings
+from tuna.plan.steps import make_trainable
 from tuna.plan.workload import Workload
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,9 @@ from tests.tuna.plan.models import CONFIGS, WORKLOAD, config_of, real_model
 from tuna.memory import allocator_peak
 from tuna.plan.cards import find_card
 from tuna.plan.planner import Planner, Request
-from tuna.plan.simulate import Simulator, StepSettings, prepared_step
+from tuna.plan.settings import StepSettings
+from tuna.plan.simulate import Simulator
+from tuna.plan.steps import prepared_step
 from tuna.plan.workload import METHODS, Method
 
 LIMIT = 0.15
@@ -41,7 +43,7 @@ def test_a_real_step(name: str, method: Method, checkpointing: bool) -> None:
     step = prepared_step(WORKLOAD.batch(groups, method), settings)
 
     def call() -> None:
-        step(model)
+        step(model, None)
         optimizer.step()
 
     taken = allocator_peak(call)
