@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+import torch
 from transformers import TrainingArguments
 
+from tuna import zero
 from tuna.records import OnBad
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
@@ -112,6 +114,10 @@ class TunaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ours()
+        if self.deepspeed:
+            self.deepspeed = zero.prepare(zero.read_settings(self.deepspeed))
+            # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_parents()
 

@@ -12,6 +12,7 @@ number.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -208,8 +209,17 @@ class TunaTrainer(Trainer):
 
         if model is bare:
             return call(tree)
-        with _forward_replaced(bare, call):
-            return cast(T, model(tree))
+        results: list[T] = []
+
+        def forward(tree: PackedTree) -> dict[str, Any]:
+            results.append(call(tree))
+            return dict(vars(results[0]))
+
+        # ZeRO-3 looks into tuples, lists and dicts for the tensors whose backward it has to get ready for, and
+        # hands back its own copies; a dataclass it would pass by.
+        with _forward_replaced(bare, forward):
+            outputs = model(tree)
+        return cast(T, dataclasses.replace(cast(Any, results[0]), **outputs))
 
     # Evaluation
 

@@ -155,8 +155,8 @@ def model_ranking_loss(
     """
     prepare_model(model)
     base = base_causal_lm(model)
-    head = read_head(base)
     hidden, tree = _hidden_states(base, tree, backend)
+    head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
     return linear_ranking_loss(
         hidden,
         head.weight,
@@ -176,8 +176,8 @@ def model_ranking_loss(
 def _score(
     base: PreTrainedModel, tree: PackedTree, length_penalty: float, return_entropy: bool, backend: str
 ) -> GroupScores:
-    head = read_head(base)
     hidden, tree = _hidden_states(base, tree, backend)
+    head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
     found = linear_logprobs(
         hidden,
         head.weight,
