@@ -1,5 +1,6 @@
 """Law: two ranks under DeepSpeed ZeRO-1, 2, 3 take the steps that one process takes without it: the weights after
-every step, the losses and the evaluation are the same, with and without offload, adapters, checkpointing.
+every step, the losses and the evaluation are the same, with and without offload, adapters, checkpointing, and whatever
+each rank gets of the data (a rank that waits for a collective that never comes is ended by a watchdog).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.tuna.zero_cases import CASES
 
 pytest.importorskip("deepspeed")
 
-QUICK = ["zero1-lora", "zero2-offload", "zero3-adam-tied", "zero3-checkpointing"]
+QUICK = ["zero1-lora", "zero2-offload", "zero3-adam-tied", "zero3-checkpointing", "zero3-tokens", "zero3-one-group"]
 Results = dict[str, dict[str, Any]]
 
 
