@@ -21,6 +21,12 @@ from tuna.cli.settings import merge_settings
 
 FOLDER = launching.ROOT / "configs"
 RUNS = sorted(FOLDER.glob("*.yaml"))
+HOLDER = """
+import sys, tuna.zero as zero
+with zero.build_lock(zero.Path(sys.argv[1]), "cpu_adam"):
+    print("in", flush=True)
+    input()
+"""
 DEEPSPEED = sorted((FOLDER / "deepspeed").glob("*.yaml"))
 
 
@@ -92,8 +98,7 @@ def test_a_stale_build_lock_is_removed_and_a_killed_holder_gives_way(tmp_path: P
     stale = tmp_path / "py" / "cpu_adam" / "lock"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    script = "import sys, tuna.zero as zero\nwith zero.build_lock(zero.Path(sys.argv[1]), 'cpu_adam'):\n    print('in', flush=True)\n    input()"
-    start = [sys.executable, "-c", script, str(tmp_path)]
+    start = [sys.executable, "-c", HOLDER, str(tmp_path)]
     holder = subprocess.Popen(
         start, env=launching.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
