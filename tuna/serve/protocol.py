@@ -112,6 +112,13 @@ class CompletionRequest(SamplingRequest):
             raise ValueError("max_tokens = 0 needs echo: there would be nothing to answer")
         return self
 
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("holds no prompt")
+        return value
+
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt."""
         given: Any = self.prompt
