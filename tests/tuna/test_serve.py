@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.tuna.live_server import live_server
-from tuna.generation import Row, Sampling
+from tuna.decoding import Row, Sampling
 from tuna.models import tiny_model
 from tuna.records import Record
 from tuna.serve import Engine

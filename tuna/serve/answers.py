@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuna.generation import Row, TopTokens, answer_text, prompt_logprobs
+from tuna.decoding import Row, TopTokens, answer_text, prompt_logprobs
 
 REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
 

@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from tuna.generation import Row, Sampling, end_tokens, position_limit
+from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
 from tuna.serve.answers import Part, Unsent, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
 from tuna.serve.engine import Busy, Engine, RowTask

@@ -1,4 +1,4 @@
-"""Laws of `tuna.generation`: each row draws from the model's own distribution with its own settings and random
+"""Laws of `tuna.decoding`: each row draws from the model's own distribution with its own settings and random
 numbers, whatever its company; log-probabilities are those of the textbook."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tuna_kernels.tiny_models import FAMILIES
-from tuna.generation import Row, Sampling, end_tokens, generate, position_limit, prompt_logprobs
+from tuna.decoding import Row, Sampling, end_tokens, generate, position_limit, prompt_logprobs
 from tuna.models import tiny_model
 from tuna_kernels.integrations.transformers import prepare_model
 
