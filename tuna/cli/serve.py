@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import sys
+import threading
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +24,9 @@ def serve(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "float32",
     device: Annotated[str | None, typer.Option(help="As torch names it. Default: a GPU if there is one.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line for each request.")] = False,
+    with_stdin: Annotated[
+        bool, typer.Option("--with-stdin", help="Stop when the standard input ends: when the parent is gone.")
+    ] = False,
 ) -> None:
     """Serve a local model by the OpenAI API: completions, chat, and POST /v1/rank."""
     import socket
@@ -53,4 +58,13 @@ def serve(
         listener.listen(128)
         typer.echo(f"{name or model} at http://{host}:{listener.getsockname()[1]}/v1")
         config = uvicorn.Config(app, log_level="warning" if quiet else "info", access_log=not quiet)
-        uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+        if with_stdin:
+            threading.Thread(target=_stop_with_stdin, args=(server,), daemon=True).start()
+        server.run(sockets=[listener])
+
+
+def _stop_with_stdin(server: Any) -> None:
+    while sys.stdin.buffer.read(1024):
+        pass
+    server.should_exit = True
