@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("train", "score", "info", "demo")
+COMMANDS = ("train", "score", "generate", "judge", "info", "demo")
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 app = typer.Typer(
