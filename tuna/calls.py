@@ -10,19 +10,62 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from tuna.budget import Budget, BudgetSpent, Usage, estimate_tokens
-from tuna.endpoint import Api, Attempt, CallFailed, Endpoint, EndpointRefused
+from tuna.budget import Budget, BudgetSpent, Prices, Usage, estimate_tokens
+from tuna.endpoint import Api, Attempt, CallFailed, Endpoint, EndpointRefused, EndpointSettings
 from tuna.journal import Journal, content_key
 
-__all__ = ["Outcome", "PaidCalls", "Unfinished", "prompt_tokens", "run_jobs", "worst_usage"]
+__all__ = [
+    "Outcome",
+    "PaidCalls",
+    "PaidSettings",
+    "Request",
+    "Unfinished",
+    "request_key",
+    "run_jobs",
+    "run_paid",
+    "worst_case",
+    "worst_usage",
+]
 
 J = TypeVar("J")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request not yet made; fields as the arguments of `PaidCalls.ask`."""
+
+    api: Api
+    body: Mapping[str, Any]
+    draw: int = 0
+    omit: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PaidSettings:
+    """How to ask and what to spend: all that does not change what an answer means.
+
+    Attributes:
+        endpoint: where, and how patiently.
+        concurrency: most jobs side by side; a job makes one call at a time.
+        max_calls, max_cost, prices: of the whole folder over all runs, see `tuna.budget.Budget`.
+    """
+
+    endpoint: EndpointSettings
+    concurrency: int = 8
+    max_calls: int | None = None
+    max_cost: float | None = None
+    prices: Prices = field(default_factory=Prices)
+
+    def budget(self, journal: Journal | None = None) -> Budget:
+        """The budget as earlier runs left it."""
+        calls, spent = (journal.calls, journal.spent) if journal is not None else (0, None)
+        return Budget(self.max_calls, self.max_cost, self.prices, calls=calls, spent=spent)
 
 
 class Unfinished(Exception):
@@ -69,8 +112,7 @@ class PaidCalls:
             CallFailed: the call was given up.
             BudgetSpent: it does not fit the budget.
         """
-        content = {name: value for name, value in body.items() if name not in omit}
-        key = content_key({"api": api, "body": content, "draw": draw})
+        key = request_key(api, body, draw=draw, omit=omit)
         # Equal requests side by side wait for one answer.
         async with self._asking.setdefault(key, asyncio.Lock()):
             try:
@@ -176,6 +218,43 @@ async def run_jobs(
     return outcome
 
 
+async def run_paid(
+    journal: Journal,
+    settings: PaidSettings,
+    jobs: Sequence[J],
+    work: Callable[[PaidCalls, J], Awaitable[R]],
+    *,
+    prepare: Callable[[PaidCalls], Awaitable[None]] | None = None,
+    on_done: Callable[[PaidCalls], None] = lambda calls: None,
+) -> tuple[Outcome[R], PaidCalls]:
+    """`run_jobs` with an endpoint, a journal and a budget; ``prepare`` comes before the first job, and alone."""
+    budget = settings.budget(journal)
+    async with Endpoint(settings.endpoint) as endpoint:
+        calls = PaidCalls(endpoint, journal, budget)
+        try:
+            if prepare is not None:
+                await prepare(calls)
+        except (BudgetSpent, CallFailed) as error:
+            return Outcome(stopped=error), calls
+        outcome = await run_jobs(
+            jobs, lambda job: work(calls, job), concurrency=settings.concurrency, on_done=lambda: on_done(calls)
+        )
+        return outcome, calls
+
+
+def worst_case(requests: Iterable[Request], journal: Journal | None = None) -> tuple[int, int, Usage]:
+    """What requests would take at most: calls to make, calls that the journal answers, tokens of the former."""
+    made, found, usage = set(), 0, Usage(0, 0)
+    for request in requests:
+        key = request_key(request.api, request.body, draw=request.draw, omit=request.omit)
+        if journal is not None and key in journal:
+            found += 1
+        elif key not in made:
+            made.add(key)
+            usage = usage + worst_usage(request.api, request.body)
+    return len(made), found, usage
+
+
 @contextmanager
 def _first_interrupt(handler: Callable[[], None]) -> Iterator[None]:
     """Within, the first Ctrl-C calls ``handler``, and the second is one as ever."""
@@ -195,7 +274,13 @@ def _first_interrupt(handler: Callable[[], None]) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def prompt_tokens(api: Api, body: Mapping[str, Any]) -> int:
+def request_key(api: Api, body: Mapping[str, Any], *, draw: int = 0, omit: Sequence[str] = ()) -> str:
+    """What a request is filed under; arguments as of `PaidCalls.ask`."""
+    content = {name: value for name, value in body.items() if name not in omit}
+    return content_key({"api": api, "body": content, "draw": draw})
+
+
+def _prompt_tokens(api: Api, body: Mapping[str, Any]) -> int:
     """Tokens of the prompt of a request, estimated without its tokenizer."""
     if api == "completions":
         return estimate_tokens(str(body.get("prompt", "")))
@@ -205,7 +290,7 @@ def prompt_tokens(api: Api, body: Mapping[str, Any]) -> int:
 def worst_usage(api: Api, body: Mapping[str, Any]) -> Usage:
     """The most tokens that a request can take: every choice of full length."""
     limit = body.get("max_completion_tokens", body.get("max_tokens", 16))
-    return Usage(prompt_tokens(api, body), int(body.get("n", 1)) * int(limit))
+    return Usage(_prompt_tokens(api, body), int(body.get("n", 1)) * int(limit))
 
 
 def _reported(reply: Any) -> Usage | None:

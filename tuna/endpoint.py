@@ -27,6 +27,7 @@ from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
 
 __all__ = [
+    "Api",
     "Attempt",
     "CallFailed",
     "Endpoint",

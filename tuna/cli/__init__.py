@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("rank", "sample", "train", "score", "serve", "info", "demo")
+COMMANDS = ("generate", "rank", "sample", "judge", "train", "score", "serve", "info", "demo")
 GROUPS = ("data", "recipe")  # with subcommands of their own
 USER_ERRORS = (ValueError, OSError, ImportError)
 
