@@ -151,7 +151,7 @@ def _local(
     from rich.text import Text
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.cli.progress import progress_bar
+    from tuna.cli.bar import progress_bar
     from tuna.files import content_hash
     from tuna.journal import Journal
     from tuna.models import load_model
