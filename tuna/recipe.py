@@ -1,9 +1,9 @@
 """A recipe: `tuna` commands as steps with inputs, outputs and parameters, planned before any of them runs.
 
-A step is a command and its flags. `${name}` in a value stands for what an earlier step makes, or for the address of a
-server of the recipe. A step's key is a hash of its command, its flags, the keys of the steps it refers to and the
-bytes of the files it reads; its folder is named by the key. So a step that is done is found again, a changed one gets
-a folder of its own, and nothing is ever written over.
+A step is a command and its flags. `${name}` in a value stands for what an earlier step makes, for the address of a
+server of the recipe, or for one of its variables. A step's key is a hash of its command, its flags, the keys of the
+steps it refers to and the bytes of the files it reads; its folder is named by the key. So a step that is done is found
+again, a changed one gets a folder of its own, and nothing is ever written over.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ KINDS: dict[Run, Kind] = {
     "split": Kind(("data", "split"), "", {"output": ""}, positional=("source",)),
     "train": Kind(("train",), "", {"output": ""}, ("--yes", "--overwrite")),
     "sample": Kind(("sample",), "responses.jsonl", {"output": ""}, set_aside=True),
-    "judge": Kind(("judge",), "ranked.jsonl", {"output": ""}, set_aside=True),
+    "judge": Kind(("judge",), "records.jsonl", {"output": ""}, set_aside=True),
     "score": Kind(("score",), "score.json", {"json": "score.json", "per-record": "per_record.jsonl"}),
 }
 
@@ -124,12 +124,15 @@ class Recipe(_Strict):
 
     Attributes:
         folder: where everything is written; relative to the recipe's file.
+        title: of the report.
+        variables: values by name, which stand in for `${name}` everywhere else; `tuna recipe run --set` changes them.
         servers: by name.
         steps: in the order they run; references go backwards only.
     """
 
     folder: str
     title: str | None = None
+    variables: dict[str, str | int | float | bool] = {}
     servers: dict[str, Server] = {}
     steps: list[Step] = Field(min_length=1)
 
@@ -154,12 +157,16 @@ class Recipe(_Strict):
         return self
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
+def read_recipe(path: Path, variables: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe and put its variables in.
+
+    Args:
+        path: a YAML file.
+        variables: values that replace those of the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, or no recipe; the message names every field that is wrong.
+        ValueError: no YAML, or no recipe (the message names every field that is wrong); an unknown variable.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {path}")
@@ -169,11 +176,32 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not keys and values")
+    found = content.get("variables")
+    known = dict(found) if isinstance(found, Mapping) else {}
+    for name in variables or {}:
+        if name not in known:
+            raise ValueError(f"{path} has no variable {name!r}{_hint(name, known)}")
+    known |= variables or {}
+    body = {key: _filled(value, known) for key, value in content.items() if key != "variables"}
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(body | ({"variables": known} if "variables" in content else {}))
     except ValidationError as error:
-        lines = [_plain(detail, content) for detail in error.errors()]
+        lines = [_plain(detail, body) for detail in error.errors()]
         raise ValueError("\n".join([f"{path} is no recipe:", *(f"  {line}" for line in lines)])) from None
+
+
+def _filled(value: Any, variables: Mapping[str, Any]) -> Any:
+    """``value`` with variables in place; a value that is nothing but a variable keeps its kind."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item, variables) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, variables) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = REFERENCE.fullmatch(value)
+    if whole and whole[1] in variables:
+        return variables[whole[1]]
+    return REFERENCE.sub(lambda found: str(variables.get(found[1], found[0])), value)
 
 
 @dataclass(frozen=True)
@@ -383,11 +411,10 @@ def _plain(detail: Any, content: Mapping[str, Any]) -> str:
     place: list[str] = []
     value: Any = content
     for part in detail["loc"]:
-        value = (
-            value[part]
-            if isinstance(value, Mapping | list) and not isinstance(part, str)
-            else (value.get(part) if isinstance(value, Mapping) else None)
-        )
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            value = None
         name = value.get("name") if isinstance(value, Mapping) else None
         place.append(f"{part} ({name})" if isinstance(part, int) and isinstance(name, str) else str(part))
     message = detail["msg"].removeprefix("Value error, ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,12 +11,16 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Run several commands as steps of one recipe, each once.", no_args_is_help=True)
 
+SetFlag = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value: another value for a variable of the recipe.")
+]
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, in YAML; see docs/recipe.md.")]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
+    set_: SetFlag = None,
     until: Annotated[str | None, typer.Option(help="Stop after the step of this name.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not show what the steps print.")] = False,
 ) -> None:
@@ -29,7 +33,7 @@ def run(
     from tuna.recipe_run import run_steps
 
     console = Console()
-    found = read_recipe(recipe)
+    found = read_recipe(recipe, _variables(set_))
     steps = plan(found, recipe.resolve().parent)
     names = [step.step.name for step in steps]
     if until is not None and until not in names:
@@ -53,15 +57,28 @@ def run(
 
 
 @app.command()
-def show(recipe: RecipeFile) -> None:
+def show(recipe: RecipeFile, set_: SetFlag = None) -> None:
     """List the steps, which of them are done, and the commands they stand for. Runs nothing."""
     from rich.console import Console
     from rich.table import Table
 
     from tuna.recipe import plan, read_recipe
 
-    steps = plan(read_recipe(recipe), recipe.resolve().parent)
+    steps = plan(read_recipe(recipe, _variables(set_)), recipe.resolve().parent)
     table = Table("step", "done", "command", title=str(recipe), title_justify="left")
     for step in steps:
         table.add_row(step.step.name, "yes" if step.done else "no", step.command_line())
     Console().print(table)
+
+
+def _variables(texts: list[str] | None) -> dict[str, Any]:
+    """Values as YAML; a path that exists from here is made absolute, since recipes start from their own folder."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value, got {text!r}")
+        found[name.strip()] = str(Path(value).resolve()) if value and Path(value).exists() else yaml.safe_load(value)
+    return found
