@@ -191,6 +191,8 @@ def _choice(api: Api, number: int, choice: Any) -> dict[str, Any]:
         raise UnusableAnswer(f"choice {number} is no object")
     message = choice.get("message") if api == "chat" else choice
     text = message.get("content" if api == "chat" else "text") if isinstance(message, Mapping) else None
+    if text is None and api == "chat" and isinstance(message, Mapping):
+        text = message.get("refusal")  # an answer too: asking again would be answered the same
     if not isinstance(text, str):
         raise UnusableAnswer(f"choice {number} has no text")
     reason = choice.get("finish_reason")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.tuna.gather.misbehaving import Misbehaving
 from tuna.cli import app
 from tuna.files import content_hash
 from tuna.recipe import PlannedStep, plan, read_recipe
@@ -270,12 +271,13 @@ def tiny_recipe(folder: Path, port: int, judge_url: str) -> Path:
     (folder / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in instructions))
     shape = {"template": "chat", "max_length": 256}
     train = {**shape, "lr": 1e-3, "set": ["use_cpu=true"], "logging_steps": 1}
+    parts = {"data": "${parts}/train.jsonl", "eval_data": "${parts}/held_out.jsonl"}
     asked = {"instructions": "instructions.jsonl", "max_tokens": 24}
     steps = [
         ("candidates", "generate", {**asked, "base_url": "${local}", "model": "tiny", "n": 3, "seed": 1}),
         ("ranked", "rank", {"data": "${candidates}", "truncated": "keep"}),
         ("parts", "split", {"source": "${ranked}", "fraction": 0.25}),
-        ("first", "train", {**train, "model": "tiny", "data": "${parts}/train.jsonl", "eval_data": "${parts}/held_out.jsonl"}),
+        ("first", "train", {**train, **parts, "model": "tiny"}),
         ("sampled", "sample", {**asked, "model": "${first}", "k": 3, "template": "chat"}),
         ("judged", "judge", {"data": "${sampled}", "base_url": judge_url, "model": "judge"}),
         ("second", "train", {**train, "model": "${first}", "data": "${judged}"}),
@@ -294,38 +296,46 @@ def tiny_recipe(folder: Path, port: int, judge_url: str) -> Path:
 @pytest.mark.slow
 def test_the_whole_recipe_runs_and_survives_being_killed(tmp_path: Path) -> None:
     """Killed (kill -9) at several points and started again, it ends with the files of a run left in peace."""
-    with judge_on_loopback() as (judge_url, judged):
-        results: list[dict[str, bytes]] = []
-        for name, kills in (("peace", 0), ("killed", 4)):
-            folder = tmp_path / name
-            folder.mkdir()
-            path = tiny_recipe(folder, free_port(), judge_url)
-            for round_ in range(kills):
+    results = []
+    for name, kills in (("peace", 0), ("killed", 4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        with Misbehaving(judge=shortest_first) as judge:
+            path = tiny_recipe(folder, free_port(), judge.url)
+            for number in range(kills):
                 process = start_recipe(path)
-                time.sleep(8 + 7 * round_)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                time.sleep(3)  # the step that it was at goes on alone, and may hold its folder for a moment
+                time.sleep(6 + 6 * number)
+                process.kill()
+                process.communicate()
+                time.sleep(4)  # the step it was at goes on by itself for a moment, and so does a server
             process = start_recipe(path)
             output = process.communicate(timeout=500)[0].decode()
             assert process.returncode == 0, output
-            found = {step.step.name: step for step in plan(read_recipe(path), folder)}
-            assert all(step.done for step in found.values())
-            names = ("ranked", "sampled", "judged")
-            results.append({name: found[name].product.read_bytes() for name in names})
-            report = (folder / "out" / "report.md").read_text()
-            for part in ("## Responses", "## Rankings", "## Agreement and pair accuracy", "## Training"):
-                assert part in report
-            for picture in ("lengths.png", "scores-1.png", "scores-2.png", "accuracy.png", "training.png"):
-                assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
-        assert [record.responses for record in records_of(results[0]["ranked"])] == [
-            record.responses for record in records_of(results[1]["ranked"])
-        ]
-        assert len(judged) >= 8
+            assert set(judge.paid.values()) == {1}  # every judgement was paid for once
+        found = {step.step.name: step for step in plan(read_recipe(path), folder)}
+        assert all(step.done for step in found.values())
+        results.append([read_records(found[name].product).records for name in ("ranked", "judged")])
+        report = (folder / "out" / "report.md").read_text()
+        for part in ("## Responses", "## Rankings", "## Agreement and pair accuracy", "## Training"):
+            assert part in report
+        for picture in ("lengths.png", "scores-1.png", "scores-2.png", "accuracy.png", "training.png"):
+            assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    assert results[0] == results[1]
 
 
-def records_of(content: bytes) -> list[Any]:
-    return read_records([json.loads(line) for line in content.splitlines()]).records
+def shortest_first(body: dict[str, Any]) -> str:
+    """A judge that prefers short answers."""
+    candidates = re.findall(r'<candidate number="(\d+)">\n(.*?)\n</candidate>', body["messages"][1]["content"], re.S)
+    order = sorted(candidates, key=lambda one: (len(one[1]), one[1]))
+    marks = [{"candidate": int(n), "correctness": 3, "helpfulness": 3, "clarity": 3} for n, _ in candidates]
+    ranking = [[int(n)] for n, _ in order]
+    return json.dumps({"kind": "open", "reference": "r", "duplicates": [], "scores": marks, "ranking": ranking})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def start_recipe(path: Path) -> subprocess.Popen[bytes]:

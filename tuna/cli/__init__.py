@@ -58,6 +58,8 @@ def _assemble() -> None:
             app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
     for name in GROUPS:
         app.add_typer(import_module(f"tuna.cli.{name}").app, name=name)
+    bench = import_module("tuna.cli.bench")
+    app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
