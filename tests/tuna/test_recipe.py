@@ -4,6 +4,12 @@ that broke off goes on at the step where it did; and what is wrong with a recipe
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +141,11 @@ def test_references_become_paths_addresses_and_values(folder: Path) -> None:
             "model": "tiny",
             "data": "${parts}/train.jsonl",
             "eval_first": False,
-            "set": ["use_cpu=true", "x=1"],
+            "set": ["a=1", "b=2"],
         },
     }
-    judge: dict[str, Any] = {
-        "name": "made",
-        "run": "generate",
-        "options": {
-            "instructions": "responses.jsonl",
-            "model": "m",
-            "base-url": "${student}",
-            "score-with": "${first}",
-        },
-    }
+    asked = {"instructions": "responses.jsonl", "model": "m", "base-url": "${student}"}
+    made: dict[str, Any] = {"name": "made", "run": "generate", "options": {**asked, "score-with": "${first}"}}
     servers = {"student": {"model": "${first}", "port": 9001}}
     steps = planned(folder, RANK, SPLIT, train, made, servers=servers)
     assert f"--data={steps[1].folder}/train.jsonl" in steps[2].arguments
@@ -157,9 +155,7 @@ def test_references_become_paths_addresses_and_values(folder: Path) -> None:
     assert f"--model={steps[2].folder}" in steps[3].servers[0].arguments
     assert "--fraction=0.25" in steps[1].arguments
     with pytest.raises(ValueError, match=r"step 'made' needs server 'student', whose \$\{first\} comes later"):
-        planned(
-            folder, {**judge, "options": {**judge["options"], "score-with": None}}, RANK, SPLIT, train, servers=servers
-        )
+        planned(folder, {**made, "options": asked}, RANK, SPLIT, train, servers=servers)
 
 
 @pytest.mark.parametrize(
