@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from tuna.constrained import Constraint
 from tuna.templates import end_token_id
 
 __all__ = [
@@ -90,6 +91,7 @@ class Row:
         ids, logprobs, top: tokens so far, the log-probability of each, and the likeliest tokens at its place.
         finish_reason: None while under way.
         text: without stop text and end token; kept up to date only for rows with a stop text until they finish.
+        constraint: what the answer must keep to. Log-probabilities are the model's own all the same.
     """
 
     prompt: Sequence[int]
@@ -100,6 +102,7 @@ class Row:
     top: list[TopTokens] = field(default_factory=list)
     finish_reason: Finish | None = None
     text: str = ""
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -243,13 +246,15 @@ def _extend(
 ) -> None:
     """Draw the next token of every row from ``logits`` [rows, V], and end those that end."""
     found = _log_softmax(logits)
-    chosen = _draw(logits, rows)
+    chosen = _draw(_constrained(logits, rows), rows)
     values = found.gather(1, chosen[:, None])[:, 0].tolist()
     likeliest = _likeliest(found, [row.sampling.top_logprobs for row in rows])
     for row, token, value, top in zip(rows, chosen.tolist(), values, likeliest, strict=True):
         row.ids.append(token)
         row.logprobs.append(value)
         row.top.append(top)
+        if row.constraint is not None:
+            row.constraint.accept(token)
         _settle(row, tokenizer)
         if not on_token(row) and row.finish_reason is None:
             row.finish_reason = "cancelled"
@@ -257,7 +262,7 @@ def _extend(
 
 def _settle(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
     """End the row if it has come to its end, and bring its text up to date where that is needed."""
-    ended = row.ids[-1] in row.ends
+    ended = row.ids[-1] in row.ends or (row.constraint is not None and row.constraint.complete)
     full = len(row.ids) >= row.sampling.max_tokens
     if ended or full:
         row.finish_reason = "stop" if ended else "length"
@@ -295,6 +300,17 @@ def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> list[TopTokens]:
         return [[] for _ in counts]
     values, tokens = (part.tolist() for part in logprobs.topk(most))
     return [list(zip(t[:n], v[:n], strict=True)) for t, v, n in zip(tokens, values, counts, strict=True)]
+
+
+def _constrained(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """``logits`` [rows, V] without the tokens that a row's constraint rules out."""
+    held = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
+    if not held:
+        return logits
+    logits = logits.clone()
+    for i, constraint in held:
+        logits[i].masked_fill_(~constraint.allowed(logits.shape[-1]).to(logits.device), -torch.inf)
+    return logits
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -229,6 +229,43 @@ def test_rank_scores_equal_the_kernels_and_the_textbooks(served: tuple[str, Engi
     assert answer["usage"]["computed_tokens"] < answer["usage"]["unshared_tokens"]
 
 
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "kind": {"type": "string", "enum": ["open", "closed"]},
+        "why": {"type": "string", "maxLength": 6},
+        "ranking": {"type": "array", "items": {"type": "integer", "enum": [1, 2, 3]}, "minItems": 2, "maxItems": 3},
+    },
+    "required": ["kind", "why", "ranking"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_structured_answers_keep_to_their_schema(
+    client: openai.OpenAI, tiny: tuple[Any, Any], temperature: float
+) -> None:
+    """A random model, which left alone would hardly write a brace, answers in JSON of the schema."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "judgement", "schema": SCHEMA, "strict": True}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=CHAT, n=3, seed=1, temperature=temperature, max_tokens=200, response_format=form,
+        logprobs=True,
+    )  # fmt: skip
+    prompt = tiny[1].apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        found = json.loads(choice.message.content or "")
+        assert list(found) == ["kind", "why", "ranking"] and found["kind"] in ("open", "closed")
+        assert len(found["why"]) <= 6 and 2 <= len(found["ranking"]) <= 3 and set(found["ranking"]) <= {1, 2, 3}
+        # The log-probabilities are the model's own, not those of what the schema leaves.
+        first = choice.logprobs and choice.logprobs.content and choice.logprobs.content[0].logprob
+        following = reference(tiny, [*prompt, 0])[-1]
+        assert float((following - (first or 0.0)).abs().min()) < 1e-8
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+    with pytest.raises(openai.BadRequestError, match="JSON schema cannot be followed"):
+        client.chat.completions.create(model="tiny", messages=CHAT, response_format=wrong)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
@@ -252,7 +289,7 @@ def test_rank_scores_equal_the_kernels_and_the_textbooks(served: tuple[str, Engi
             "chat/completions",
             {"model": "tiny", "messages": CHAT, "response_format": {"type": "json_schema"}},
             400,
-            "response_format",
+            "needs json_schema.schema",
         ),
         ("rank", {"prompt": "a"}, 400, "responses"),
         ("rank", {"responses": ["a"]}, 400, "exactly one of prompt and messages"),
@@ -278,19 +315,20 @@ def test_broken_json_is_a_clear_error(served: tuple[str, Engine]) -> None:
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
 
 
-def test_a_client_that_hangs_up_frees_its_rows(served: tuple[str, Engine], client: openai.OpenAI) -> None:
+def test_a_client_that_hangs_up_frees_its_rows(
+    served: tuple[str, Engine], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, engine = served
-    for stream in (True, False):
-        long = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4000, "stream": stream}
-        with pytest.raises(httpx.ReadTimeout):
-            if stream:
-                with httpx.stream("POST", f"{url}/completions", json=long, timeout=0.5) as answer:
-                    next(answer.iter_lines())
-                    raise httpx.ReadTimeout("enough")
-            else:
-                httpx.post(f"{url}/completions", json=long, timeout=0.5)
-        # 4000 tokens would take this many seconds; the next answer need not wait for them.
-        client.with_options(timeout=60).completions.create(model="tiny", prompt="Hi", max_tokens=1)
+    tasks: list[RowTask] = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda given: (tasks.extend(given), submit(given)))
+    long = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4000, "temperature": 0}
+    with httpx.stream("POST", f"{url}/completions", json={**long, "stream": True}) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/completions", json=long, timeout=0.5)
+    client.completions.create(model="tiny", prompt="Hi", max_tokens=1)
+    assert [len(task.row.ids) < 4000 for task in tasks] == [True, True, True]
     assert not engine._waiting
 
 
@@ -308,6 +346,8 @@ def test_a_full_queue_says_when_to_come_back(tiny: tuple[Any, Any]) -> None:
             refused = httpx.post(f"{url}/completions", json=ask)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert refused.json()["error"]["code"] == "queue_full"
+            many = httpx.post(f"{url}/completions", json={**ask, "n": 3})
+            assert many.status_code == 400 and "2 that may wait" in many.json()["error"]["message"]
             gate.set()
             assert [answer.result().status_code for answer in waiting] == [200, 200]
         held.result(10)

@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from tuna.constrained import Constraint, json_constraint
 from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
 from tuna.serve.answers import Part, Unsent, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
@@ -109,6 +110,10 @@ class _Handlers:
         asked = body.max_completion_tokens or body.max_tokens
         room = self.default_max_tokens if self.limit is None else max(1, self.limit - len(ids))
         tasks = self._tasks(ids, body, True, asked or min(self.default_max_tokens, room), body.top_logprobs or 0, 0)
+        schema = body.response_format.schema_asked() if body.response_format is not None else None
+        if schema is not None:
+            for task in tasks:
+                task.row.constraint = self._constraint(schema)
 
         def choice(index: int, part: Part, finish: str | None, first: bool) -> dict[str, Any]:
             logprobs = chat_logprobs(part, self.tokenizer) if body.logprobs else None
@@ -157,6 +162,15 @@ class _Handlers:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # templates refuse by raising from Jinja, each with a class of its own
             raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+
+    def _constraint(self, schema: dict[str, Any]) -> Constraint:
+        try:
+            return json_constraint(self.tokenizer, sorted(self.ends[True]), schema)
+        except ModuleNotFoundError as error:
+            message = f"response_format needs a package that this server lacks: pip install {error.name}"
+            raise ApiError(400, message, param="response_format") from error
+        except ValueError as error:
+            raise ApiError(400, str(error), param="response_format") from error
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         size = len(self.tokenizer)
@@ -239,6 +253,10 @@ class _Handlers:
                     await waiter
 
     def _submit(self, tasks: list[RowTask]) -> None:
+        if len(tasks) > self.engine.max_waiting:
+            raise ApiError(
+                400, f"{len(tasks)} answers in one request are more than the {self.engine.max_waiting} that may wait"
+            )
         try:
             self.engine.submit(tasks)
         except Busy as error:

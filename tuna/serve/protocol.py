@@ -1,12 +1,12 @@
 """The requests of the OpenAI API that are served, checked by pydantic.
 
 What is not served is refused, never ignored: an unknown field is an error, and so is a known one with a value
-that would change the answer (penalties, logit bias, tools, structured output).
+that would change the answer (penalties, logit bias, tools).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -126,12 +126,33 @@ class CompletionRequest(SamplingRequest):
         return [given] if one else list(given)
 
 
-class ResponseFormat(BaseModel):
-    """Only free text is served."""
+class JsonSchema(BaseModel):
+    """The schema of a structured answer; its name and `strict` change nothing here."""
 
     model_config = ConfigDict(extra="ignore")
 
-    type: str
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """Free text, any JSON object, or one that keeps to a schema."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type 'json_schema' needs json_schema.schema")
+        return self
+
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that answers must keep to, None for free text."""
+        if self.json_schema is not None and self.type == "json_schema":
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class ChatRequest(SamplingRequest):
@@ -153,8 +174,6 @@ class ChatRequest(SamplingRequest):
     def _together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError(f"response_format {self.response_format.type!r} is not supported by this server")
         return self
 
 
