@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 __all__ = ["Constraint", "json_constraint"]
 
@@ -63,4 +63,6 @@ def _wrapped(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> Any:
     """The tokenizer as llguidance wants it; about a second for a large vocabulary."""
     from llguidance.hf import from_tokenizer
 
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError("JSON schemas need a fast tokenizer (one of the library tokenizers)")
     return from_tokenizer(tokenizer, eos_token=list(ends))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tuna.recipe import PlannedServer, PlannedStep
 from tuna.report import write_json
@@ -20,6 +22,7 @@ __all__ = ["StepFailed", "run_steps"]
 
 LOG = "log.txt"
 START_TIMEOUT = 600.0  # seconds a server may take to load its model
+PORT_TIMEOUT = 60.0  # seconds to wait for a port to become free
 TAIL = 15  # lines of a failed step's log that the error shows
 
 
@@ -117,6 +120,7 @@ def _check(step: PlannedStep, code: int) -> None:
 
 def _start(server: PlannedServer, log_file: Path) -> subprocess.Popen[bytes]:
     """Start a server and wait until it answers. It ends with its standard input, so also when we are killed."""
+    _wait_for_port(server)
     with log_file.open("ab") as log:
         command = [sys.executable, "-m", "tuna", *server.arguments]
         # A session of its own: Ctrl-C must not take the server from a step that finishes its calls.
@@ -138,6 +142,19 @@ def _start(server: PlannedServer, log_file: Path) -> subprocess.Popen[bytes]:
     except BaseException:
         _stop(process)
         raise
+
+
+def _wait_for_port(server: PlannedServer) -> None:
+    """Until nobody listens there: the server of a run that was killed goes on for some seconds."""
+    address = urlsplit(server.url)
+    deadline = time.monotonic() + PORT_TIMEOUT
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex((address.hostname, address.port)) != 0:
+                return
+        if time.monotonic() > deadline:
+            raise StepFailed(f"server {server.name!r}: port {address.port} is in use; give it another in the recipe")
+        time.sleep(0.5)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

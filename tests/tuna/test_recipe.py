@@ -215,6 +215,25 @@ def test_the_command_runs_shows_and_reports(folder: Path) -> None:
     assert unknown.exit_code != 0 and "ranked, parts" in str(unknown.exception)
 
 
+def test_a_server_that_cannot_start_fails_its_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {
+        "name": "made",
+        "run": "generate",
+        "options": {"instructions": "responses.jsonl", "model": "m", "base_url": "${teacher}"},
+    }
+    port = free_port()
+    steps = planned(folder, RANK, made, servers={"teacher": {"model": "./no_such_model", "port": port}})
+    with pytest.raises(StepFailed, match=r"server 'teacher' did not start[\s\S]*no model folder './no_such_model'"):
+        ran(steps)
+    assert [step.done for step in steps] == [True, False]
+    monkeypatch.setattr("tuna.recipe_run.PORT_TIMEOUT", 0.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(StepFailed, match=f"port {port} is in use"):
+            ran(steps)
+
+
 def test_every_recipe_of_the_repository_can_be_planned() -> None:
     recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     assert recipes
