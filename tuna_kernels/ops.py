@@ -14,11 +14,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .backends import linear, ranking, selective
+from .backends import linear, ranking
 from .backends.linear import LinearCall, Saved
 from .backends.ranking import Candidates, LossSettings
 from .backends.reference import compute_dtype
-from .config import tile_ops
+from .config import head_backend
 from .losses import LossCounts, Preset, Reduction, tuna_hinge
 
 P = ParamSpec("P")
@@ -70,7 +70,7 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     return linear.forward(
-        tile_ops(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
+        head_backend(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
     )
 
 
@@ -109,7 +109,7 @@ def linear_logprobs_backward(
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     saved = Saved(logprobs, lse, entropy, unit, upstream, upstream_lse, upstream_entropy)
     a, b, c, d, e = needs
-    return linear.backward(tile_ops(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e))
+    return linear.backward(head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e))
 
 
 def _fake_gradients(sources: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype | None) -> FiveTensors:
@@ -154,7 +154,8 @@ linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
 def selective_logprobs(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return selective.forward(tile_ops(backend), logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
+    forward = head_backend(backend).selective_forward
+    return forward(logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
 
 
 @selective_logprobs.register_fake
@@ -174,7 +175,10 @@ def selective_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    return selective.backward(tile_ops(backend), upstream, logits, targets, lse, temperature, ignore_index)
+    gradient = logits.new_empty(logits.shape)
+    backward = head_backend(backend).selective_backward
+    backward(upstream, logits, targets, lse, temperature, ignore_index, gradient)
+    return gradient
 
 
 @selective_logprobs_backward.register_fake
@@ -279,7 +283,7 @@ def linear_ranking_loss(
     kind: Preset = "paper" if preset == "paper" else "released"
     a, b, c, d, e = needs
     result = ranking.linear_ranking(
-        tile_ops(backend),
+        head_backend(backend),
         call,
         Candidates(rows, targets, candidate_offsets, ranks, group_offsets),
         LossSettings(kind, margin, length_penalty, mle_weight, counts),

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import tiled
+from .head import HeadBackend
 from .reference import compute_dtype
 from .slots import Slots
-from .tiled import Gradients, Head, Inputs, RowGradient, TileOps
+from .tiled import Gradients, Head, Inputs, RowGradient
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _rows_dense(matrix: Tensor) -> Tensor:
 
 
 def forward(
-    ops: TileOps,
+    backend: HeadBackend,
     call: LinearCall,
     targets: Tensor,
     rows: Tensor | None,
@@ -64,8 +64,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D])``, zero for ignored slots."""
     slots = Slots.build(targets, rows, ignore_index)
-    result = tiled.forward(
-        ops, call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
+    result = backend.forward(
+        call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
     )
 
     def per_slot(values: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
 
 
 def backward(
-    ops: TileOps,
+    backend: HeadBackend,
     call: LinearCall,
     targets: Tensor,
     rows: Tensor | None,
@@ -172,7 +172,7 @@ def backward(
             low_rank_weight=results[4] if low_weight else None,
             bias=results[2] if bias else None,
         )
-        tiled.backward(ops, call.inputs, call.head, slots, call.compute, coefficients, into)
+        backend.backward(call.inputs, call.head, slots, call.compute, coefficients, into)
     for result, grads in ((results[0], row_grads), (results[3], low_rows)):
         if grads is not None:
             result.index_copy_(0, slots.rows, grads.to(result.dtype))
