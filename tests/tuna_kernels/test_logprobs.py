@@ -66,9 +66,7 @@ def tensors(case: Case) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     return leaves, targets, rows, upstream
 
 
-def evaluate(
-    case: Case, backend: str, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> dict[str, Tensor]:
+def evaluate(case: Case, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
     """Values and gradients of every output, with a random upstream of its own for every slot."""
     leaves, targets, rows, upstream = tensors(case)
     leaves = {k: x.to(device=device, dtype=dtype) for k, x in leaves.items()}

@@ -1,4 +1,4 @@
-"""What a backend of the LM head is: four functions. Slots, validation, registration and the loss are the same for all."""
+"""What a backend of the LM head is: four functions. Slots, validation, ops and the loss are the same for all."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from .tiles import LN_2, add_product, merge_softmax, program_tile, row_slots, st
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     hidden,  # [T, width]
     weight,  # [V, width]
     bias,  # [V] or None
@@ -68,16 +68,16 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     block, split = program_tile(row_count, splits, ROWS, GROUP)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < row_count
-    source = tl.load(rows + row, mask=live, other=0).to(tl.int64)
+    source = tl.load(rows + row, mask=live, other=0)
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     s = tl.zeros([ROWS], tl.float32)
     t = tl.zeros([ROWS], tl.float32)
     start = split * tiles_per_split
     for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(vocabulary, COLUMNS))):
-        first = tile * COLUMNS
-        columns = first + tl.arange(0, COLUMNS)
-        entries = tl.minimum(columns, vocabulary - 1).to(tl.int64)
+        first = tile * COLUMNS  # int64, as `split` is
+        column = tl.arange(0, COLUMNS)
+        entries = tl.minimum(first + column, vocabulary - 1)
         x = tl.zeros([ROWS, COLUMNS], tl.float32)
         x = add_product(
             x, hidden, source, hidden_stride, weight, entries, weight_stride, width, DEPTH, EVEN, TYPE, PRECISION
@@ -87,9 +87,9 @@ def forward_kernel(  # type: ignore[no-untyped-def]
                 x, low_hidden, source, low_hidden_stride, low_weight, entries, low_weight_stride, rank, 16, False,
                 LOW_TYPE, PRECISION,
             )  # fmt: skip
-        y = to_logits(x, bias, columns, vocabulary, scale, cap, CAPPED)
-        last = tl.minimum(first + COLUMNS, vocabulary)
-        store_chosen(y, columns, first, last, chosen, targets, first_slot, slots, most_slots)
+        count = tl.minimum(vocabulary - first, COLUMNS).to(tl.int32)
+        y = to_logits(x, bias, first, column, count, scale, cap, CAPPED)
+        store_chosen(y, first, column, count, chosen, targets, first_slot, slots, most_slots)
         m, s, t = merge_softmax(y, m, s, t, weighted is not None)
     at = split * row_count + row
     tl.store(maximum + at, m, mask=live)
@@ -99,7 +99,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def finish_kernel(  # type: ignore[no-untyped-def]
+def finish_kernel(
     maximum,  # [splits, R]
     total,
     weighted,  # or None
@@ -131,8 +131,8 @@ def finish_kernel(  # type: ignore[no-untyped-def]
         factor = tl.exp2(part_m - reference[:, None])
         if weighted is not None:
             part_t = tl.load(weighted + at, mask=there, other=0.0)
-            moved = part_t + tl.where(factor == 0, 0.0, part_s * (part_m - reference[:, None]))
-            t = (t + tl.where(shrink == 0, 0.0, s * (m - reference))) * shrink + tl.sum(moved * factor, 1)
+            moved = part_t + part_s * tl.maximum(part_m - reference[:, None], -1e4)
+            t = (t + s * tl.maximum(m - reference, -1e4)) * shrink + tl.sum(moved * factor, 1)
         s = s * shrink + tl.sum(part_s * factor, 1)
         m = larger
     log_s = tl.log2(s)
@@ -154,8 +154,14 @@ CONFIGS_16: launch.Table = {
     80: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),),
     86: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "GROUP": 8}, num_warps=8, num_stages=3),),
     89: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "GROUP": 8}, num_warps=8, num_stages=3),),
-    90: (Config({"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),),
-    100: (Config({"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),),
+    90: (
+        Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=4),
+        Config({"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    ),
+    100: (
+        Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=4),
+        Config({"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    ),
     120: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "GROUP": 8}, num_warps=8, num_stages=3),),
 }
 CONFIGS_32: launch.Table = {
@@ -179,7 +185,10 @@ class Partials(NamedTuple):
         shape = (splits, rows)
         chosen = torch.full((slots,), torch.nan, device=device)
         return cls(
-            new(shape, device=device), new(shape, device=device), new(shape, device=device) if weighted else None, chosen
+            new(shape, device=device),
+            new(shape, device=device),
+            new(shape, device=device) if weighted else None,
+            chosen,
         )
 
 
@@ -267,9 +276,8 @@ def finish(partials: Partials, offsets: Tensor | None, rows: int, *, want_entrop
 # --- what can be compiled -------------------------------------------------------------------------------------
 
 NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-SIZES = {name: "i32" for name in ("row_count", "vocabulary", "width", "rank")} | {
-    name: "i32" for name in ("hidden_stride", "weight_stride", "low_hidden_stride", "low_weight_stride")
-}
+STRIDES = ("hidden_stride", "weight_stride", "low_hidden_stride", "low_weight_stride")
+SIZES = dict.fromkeys(("row_count", "vocabulary", "width", "rank", *STRIDES), "i32")
 POINTERS = {"rows": "*i64", "offsets": "*i64", "targets": "*i64"}
 ALIGNED = ("hidden", "weight", "hidden_stride", "weight_stride", "width")
 
@@ -310,9 +318,9 @@ def _cases() -> Iterator[StaticCase]:
     yield StaticCase(
         name="head_finish entropy",
         kernel=lambda: finish_kernel,
-        signature={n: "*fp32" for n in ("maximum", "total", "weighted", "chosen", "lse", "entropy", "logprobs")}
+        signature=dict.fromkeys(("maximum", "total", "weighted", "chosen", "lse", "entropy", "logprobs"), "*fp32")
         | {"offsets": "*i64", "row_count": "i32", "splits": "i32"},
-        configs={c: (FINISH,) for c in ARCHITECTURES},
+        configs=dict.fromkeys(ARCHITECTURES, (FINISH,)),
     )
 
 

@@ -25,7 +25,7 @@ from .tiles import add_product, program_tile, row_slots, to_gradient, to_logits
 
 
 @triton.jit
-def gradient_kernel(  # type: ignore[no-untyped-def]
+def gradient_kernel(
     hidden,  # [T, width]
     weight,  # [V, width]
     bias,  # [V] or None
@@ -34,7 +34,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     rows,  # [R] int64: row of hidden
     offsets,  # [R + 1] int64
     targets,  # [S] int64
-    lse,  # [R] nats
+    lse,  # [R] base 2
     softmax_weight,  # [R]
     entropy_weight,  # [R] or None
     entropy,  # [R] or None
@@ -71,9 +71,9 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     live = row < row_count
     source = tl.load(rows + row, mask=live, other=0)
     first = first_column + tile * COLUMNS
-    last = tl.minimum(first + COLUMNS, last_column)
-    columns = first + tl.arange(0, COLUMNS)
-    entries = tl.minimum(columns, vocabulary - 1)
+    column = tl.arange(0, COLUMNS)
+    count = tl.minimum(last_column - first, COLUMNS).to(tl.int32)
+    entries = tl.minimum(first + column, vocabulary - 1)
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
     x = add_product(
         x, hidden, source, hidden_stride, weight, entries, weight_stride, width, DEPTH, EVEN, TYPE, PRECISION
@@ -83,7 +83,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
             x, low_hidden, source, low_hidden_stride, low_weight, entries, low_weight_stride, rank, 16, False,
             LOW_TYPE, PRECISION,
         )  # fmt: skip
-    y = to_logits(x, bias, columns, vocabulary, scale, cap, CAPPED)
+    y = to_logits(x, bias, first, column, count, scale, cap, CAPPED)
     row_lse = tl.load(lse + row, mask=live, other=0.0)
     row_weight = tl.load(softmax_weight + row, mask=live, other=0.0)
     row_entropy_weight = row_weight
@@ -93,11 +93,11 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         row_entropy = tl.load(entropy + row, mask=live, other=0.0)
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     d = to_gradient(
-        y, columns, first, last, row_lse, row_weight, row_entropy_weight, row_entropy, slot_gradient, targets,
+        y, first, column, count, row_lse, row_weight, row_entropy_weight, row_entropy, slot_gradient, targets,
         first_slot, slots, most_slots, scale, cap, CAPPED, entropy_weight is not None,
     )  # fmt: skip
-    inside = columns < last
-    at = columns - first_column
+    inside = column < count
+    at = tile * COLUMNS + column
     stored = d
     if factor is not None:
         stored = d * tl.load(factor)
@@ -124,7 +124,8 @@ def launch_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill ``slab`` [R, C] with dL/d(product) of vocabulary entries ``first … first + C``, times ``factor``.
 
-    Returns each column's (sum, largest absolute value), [C] float32, of those wanted.
+    ``gradient.lse`` is in base 2 here. Returns each column's (sum, largest absolute
+    value), [C] float32, of those wanted.
     """
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight
     rows, columns = slab.shape

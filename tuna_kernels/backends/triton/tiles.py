@@ -14,7 +14,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     """2 units in the last place: a ratio of exponentials, and near 0, where that cancels, the odd series."""
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     ratio = (1 - e) / (1 + e)
@@ -24,7 +24,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def program_tile(row_count, column_blocks, ROWS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def program_tile(row_count, column_blocks, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """(block of rows, block of columns) of a program of a 1-D grid: GROUP row blocks walk along together, so that
     a weight tile is read from DRAM once for all of them and their hidden rows stay in L2."""
     pid = tl.program_id(0).to(tl.int64)
@@ -37,7 +37,7 @@ def program_tile(row_count, column_blocks, ROWS: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def add_product(  # type: ignore[no-untyped-def]
+def add_product(
     acc,  # [ROWS, COLUMNS] float32
     left,  # pointer to [·, width], rows `left_rows` of `left_stride` elements
     left_rows,  # [ROWS] int64
@@ -69,11 +69,14 @@ def add_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def to_logits(x, bias, columns, vocabulary, scale, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Base-2 logits of products ``x`` [ROWS, COLUMNS]; columns past the vocabulary are −inf."""
-    inside = columns < vocabulary
+def to_logits(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
+    """Base-2 logits of products ``x`` [ROWS, COLUMNS] of vocabulary entries ``first + column``.
+
+    ``column`` is int32 within the tile, to spare registers; from ``count`` on they lie past the vocabulary: −inf.
+    """
+    inside = column < count
     if bias is not None:
-        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAPPED:
         y = tanh(x * (scale / cap)) * (cap * LOG2_E)
     else:
@@ -82,7 +85,7 @@ def to_logits(x, bias, columns, vocabulary, scale, cap, CAPPED: tl.constexpr):  
 
 
 @triton.jit
-def merge_softmax(y, maximum, total, weighted, WEIGHTED: tl.constexpr):  # type: ignore[no-untyped-def]
+def merge_softmax(y, maximum, total, weighted, WEIGHTED: tl.constexpr):
     """Merge a tile into the running (max y, sum 2^(y - max), sum 2^(y - max) (y - max)) of each row."""
     larger = tl.maximum(maximum, tl.max(y, 1))
     reference = tl.where(larger == float("-inf"), 0.0, larger)  # nothing but -inf so far: sums stay 0, not NaN
@@ -90,15 +93,15 @@ def merge_softmax(y, maximum, total, weighted, WEIGHTED: tl.constexpr):  # type:
     below = y - reference[:, None]
     exponentials = tl.exp2(below)
     if WEIGHTED:
-        moved = tl.where(shrink == 0, 0.0, total * (maximum - reference))
-        products = tl.where(exponentials == 0, 0.0, exponentials * below)
-        weighted = (weighted + moved) * shrink + tl.sum(products, 1)
+        moved = total * tl.maximum(maximum - reference, -1e4)
+        # Where 2^below is 0, below may be −inf: bounded, their product is 0.
+        weighted = (weighted + moved) * shrink + tl.sum(exponentials * tl.maximum(below, -1e4), 1)
     total = total * shrink + tl.sum(exponentials, 1)
     return larger, total, weighted
 
 
 @triton.jit
-def row_slots(offsets, rows, row_count):  # type: ignore[no-untyped-def]
+def row_slots(offsets, rows, row_count):
     """(first slot, number of slots) of each row, int64, and the largest number. No offsets: row r has slot r."""
     live = rows < row_count
     if offsets is None:
@@ -111,26 +114,32 @@ def row_slots(offsets, rows, row_count):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_chosen(y, columns, first, last, chosen, targets, first_slot, slots, most_slots):  # type: ignore[no-untyped-def]
-    """Write y of each slot whose target is one of the columns [first, last): one tile holds it, so one writer.
+def target_column(targets, first_slot, slots, j, first, count):
+    """Column within the tile, int32, of the target of each row's slot ``j``; −1 where it is not in this tile."""
+    target = tl.load(targets + first_slot + j, mask=j < slots, other=-1) - first
+    return tl.where((target >= 0) & (target < count), target, -1).to(tl.int32)
+
+
+@triton.jit
+def store_chosen(y, first, column, count, chosen, targets, first_slot, slots, most_slots):
+    """Write y of each slot whose target is in the tile: one tile holds it, so there is one writer.
 
     ``first_slot``, ``slots``, ``most_slots``: from :func:`row_slots`.
     """
     for j in range(0, most_slots):
-        target = tl.load(targets + first_slot + j, mask=j < slots, other=-1)
-        here = (target >= first) & (target < last)
-        if tl.max(here.to(tl.int32), 0) > 0:
-            value = tl.sum(tl.where(columns[None, :] == target[:, None], y, 0.0), 1)
-            tl.store(chosen + first_slot + j, value, mask=here)
+        target = target_column(targets, first_slot, slots, j, first, count)
+        if tl.max(target, 0) >= 0:
+            value = tl.sum(tl.where(column[None, :] == target[:, None], y, 0.0), 1)
+            tl.store(chosen + first_slot + j, value, mask=target >= 0)
 
 
 @triton.jit
-def to_gradient(  # type: ignore[no-untyped-def]
+def to_gradient(
     y,  # [ROWS, COLUMNS] base-2 logits
-    columns,
     first,
-    last,  # columns are [first, last)
-    lse,  # [ROWS] in nats
+    column,
+    count,  # as in to_logits
+    lse,  # [ROWS] in base 2
     softmax_weight,  # [ROWS]
     entropy_weight,  # [ROWS], read if WEIGHTED
     entropy,  # [ROWS]
@@ -145,22 +154,21 @@ def to_gradient(  # type: ignore[no-untyped-def]
     WEIGHTED: tl.constexpr,
 ):
     """dL/d(product) in float32: the one-hot part is added before anything is rounded."""
-    log2_p = y - (lse * LOG2_E)[:, None]
+    log2_p = y - lse[:, None]
     p = tl.exp2(log2_p)
     if WEIGHTED:
-        surprise = tl.where(p == 0, 0.0, log2_p * LN_2 + entropy[:, None])
+        surprise = tl.maximum(log2_p, -1e4) * LN_2 + entropy[:, None]  # finite where p is 0
         d = p * (softmax_weight[:, None] - entropy_weight[:, None] * surprise)
     else:
         d = p * softmax_weight[:, None]
     if CAPPED:
         ratio = y / (cap * LOG2_E)
-        d = tl.where(p == 0, 0.0, d * (1 - ratio * ratio))
+        d *= 1 - ratio * ratio
     d *= scale
     if slot_gradient is not None:
         for j in range(0, most_slots):
-            target = tl.load(targets + first_slot + j, mask=j < slots, other=-1)
-            here = (target >= first) & (target < last)
-            if tl.max(here.to(tl.int32), 0) > 0:
-                g = tl.load(slot_gradient + first_slot + j, mask=here, other=0.0)
-                d += tl.where(columns[None, :] == target[:, None], g[:, None], 0.0)
+            target = target_column(targets, first_slot, slots, j, first, count)
+            if tl.max(target, 0) >= 0:
+                g = tl.load(slot_gradient + first_slot + j, mask=target >= 0, other=0.0)
+                d += tl.where(column[None, :] == target[:, None], g[:, None], 0.0)
     return d
