@@ -71,6 +71,13 @@ def head_backend(backend: str) -> HeadBackend:
     return tiled_backend(_cpu_backend.NativeTileOps() if backend == "cpu" else TorchTileOps())
 
 
+def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
+    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
+    if backend != "triton":
+        return True
+    return _triton_backend.unit_gradient_pays(width, *dtypes)
+
+
 def show_config() -> str:
     """Versions, threads and backends as text, for bug reports."""
     lines = [

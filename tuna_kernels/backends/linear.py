@@ -139,22 +139,34 @@ def backward(
     ignore_index: int,
     saved: Saved,
     needs: tuple[bool, bool, bool, bool, bool],
+    *,
+    filter_eps: float = 0.0,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed."""
+    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed.
+
+    ``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty.
+    """
     all_slots = Slots.build(targets, rows, ignore_index)
     slots, kept, coefficients = row_gradient(all_slots, call, saved)
     hidden, weight, bias, low_hidden, low_weight = needs
-    empty = call.hidden.new_empty
-    # Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile.
+    add = main_grad is not None
+
+    def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
+        """Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
+        beside a ``main_grad``, added to zeros in the compute type."""
+        if source is None or not wanted:
+            return call.hidden.new_empty(0)
+        if of_rows:
+            return source.new_zeros(source.shape)
+        return source.new_zeros(source.shape, dtype=call.compute) if add else source.new_empty(source.shape)
+
     results = [
-        empty(0) if t is None or not wanted else t.new_zeros(t.shape) if of_rows else t.new_empty(t.shape)
-        for t, wanted, of_rows in (
-            (call.hidden, hidden, True),
-            (call.weight, weight, False),
-            (call.bias, bias, False),
-            (call.low_rank_hidden, low_hidden, True),
-            (call.low_rank_weight, low_weight, False),
-        )
+        new(call.hidden, hidden, of_rows=True),
+        new(call.weight, weight and not add),
+        new(call.bias, bias),
+        new(call.low_rank_hidden, low_hidden, of_rows=True),
+        new(call.low_rank_weight, low_weight),
     ]
     if saved.unit.numel() and hidden:
         row_grads: Tensor | None = _unit_rows(call, slots, saved.unit[kept], coefficients)
@@ -168,14 +180,19 @@ def backward(
         into = Gradients(
             rows=row_grads,
             low_rank_rows=low_rows,
-            weight=results[1] if weight else None,
+            weight=main_grad if add and weight else results[1] if weight else None,
             low_rank_weight=results[4] if low_weight else None,
             bias=results[2] if bias else None,
+            accumulate=add,
+            filter_eps=filter_eps,
         )
         backend.backward(call.inputs, call.head, slots, call.compute, coefficients, into)
     for result, grads in ((results[0], row_grads), (results[3], low_rows)):
         if grads is not None:
             result.index_copy_(0, slots.rows, grads.to(result.dtype))
+    if add:
+        results[2] = results[2] if call.bias is None else results[2].to(call.bias.dtype)
+        results[4] = results[4] if call.low_rank_weight is None else results[4].to(call.low_rank_weight.dtype)
     return results[0], results[1], results[2], results[3], results[4]
 
 

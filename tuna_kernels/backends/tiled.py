@@ -271,6 +271,7 @@ class Gradients:
     low_rank_weight: Tensor | None  # [V, r]
     bias: Tensor | None  # [V]
     accumulate: bool = False  # add into weight, low_rank_weight and bias (compute type) rather than overwrite
+    filter_eps: float = 0.0  # vocabulary entries whose dL/dlogit stays below this in every row may be left out
 
     @property
     def any(self) -> bool:

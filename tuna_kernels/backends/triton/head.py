@@ -6,7 +6,7 @@ a kernel computes the logits again and writes their gradient in the products' ty
 
 With a block (a ranking loss within its logits budget) the logits come from cuBLAS once, in float32, and both ways
 read them there (``logits.py``): 6·N·V·D in all. With a frozen head the forward may keep the unit gradient of each
-row: 4·N·V·D in all, see :func:`unit_pays`.
+row: 4·N·V·D in all, see ``unit_gradient_pays``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
 from .forward import Partials, finish, launch_forward
 from .gradient import launch_gradient
 from .logits import launch_logits_forward, launch_logits_gradient, splits_of
-from .products import HALF, multiply, product_type
+from .products import multiply, product_type
 from .tiles import LOG2_E
 
 SLAB_BYTES = 256 << 20  # of dlogits: products of 16384 columns for 8192 rows, which cuBLAS runs at full speed
@@ -39,17 +39,6 @@ def _slabs(rows: int, vocabulary: int, itemsize: int) -> Iterator[tuple[int, int
     step = slab_columns(rows, vocabulary, itemsize)
     for first in range(0, vocabulary, step):
         yield first, min(first + step, vocabulary)
-
-
-def unit_pays(width: int, dtype: torch.dtype) -> bool:
-    """Whether a frozen head's forward should keep unit gradients rather than recompute logits in the backward.
-
-    It saves one product of three, 2·D flops a logit, and costs traffic: logits are written and read twice in float32
-    and once in half precision, 16 bytes a logit, where recomputing writes and reads 4. It pays where
-    2·D / peak > 12 / bandwidth, D > 6 peak/bandwidth: 918 on A100 (312 Tflop/s, 2.04 TB/s), 1772 on H100 (990, 3.35),
-    1690 on B200 (2250, 8.0). In float32 a product costs six times as much or more, and it always pays.
-    """
-    return dtype not in HALF or width >= 2048
 
 
 def forward(
@@ -188,17 +177,26 @@ def backward(
     for first, last in _slabs(rows, vocabulary, dtype.itemsize):
         slab = storage[: rows * (last - first)].view(rows, last - first)
         if block is None:
-            sums, _ = launch_gradient(
+            sums, peaks = launch_gradient(
                 inputs, head, slots, base2, slab, first,
-                factor=factor, want_sums=into.bias is not None, want_peaks=False,
+                factor=factor, want_sums=into.bias is not None, want_peaks=into.filter_eps > 0,
             )  # fmt: skip
         else:
             sums = launch_logits_gradient(
                 block[:, first:last], head, slots.targets, slots.offsets, base2, slab,
                 rows=block_rows, first=first, factor=factor, want_sums=into.bias is not None,
             )  # fmt: skip
-        sinks.add(slab, sums, first, last)
+            peaks = None
+        sinks.add(slab, sums, first, last, _kept(peaks, into.filter_eps))
     sinks.finish()
+
+
+def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
+    """Columns of a slab that the filter keeps (NaN counts as large), None for all. Waits for the device."""
+    if peaks is None:
+        return None
+    kept = (~(peaks < filter_eps)).nonzero().squeeze(1)
+    return None if kept.numel() == peaks.numel() else kept
 
 
 class _Sinks:
@@ -213,31 +211,43 @@ class _Sinks:
         low = inputs.low_rank if into.low_rank_weight is not None else None
         self.low_hidden = None if low is None else _gathered(low, slots, low.dtype)
 
-    def add(self, slab: Tensor, sums: Tensor | None, first: int, last: int) -> None:
+    def add(self, slab: Tensor, sums: Tensor | None, first: int, last: int, kept: Tensor | None) -> None:
+        """``slab`` [R, last - first]; of its columns only ``kept`` are multiplied (None: all)."""
         into, head = self.into, self.head
+
+        def columns(source: Tensor) -> Tensor:
+            part = source[first:last]
+            return part if kept is None else part.index_select(0, kept)
+
+        slab = slab if kept is None else slab.index_select(1, kept)
         if into.rows is not None:
-            multiply(into.rows, slab, head.weight[first:last].to(self.dtype), add=True)
+            multiply(into.rows, slab, columns(head.weight).to(self.dtype), add=True)
         if into.low_rank_rows is not None and head.low_rank_weight is not None:
-            multiply(into.low_rank_rows, slab, head.low_rank_weight[first:last], add=True)
-        if into.weight is not None and self.hidden is not None:
-            self._columns(into.weight[first:last], slab, self.hidden)
-        if into.low_rank_weight is not None and self.low_hidden is not None:
-            self._columns(into.low_rank_weight[first:last], slab, self.low_hidden)
+            multiply(into.low_rank_rows, slab, columns(head.low_rank_weight), add=True)
+        for out, right in ((into.weight, self.hidden), (into.low_rank_weight, self.low_hidden)):
+            if out is not None and right is not None:
+                self._columns(out[first:last], slab, right, kept)
         if into.bias is not None and sums is not None:
             bias = into.bias[first:last]
             bias.copy_(bias + sums if into.accumulate else sums)
 
-    def _columns(self, out: Tensor, slab: Tensor, right: Tensor) -> None:
+    def _columns(self, out: Tensor, slab: Tensor, right: Tensor, kept: Tensor | None) -> None:
         """``out (+)= slab^T right``, finished: rounded to the gradient's type once."""
-        direct = self.unscale is None and out.dtype in (torch.float32, slab.dtype)
-        if direct and (out.dtype == torch.float32 or (right.dtype == out.dtype and not self.into.accumulate)):
-            multiply(out, slab.t(), right, add=self.into.accumulate)
+        add = self.into.accumulate
+        plain = self.unscale is None and kept is None
+        if plain and (out.dtype == torch.float32 or (out.dtype == slab.dtype == right.dtype and not add)):
+            multiply(out, slab.t(), right, add=add)
             return
-        product = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        product = torch.empty(slab.shape[1], right.shape[1], dtype=torch.float32, device=out.device)
         multiply(product, slab.t(), right, add=False)
         if self.unscale is not None:
             product.mul_(self.unscale)
-        out.copy_(product.add_(out) if self.into.accumulate else product)
+        if kept is None:
+            out.copy_(product.add_(out) if add else product)
+        elif add:
+            out.index_add_(0, kept, product.to(out.dtype))
+        else:
+            out.zero_().index_copy_(0, kept, product.to(out.dtype))
 
     def finish(self) -> None:
         if self.unscale is not None:
