@@ -55,7 +55,7 @@ class Shard:
 
 def resolve(name: str) -> dist.ProcessGroup:
     """The process group of a name (``ProcessGroup.group_name``); ops take names, so that they can be compiled."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
 

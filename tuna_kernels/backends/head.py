@@ -1,4 +1,4 @@
-"""What a backend of the LM head is: four functions. Slots, validation, ops and the loss are the same for all."""
+"""What a backend of the LM head is: five functions. Slots, validation, ops and the loss are the same for all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class HeadBackend(NamedTuple):
 
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]
+    unit_rows: Callable[..., Tensor]
     selective_forward: Callable[..., tuple[Tensor, Tensor]]
     selective_backward: Callable[..., None]
 
@@ -26,6 +27,7 @@ def tiled_backend(ops: TileOps) -> HeadBackend:
     return HeadBackend(
         partial(tiled.forward, ops),
         partial(tiled.backward, ops),
+        tiled.unit_rows,
         partial(selective.forward, ops),
         partial(selective.backward, ops),
     )

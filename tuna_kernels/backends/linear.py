@@ -169,7 +169,7 @@ def backward(
         new(call.low_rank_weight, low_weight),
     ]
     if saved.unit.numel() and hidden:
-        row_grads: Tensor | None = _unit_rows(call, slots, saved.unit[kept], coefficients)
+        row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, coefficients)
         low_rows = None
     else:
         count = slots.rows.numel()
@@ -199,20 +199,3 @@ def backward(
 def row_grads_like(source: Tensor, rows: int, compute: torch.dtype) -> Tensor:
     """An uninitialised [rows, width of source] buffer in the compute type."""
     return source.new_empty(rows, source.shape[1], dtype=compute)
-
-
-UNIT_SLOTS = 1024
-
-
-def _unit_rows(call: LinearCall, slots: Slots, unit: Tensor, coefficients: RowGradient) -> Tensor:
-    """Gradient of the hidden rows from the unit gradient: one weight row a slot, no logits.
-
-    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``
-    """
-    gradient = unit * coefficients.softmax_weight.unsqueeze(1)
-    for start in range(0, slots.slots.numel(), UNIT_SLOTS):
-        part = slice(start, start + UNIT_SLOTS)
-        rows = call.weight.index_select(0, slots.targets[part]).to(call.compute)
-        rows.mul_(coefficients.slot_gradient[part].unsqueeze(1))
-        gradient.index_add_(0, slots.row_of[part], rows)
-    return gradient

@@ -69,17 +69,25 @@ class _Part:
 
 
 def _parts(candidates: Candidates, vocabulary: int, itemsize: int, budget: int) -> Iterator[_Part]:
-    """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget."""
+    """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget.
+
+    Groups beyond the budget are recomputed, as many neighbours of them as there are at once: that takes no memory
+    that grows with them, and vocabulary-sized gradients are gone through once.
+    """
     capacity = budget // max(1, itemsize * vocabulary)
     group_offsets = candidates.group_offsets.tolist()
     slot_offsets = candidates.candidate_offsets[candidates.group_offsets].tolist()
     first, groups = 0, len(group_offsets) - 1
+
+    def fits(first: int, last: int) -> bool:
+        slots: int = slot_offsets[last] - slot_offsets[first]
+        return max(slots, MIN_ROWS) <= capacity
+
     while first < groups:
-        last = first + 1
-        while last < groups and slot_offsets[last + 1] - slot_offsets[first] <= capacity:
+        last, keep = first + 1, fits(first, first + 1)
+        while last < groups and (fits(first, last + 1) if keep else not fits(last, last + 1)):
             last += 1
         slots = slice(slot_offsets[first], slot_offsets[last])
-        keep = max(slots.stop - slots.start, MIN_ROWS) <= capacity
         yield _Part(slice(first, last), slice(group_offsets[first], group_offsets[last]), slots, keep)
         first = last
 

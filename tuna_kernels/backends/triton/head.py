@@ -24,6 +24,7 @@ from .gradient import launch_gradient
 from .logits import launch_logits_forward, launch_logits_gradient, splits_of
 from .products import multiply, product_type
 from .tiles import LOG2_E
+from .unit import unit_rows
 
 SLAB_BYTES = 256 << 20  # of dlogits: products of 16384 columns for 8192 rows, which cuBLAS runs at full speed
 MIN_COLUMNS = 512
@@ -289,4 +290,4 @@ def selective_backward(
     launch_logits_gradient(logits, head, targets, None, gradient, out, ignore_index=ignore_index)
 
 
-BACKEND = HeadBackend(forward, backward, selective_forward, selective_backward)
+BACKEND = HeadBackend(forward, backward, unit_rows, selective_forward, selective_backward)

@@ -8,6 +8,8 @@ on nothing else in the batch. The gradient may overwrite the logits: each elemen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ..tiled import Head, RowGradient
 from . import launch
-from .static import Config
+from .static import ARCHITECTURES, Config, StaticCase
 from .tiles import merge_softmax, program_tile, row_slots, store_chosen, to_gradient, to_logits
 
 TILES_PER_SPLIT = 8
@@ -237,3 +239,38 @@ def launch_logits_gradient(
         num_warps=config.num_warps,
     )
     return None if sums is None else sums.sum(0)
+
+
+def _cases() -> Iterator[StaticCase]:
+    sizes = dict.fromkeys(("row_count", "column_count", "first_column", "logits_stride"), "i32")
+    sizes |= {"ignore_index": "i32", "scale": "fp32", "cap": "fp32"}
+    for element in ("bf16", "fp16", "fp32"):
+        for plain in (True, False):
+            suffix = f"{element}{'' if plain else ' bias slots softcap'}"
+            common = {"logits": f"*{element}", "targets": "*i64"} | sizes
+            common |= {} if plain else {"bias": "*fp32", "offsets": "*i64"}
+            absent: dict[str, object] = dict.fromkeys(("bias", "offsets")) if plain else {}
+            outputs = dict.fromkeys(("maximum", "total", "chosen"), "*fp32") | {"splits": "i32"}
+            yield StaticCase(
+                name=f"logits_forward {suffix}",
+                kernel=lambda: logits_forward_kernel,
+                signature=common | outputs | ({} if plain else {"weighted": "*fp32"}),
+                configs=dict.fromkeys(ARCHITECTURES, (FORWARD,)),
+                constants=absent
+                | {"CAPPED": not plain, "TILES": TILES_PER_SPLIT}
+                | ({"weighted": None} if plain else {}),
+                aligned=("logits", "logits_stride"),
+            )
+            optional = dict.fromkeys(("column_sums", "factor"), "*fp32") | {"rows": "*i64"}
+            inputs = dict.fromkeys(("lse", "softmax_weight", "slot_gradient"), "*fp32")
+            yield StaticCase(
+                name=f"logits_gradient {suffix}",
+                kernel=lambda: logits_gradient_kernel,
+                signature=common | inputs | {"out": f"*{element}", "out_stride": "i32"} | ({} if plain else optional),
+                configs=dict.fromkeys(ARCHITECTURES, (GRADIENT,)),
+                constants=absent | {"CAPPED": not plain} | (dict.fromkeys(optional) if plain else {}),
+                aligned=("logits", "logits_stride", "out", "out_stride"),
+            )
+
+
+STATIC = tuple(_cases())
