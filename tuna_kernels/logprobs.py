@@ -226,6 +226,7 @@ def selective_logprobs(
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -238,6 +239,8 @@ def selective_logprobs(
         logits: [..., V] floating point.
         targets: [...] int64 in ``[0, V)`` or ``ignore_index`` (gives 0, zero gradient).
         temperature: positive.
+        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves as much memory again.
+            For logits that nobody reads afterwards (a second backward is an error); the reference backend does not.
         validate: as in :func:`linear_logprobs`.
         backend: as in :func:`linear_logprobs`.
 
@@ -265,7 +268,7 @@ def selective_logprobs(
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     logprobs: Tensor = torch.ops.tuna_kernels.selective_logprobs(
-        flat, flat_targets, float(temperature), ignore_index, chosen
+        flat, flat_targets, float(temperature), ignore_index, chosen, inplace_backward
     )[0]
     return logprobs.view(targets.shape)
 

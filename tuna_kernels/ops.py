@@ -203,7 +203,12 @@ linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
 @torch.library.custom_op("tuna_kernels::selective_logprobs", mutates_args=())
 @_outside_autocast
 def selective_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, backend: str
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
     forward = head_backend(backend).selective_forward
     return forward(logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
@@ -237,15 +242,40 @@ def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("tuna_kernels::selective_logprobs_backward_", mutates_args=("logits",))
+@_outside_autocast
+def selective_logprobs_backward_(
+    upstream: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> None:
+    """``logits`` become their gradient."""
+    backward = head_backend(backend).selective_backward
+    backward(upstream, logits, targets, lse, temperature, ignore_index, logits)
+
+
+@selective_logprobs_backward_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
 def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.settings = inputs[2:]
+    ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
 
 
 def _selective_gradients(ctx: Any, upstream: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, lse = ctx.saved_tensors
+    if ctx.inplace:
+        gradient = logits.detach()
+        torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, targets, lse, *ctx.settings)
+        return gradient, *[None] * 5
     gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, targets, lse, *ctx.settings)
-    return gradient, None, None, None, None
+    return gradient, *[None] * 5
 
 
 selective_logprobs.register_autograd(_selective_gradients, setup_context=_save_selective)

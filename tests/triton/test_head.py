@@ -227,7 +227,9 @@ def test_rows_without_upstream_take_no_part(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_needs_no_gradient_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     inner = head.multiply
-    monkeypatch.setattr(head, "multiply", lambda out, *a, **k: (shapes.append(tuple(out.shape)), inner(out, *a, **k))[1])
+    monkeypatch.setattr(
+        head, "multiply", lambda out, *a, **k: (shapes.append(tuple(out.shape)), inner(out, *a, **k))[1]
+    )
     monkeypatch.setattr("tuna_kernels.logprobs.unit_gradient_pays", lambda *_: False)
     targets = torch.arange(5, device=DEVICE)
     for of_hidden, of_weight, expected in ((True, False, [(5, 8)]), (False, True, [(70, 8)])):

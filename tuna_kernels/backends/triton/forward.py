@@ -75,9 +75,9 @@ def forward_kernel(
     t = tl.zeros([ROWS], tl.float32)
     start = split * tiles_per_split
     for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(vocabulary, COLUMNS))):
-        first = tile * COLUMNS  # int64, as `split` is
+        first = tile * COLUMNS
         column = tl.arange(0, COLUMNS)
-        entries = tl.minimum(first + column, vocabulary - 1)
+        entries = tl.minimum(first + column, vocabulary - 1).to(tl.int64)
         x = tl.zeros([ROWS, COLUMNS], tl.float32)
         x = add_product(
             x, hidden, source, hidden_stride, weight, entries, weight_stride, width, DEPTH, EVEN, TYPE, PRECISION

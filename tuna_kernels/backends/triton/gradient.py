@@ -73,7 +73,7 @@ def gradient_kernel(
     first = first_column + tile * COLUMNS
     column = tl.arange(0, COLUMNS)
     count = tl.minimum(last_column - first, COLUMNS).to(tl.int32)
-    entries = tl.minimum(first + column, vocabulary - 1)
+    entries = tl.minimum(first + column, vocabulary - 1).to(tl.int64)
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
     x = add_product(
         x, hidden, source, hidden_stride, weight, entries, weight_stride, width, DEPTH, EVEN, TYPE, PRECISION
