@@ -49,8 +49,8 @@ def tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     def setter(**blocks: int) -> None:
         configs = (Config({"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "GROUP": 2} | blocks),)
-        for table in (head_forward.CONFIGS_16, head_forward.CONFIGS_32):
-            monkeypatch.setitem(table, launch.INTERPRETER, configs)  # type: ignore[arg-type]
+        for table in (head_forward.CONFIGS_16, head_forward.RICH_16, head_forward.CONFIGS_32):
+            monkeypatch.setitem(table, launch.INTERPRETER, configs)
 
     return setter
 

@@ -56,6 +56,8 @@ def _assemble() -> None:
         if find_spec(f"tuna.cli.{name}") is not None:
             app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
     app.add_typer(import_module("tuna.cli.data").app, name="data")
+    bench = import_module("tuna.cli.bench")
+    app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

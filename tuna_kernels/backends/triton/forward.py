@@ -146,28 +146,44 @@ def finish_kernel(
         tl.store(logprobs + first_slot + j, ((y - m) - log_s) * LN_2, mask=j < slots)
 
 
-# 16-bit: [128, 256] float32 in registers is the largest tile that does not spill with 8 warps where warp groups
-# multiply from shared memory (sm_90, sm_100); [128, 128] elsewhere, and less depth where a block has 99 KiB.
-# float32 is multiplied as six bfloat16 products (or TF32), which needs registers for the parts: smaller tiles.
-CONFIGS_16: launch.Table = {
+def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Config:
+    return Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8}, warps, stages)
+
+
+# What the compiler said decided (`STATIC`, `static.compile_case`): registers are the bound. A [128, 128] float32 tile
+# is 64 registers a thread of 8 warps; epilogue and addresses fit beside it without a spill. Depth 64 is 128 bytes of a
+# 16-bit row, one shared-memory swizzle; stages fill what the architecture has (99 KiB on 86, 89, 120). Candidates for
+# tuning: [128, 256], which spills a little in the epilogue and reads shared memory less; a shallower, a narrower.
+# A softcap, an adapter or the entropy need registers too: half the columns. float32 as six bfloat16 products (or TF32)
+# holds the parts in registers: smaller tiles.
+_ONE = _tile(128, 128, 64, 8, 4)
+CONFIGS_16: dict[int, tuple[Config, ...]] = {
     launch.INTERPRETER: (Config({"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "GROUP": 2}),),
-    80: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),),
-    86: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "GROUP": 8}, num_warps=8, num_stages=3),),
-    89: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "GROUP": 8}, num_warps=8, num_stages=3),),
-    90: (
-        Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=4),
-        Config({"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    ),
-    100: (
-        Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=4),
-        Config({"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    ),
-    120: (Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "GROUP": 8}, num_warps=8, num_stages=3),),
+    80: (_tile(128, 128, 64, 8, 3), _tile(128, 128, 32, 8, 4), _tile(128, 64, 64, 8, 3)),
+    86: (_tile(128, 128, 32, 8, 3), _tile(128, 64, 64, 8, 3)),
+    89: (_tile(128, 128, 32, 8, 3), _tile(128, 64, 64, 8, 3)),
+    90: (_ONE, _tile(128, 256, 64, 8, 3), _tile(128, 64, 64, 8, 4)),
+    100: (_ONE, _tile(128, 256, 64, 8, 3), _tile(128, 64, 64, 8, 4)),
+    120: (_tile(128, 128, 32, 8, 3), _tile(128, 64, 64, 8, 3)),
 }
-CONFIGS_32: launch.Table = {
+RICH_16: dict[int, tuple[Config, ...]] = {
     launch.INTERPRETER: CONFIGS_16[launch.INTERPRETER],
-    80: (Config({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "GROUP": 8}, num_warps=4, num_stages=3),),
+    80: (_tile(128, 64, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
 }
+CONFIGS_32: dict[int, tuple[Config, ...]] = {
+    launch.INTERPRETER: CONFIGS_16[launch.INTERPRETER],
+    80: (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
+}
+
+
+def head_table(inputs: Inputs, head: Head, *, want_entropy: bool) -> launch.Table:
+    """The configurations for these types and terms."""
+    if product_type(inputs.hidden.dtype, head.weight.dtype) not in HALF:
+        return CONFIGS_32
+    is_rich = want_entropy or inputs.low_rank is not None or head.softcap is not None
+    return RICH_16 if is_rich else CONFIGS_16
+
+
 FINISH = Config({"ROWS": 32, "SPLITS": 32}, num_warps=4)
 
 
@@ -195,11 +211,6 @@ class Partials(NamedTuple):
 def tiles_per_split(tiles: int, processors: int) -> int:
     """Vocabulary tiles a program walks: at least a split a processor, at most eight tiles; whatever the rows."""
     return max(1, min(8, tiles // processors))
-
-
-def head_table(inputs: Inputs, head: Head) -> launch.Table:
-    """The configurations for these types."""
-    return CONFIGS_16 if product_type(inputs.hidden.dtype, head.weight.dtype) in HALF else CONFIGS_32
 
 
 def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bool) -> Partials:
@@ -247,7 +258,8 @@ def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bo
         return out
 
     key = (hidden.dtype, weight.dtype, launch.bucket(width), launch.bucket(vocabulary), low is not None)
-    return run(launch.choose("head_forward", head_table(inputs, head), device, key, run))
+    table = head_table(inputs, head, want_entropy=want_entropy)
+    return run(launch.choose("head_forward", table, device, key, run))
 
 
 def finish(partials: Partials, offsets: Tensor | None, rows: int, *, want_entropy: bool) -> ForwardResult:
@@ -286,6 +298,7 @@ def head_case(
     name: str, kernel: object, element: str, extra: dict[str, str], constants: dict[str, object], *, plain: bool
 ) -> StaticCase:
     """A specialisation of a kernel over (hidden, weight): plain, or with bias, adapter and softcap."""
+    table = CONFIGS_32 if element == "fp32" else CONFIGS_16 if plain else RICH_16
     optional = {"bias": "*fp32", "low_hidden": f"*{element}", "low_weight": f"*{element}"}
     signature = {"hidden": f"*{element}", "weight": f"*{element}"} | ({} if plain else optional) | POINTERS | extra
     signature |= SIZES | {"scale": "fp32", "cap": "fp32"}
@@ -300,7 +313,7 @@ def head_case(
         name=f"{name} {element}{'' if plain else ' bias lora softcap'}",
         kernel=lambda: kernel,
         signature=signature,
-        configs={c: launch.candidates(CONFIGS_32 if element == "fp32" else CONFIGS_16, c) for c in ARCHITECTURES},
+        configs={c: launch.candidates(table, c) for c in ARCHITECTURES},
         constants=dict.fromkeys(optional) | fixed | constants if plain else fixed | constants,
         aligned=ALIGNED,
         products=element != "fp32",

@@ -177,7 +177,8 @@ def launch_gradient(
         return None if sums is None else sums.sum(0), None if peaks is None else peaks.amax(0)
 
     key = (hidden.dtype, weight.dtype, launch.bucket(width), launch.bucket(columns), low is not None)
-    return run(launch.choose("head_gradient", head_table(inputs, head), device, key, run))
+    table = head_table(inputs, head, want_entropy=gradient.entropy_weight is not None)
+    return run(launch.choose("head_gradient", table, device, key, run))
 
 
 def _cases() -> Iterator[StaticCase]:
