@@ -8,11 +8,11 @@ import platform
 import torch
 
 from .backends import cpu as _cpu_backend
-from .backends.reference import compute_dtype
-from .backends.tiled import MIN_ROWS, TileOps, TilePlan
+from .backends import triton as _triton_backend
+from .backends.head import HeadBackend, tiled_backend
 from .backends.torch import TorchTileOps
 
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_BACKEND"
 
 
@@ -22,11 +22,13 @@ def available_backends() -> dict[str, str]:
     >>> available_backends()["reference"]
     ''
     """
-    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT}
+    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT, "triton": _triton_backend.why_not()}
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """ "" if ``backend`` serves these inputs, else the reason why not."""
+    if backend == "triton":
+        return _triton_backend.supports(device, *dtypes)
     if backend != "cpu":
         return ""
     if device.type != "cpu":
@@ -37,8 +39,8 @@ def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
 def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """The backend that serves a call.
 
-    ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` where it
-    serves the inputs, else ``torch``.
+    ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` or, on
+    CUDA tensors, ``triton`` where it serves the inputs, else ``torch``.
 
     Raises:
         ValueError: unknown backend.
@@ -48,7 +50,8 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
     if backend == "auto":
         asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
     if asked == "auto":
-        return "torch" if why_not("cpu", device, *dtypes) else "cpu"
+        first = "triton" if device.type == "cuda" else "cpu"
+        return "torch" if why_not(first, device, *dtypes) else first
     if asked not in BACKENDS:
         raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *BACKENDS)}")
     reason = why_not(asked, device, *dtypes)
@@ -57,9 +60,20 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
     return asked
 
 
-def tile_ops(backend: str) -> TileOps:
-    """The tile operations of a resolved backend other than ``reference``."""
-    return _cpu_backend.NativeTileOps() if backend == "cpu" else TorchTileOps()
+def head_backend(backend: str) -> HeadBackend:
+    """What a resolved backend other than ``reference`` does with the LM head."""
+    if backend == "triton":
+        from .backends.triton import head  # imports triton
+
+        return head.BACKEND
+    return tiled_backend(_cpu_backend.NativeTileOps() if backend == "cpu" else TorchTileOps())
+
+
+def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
+    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
+    if backend != "triton":
+        return True
+    return _triton_backend.unit_gradient_pays(width, *dtypes)
 
 
 def show_config() -> str:
@@ -72,38 +86,6 @@ def show_config() -> str:
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         chosen = resolve_backend("auto", torch.device(device), torch.float32)
-        lines.append(
-            f"auto on {device}: {chosen}"
-            + ("" if chosen == device else f" ({why_not('cpu', torch.device(device), torch.float32)})")
-        )
+        reason = why_not("triton" if device == "cuda" else "cpu", torch.device(device), torch.float32)
+        lines.append(f"auto on {device}: {chosen}" + (f" ({reason})" if reason else ""))
     return "\n".join(lines)
-
-
-def workspace_bytes(op: str, shape: dict[str, int], dtype: torch.dtype, backend: str = "auto") -> int:
-    """Bytes an op takes at its peak beyond its inputs and results.
-
-    Args:
-        op: ``"linear_logprobs"`` (forward or backward) or ``"linear_ranking_loss"``.
-        shape: ``rows`` (distinct hidden rows that are scored), ``width`` (D), ``vocabulary`` (V) and, for the
-            ranking loss, ``logits_budget`` in bytes.
-        dtype: dtype of hidden states and weight.
-        backend: as in the op.
-
-    Raises:
-        ValueError: an unknown op, or a missing entry of ``shape``.
-    """
-    sizes = ("rows", "width", "vocabulary")
-    needed = {"linear_logprobs": sizes, "linear_ranking_loss": (*sizes, "logits_budget")}
-    if op not in needed:
-        raise ValueError(f"op = {op!r} is not one of {tuple(needed)}")
-    if missing := [key for key in needed[op] if key not in shape]:
-        raise ValueError(f"shape lacks {missing} for {op}")
-    compute = compute_dtype(dtype)
-    rows, width, vocabulary = shape["rows"], shape["width"], shape["vocabulary"]
-    if resolve_backend(backend, torch.device("cpu"), dtype) == "reference":
-        return 3 * rows * vocabulary * compute.itemsize
-    tiles = TilePlan.choose(dtype, width, compute).workspace(dtype, width, compute, rows)
-    if op == "linear_logprobs":
-        return tiles
-    block = min(shape["logits_budget"], max(rows, MIN_ROWS) * vocabulary * compute.itemsize)
-    return tiles + block

@@ -15,7 +15,9 @@ from .losses import REDUCTION_OF, Kind, LossCounts, Preset, first_best, preset_u
 from .scores import sequence_scores
 from .tree import PackedTree
 
-LOGITS_BUDGET = 128 << 20
+# Keeping logits saves a quarter of the flops and costs one pass more over vocabulary-sized float32 gradients for every
+# part of the batch that fits. On a GPU that pays from about 1200 rows a part (docs/gpu.md): 1 GiB is 2000 at V = 128k.
+LOGITS_BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,14 @@ def linear_ranking_loss(
         mle_weight: weight of the MLE term.
         counts: denominators of the whole optimizer step; by default those of this tree.
         bias, lora, logit_scale, softcap: as in :func:`tuna_kernels.linear_logprobs`.
-        logits_budget: bytes of logits to keep at most; default 128 MiB; 0 always recomputes.
+        logits_budget: bytes of logits to keep at most; default 128 MiB, on CUDA 1 GiB; 0 always recomputes.
         backend: as in :func:`tuna_kernels.linear_logprobs`.
 
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as :func:`tuna_kernels.linear_logprobs`; also an unknown
             ``kind`` or ``preset``, a tree of another length than ``hidden``, counts that miss a pair.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")
-    if preset not in get_args(Preset):
-        raise ValueError(f"preset = {preset!r} is not one of {get_args(Preset)}")
+    check_choices(kind, preset)
     check_head(hidden, weight, bias, lora, logit_scale, softcap)
     if tree.num_tokens != hidden.shape[0]:
         raise ValueError(
@@ -100,7 +99,8 @@ def linear_ranking_loss(
     check_index("tree.targets", tree.targets, hidden.device)
     if should_validate(None, hidden):
         check_range("tree.targets", tree.targets, weight.shape[0], "the vocabulary")
-    budget = LOGITS_BUDGET if logits_budget is None else logits_budget
+    default = LOGITS_BUDGET.get(hidden.device.type, LOGITS_BUDGET["cpu"])
+    budget = default if logits_budget is None else logits_budget
     if budget < 0:
         raise ValueError(f"logits_budget = {budget} must not be negative")
     settings = _Settings(preset, margin, length_penalty, mle_weight, counts)
@@ -156,11 +156,20 @@ def _fused(
         needs,
         backend,
     )
-    active = _active(upstream.detach(), tree)
+    active = active_candidates(upstream.detach(), tree)
     return RankingLossOutput(loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active)
 
 
-def _active(upstream: Tensor, tree: PackedTree) -> Tensor:
+def check_choices(kind: str, preset: str) -> None:
+    """A loss and a preset that exist."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")
+    if preset not in get_args(Preset):
+        raise ValueError(f"preset = {preset!r} is not one of {get_args(Preset)}")
+
+
+def active_candidates(upstream: Tensor, tree: PackedTree) -> Tensor:
+    """[C] bool: whether any slot of the candidate has a gradient, of ``upstream`` [M]."""
     slots = torch.arange(upstream.numel(), device=upstream.device)
     candidate = torch.bucketize(slots, tree.candidate_offsets[1:], right=True)
     counted = torch.zeros(tree.ranks.shape, dtype=torch.int64, device=upstream.device)
@@ -208,5 +217,5 @@ def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s:
     ).upstream
     loss = ranking + s.mle_weight * mle
     return RankingLossOutput(
-        loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), _active(upstream, tree)
+        loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active_candidates(upstream, tree)
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tuna.generate import Sampling
     from tuna.responses import Instruction, ResponseSet
 
-__all__ = ["generate"]
+__all__ = ["generate", "read_wanted"]
 
 
 def generate(
@@ -106,7 +106,7 @@ def generate(
         extra=paid.parse_extra(extra),
     )
     run = paid.PaidRun(Console(), "generate", output, sampling.parameters(), settings)
-    wanted = _instructions(run.console, instructions, limit, on_bad)
+    wanted = read_wanted(run.console, instructions, limit, on_bad)
     requests = [sampling.request(item) for item in wanted]  # what cannot be rendered shows before the first call
     if dry_run:
         probe = [sampling.probe()] if sampling.logprobs else []
@@ -120,9 +120,14 @@ def generate(
     _gather(run, sampling, wanted, keep_token_logprobs, scorer)
 
 
-def _instructions(
+def read_wanted(
     console: Console, source: str, limit: int | None, on_bad: Literal["fail", "skip"]
 ) -> Sequence[Instruction]:
+    """The first ``limit`` instructions of a file; what is left out is said.
+
+    Raises:
+        ValueError: ``limit`` below 1, no instruction that can be used, and what `read_instructions` raises.
+    """
     from rich.text import Text
 
     from tuna.responses import read_instructions
