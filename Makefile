@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	for program in kernels attention sharing growth step; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done
+	for program in kernels attention sharing growth step endpoint; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done
 
 install: $(STAMP)
 

@@ -108,6 +108,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         with draft.open("wb") as file:
             yield file
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
         draft.replace(path)
     finally:
         with suppress(FileNotFoundError):

@@ -89,6 +89,7 @@ class Journal:
         try:
             self._check_manifest()
             self._file = (self.folder / JOURNAL).open("a+b", buffering=0)
+            _sync_folder(self.folder)
             try:
                 self._load()
             except BaseException:
@@ -219,6 +220,15 @@ class Journal:
             rows = [f"  {name}: {_show(earlier, name)} there, {_show(now, name)} now" for name in names]
             head = f"{self.folder} holds a run with other parameters:"
             raise OtherParameters("\n".join([head, *rows, "Use those, or another folder."]))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names of new files on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
