@@ -32,6 +32,7 @@ __all__ = [
     "worst_usage",
 ]
 
+DOWN = 25  # jobs failed in a row: the endpoint is down, and the other thousands need not learn it one by one
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -179,8 +180,9 @@ async def run_jobs(
 ) -> Outcome[R]:
     """Work through ``jobs``, at most ``concurrency`` side by side.
 
-    `CallFailed` and `Unfinished` set one job aside. `BudgetSpent`, `EndpointRefused` and the first Ctrl-C stop the
-    handing out; jobs in flight are finished. Any other error is raised at once.
+    `CallFailed` and `Unfinished` set one job aside. `BudgetSpent`, `EndpointRefused`, the first Ctrl-C, and `DOWN` jobs
+    in a row that failed for want of a working endpoint stop the handing out; jobs in flight are finished. Any other
+    error is raised at once.
 
     Raises:
         ValueError: ``concurrency`` below 1.
@@ -188,10 +190,17 @@ async def run_jobs(
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency} must be at least 1")
     outcome: Outcome[R] = Outcome()
-    queue = iter(enumerate(jobs))
+    queue, in_a_row = iter(enumerate(jobs)), 0
 
     def interrupt() -> None:
         outcome.stopped = outcome.stopped or KeyboardInterrupt("interrupted")
+
+    def no_endpoint(error: Exception | None) -> None:
+        nonlocal in_a_row
+        down = isinstance(error, CallFailed) and (error.status is None or error.status >= 500)
+        in_a_row = in_a_row + 1 if down else 0
+        if in_a_row >= DOWN:
+            outcome.stopped = outcome.stopped or CallFailed(f"{DOWN} jobs in a row failed, the last: {error}")
 
     async def worker() -> None:
         for index, job in queue:
@@ -204,6 +213,9 @@ async def run_jobs(
                 return
             except (CallFailed, Unfinished) as error:
                 outcome.failed[index] = str(error)
+                no_endpoint(error)
+            else:
+                no_endpoint(None)
             on_done()
 
     with _first_interrupt(interrupt):
@@ -289,7 +301,7 @@ def _prompt_tokens(api: Api, body: Mapping[str, Any]) -> int:
 
 def worst_usage(api: Api, body: Mapping[str, Any]) -> Usage:
     """The most tokens that a request can take: every choice of full length."""
-    limit = body.get("max_completion_tokens", body.get("max_tokens", 16))
+    limit = body.get("max_completion_tokens", body.get("max_tokens", 4096))
     return Usage(_prompt_tokens(api, body), int(body.get("n", 1)) * int(limit))
 
 

@@ -9,6 +9,7 @@ What happens to an attempt:
 | 408, 409, 425, 429, 500 and above | wait (Retry-After, or exponential back-off with jitter), try again |
 | cuts the connection, is too slow, sends no JSON or an unusable object | the same; the call counts as lost |
 | 401, 402, 403, 404, or 429 for an empty account | stop the run: every other call would fare the same |
+| asks all to wait beyond the total timeout | the same |
 | any other status (400: too long a prompt, …) | give this one up and say why |
 """
 
@@ -129,7 +130,7 @@ class _Usable(Generic[T]):
 
 def api_key(variable: str) -> str:
     """The key from the environment, or a placeholder for servers that need none."""
-    return os.environ.get(variable) or NO_KEY
+    return os.environ.get(variable, "").strip() or NO_KEY
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
@@ -235,11 +236,9 @@ class Endpoint:
                 raise CallFailed(f"given up after {attempt} attempts, the last: {outcome.reason}", outcome.status)
             wait = self._wait_after(attempt, outcome)
             if loop.time() + wait > deadline:
-                raise CallFailed(
-                    f"{outcome.reason}; the next attempt is due in {wait:.1f} s, beyond "
-                    f"total_timeout = {self.settings.total_timeout:g} s",
-                    outcome.status,
-                )
+                late = f"{outcome.reason}; the next attempt is due in {wait:.1f} s, beyond {self._limit()}"
+                # Where the endpoint puts everybody off so long, the other calls would fare the same.
+                raise (EndpointRefused if loop.time() < self._clear_at else CallFailed)(late, outcome.status)
             self.waited += wait
             await asyncio.sleep(wait)
 
@@ -269,6 +268,9 @@ class Endpoint:
         except (ValueError, openai.APIError) as error:  # not JSON
             return Attempt(self.redact(f"the answer is no JSON: {_short(str(error))}"), billed=True, status=200)
 
+    def _limit(self) -> str:
+        return f"total_timeout = {self.settings.total_timeout:g} s"
+
     def _raise_if_hopeless(self, outcome: Attempt) -> None:
         status = outcome.status
         if status in STOPPING or (status == 429 and "insufficient_quota" in outcome.reason):
@@ -296,10 +298,7 @@ class Endpoint:
             due = max(due, self._next_slot, loop.time())
             self._next_slot = due + 60.0 / self.settings.requests_per_minute
         if due > deadline:
-            raise CallFailed(
-                f"the next request is due in {due - loop.time():.1f} s, beyond "
-                f"total_timeout = {self.settings.total_timeout:g} s"
-            )
+            raise EndpointRefused(f"the next request is due in {due - loop.time():.1f} s, beyond {self._limit()}")
         while (delay := max(due, self._clear_at) - loop.time()) > 0:
             self.waited += delay
             await asyncio.sleep(delay)

@@ -13,7 +13,7 @@ from tuna.records import Record
 from tuna.responses import Instruction, Response, ResponseSet
 from tuna.templates import render_prompt
 
-__all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "probe_logprobs"]
+__all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "probe_logprobs", "with_extra"]
 
 
 class NoLogprobs(ValueError):
@@ -35,7 +35,7 @@ class Sampling:
         template: for "completions": none, alpaca or a text with ``{prompt}``; see `tuna.templates`.
         system: for "chat": a system message before the others.
         logprobs: whether to ask for the log-probabilities of the tokens, and to insist on them.
-        extra: further fields of the request, such as ``{"top_k": 40}``; they win.
+        extra: further fields of the request, such as ``{"top_k": 40}``; they win, and None takes a field away.
 
     Raises:
         ValueError: a value outside its range.
@@ -91,12 +91,13 @@ class Sampling:
             body["seed"] = self.seed + draw
         if self.stop:
             body["stop"] = list(self.stop)
-        return Request(self.api, {**body, **self._wanted(), **self.extra}, draw)
+        return Request(self.api, with_extra({**body, **self._wanted()}, self.extra), draw)
 
     def probe(self) -> Request:
         """The cheapest request that shows whether there are log-probabilities."""
         prompt = self._prompt(Instruction(id="probe", prompt="Say: yes"))
-        return Request(self.api, {"model": self.model, **prompt, "max_tokens": 4, **self._wanted(), **self.extra})
+        body = {"model": self.model, **prompt, "max_tokens": 4, **self._wanted()}
+        return Request(self.api, with_extra(body, self.extra))
 
     def _wanted(self) -> dict[str, Any]:
         if not self.logprobs:
@@ -111,6 +112,11 @@ class Sampling:
             raise ValueError(f"instruction {instruction.id!r} has messages; they need api = 'chat'")
         record = Record(id=instruction.id, prompt=instruction.prompt, responses=[""])
         return {"prompt": render_prompt(record, self.template, None)}
+
+
+def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with further fields; those that are None are taken away."""
+    return {name: value for name, value in {**body, **extra}.items() if value is not None}
 
 
 async def generate_responses(

@@ -79,6 +79,7 @@ class Journal:
         self._places: dict[str, _Place] = {}
         self._pending: list[bytes] = []
         self._taken = self._written = 0  # entries handed in, entries on the disk
+        self._broken: OSError | None = None
         self._turn = asyncio.Lock()
         self._writing = threading.Lock()
 
@@ -87,7 +88,7 @@ class Journal:
         self._lock = self._take_lock()
         try:
             self._check_manifest()
-            self._file = (self.folder / JOURNAL).open("a+b")
+            self._file = (self.folder / JOURNAL).open("a+b", buffering=0)
             try:
                 self._load()
             except BaseException:
@@ -101,9 +102,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._flush()  # what a cancelled task left
-        self._file.close()
-        self._lock.close()
+        try:
+            if self._broken is None:
+                self._flush()  # what a cancelled task left
+        finally:
+            self._file.close()
+            self._lock.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -137,17 +141,28 @@ class Journal:
 
     def _flush(self) -> None:
         with self._writing:
+            if self._broken is not None:
+                raise self._broken
             lines, self._pending = self._pending, []
             if not lines:
                 return
             offset = self._file.seek(0, os.SEEK_END)
-            self._file.write(b"".join(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            try:
+                self._write(b"".join(lines))
+            except OSError as error:
+                # Disk full: nothing may follow a torn line, so nothing more is written.
+                self._broken = error
+                raise
             for line in lines:
                 self._count(json.loads(line), _Place(offset, len(line)))
                 offset += len(line)
             self._written += len(lines)
+
+    def _write(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(self._file.fileno(), left) :]
+        os.fsync(self._file.fileno())
 
     def _count(self, entry: Mapping[str, Any], place: _Place) -> None:
         used = Usage(*entry["usage"])

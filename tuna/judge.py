@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tuna.calls import PaidCalls, Request, Unfinished
 from tuna.endpoint import CallFailed, EndpointRefused
-from tuna.generate import parse_choices
+from tuna.generate import parse_choices, with_extra
 from tuna.judgement import ASPECTS, MOST, Judgement, Unparsable, parse_judgement
 from tuna.records import Record
 from tuna.responses import Instruction
@@ -72,11 +72,11 @@ class JudgeSettings:
         model: its name at the endpoint.
         orders: 1, or 2: also in reverse order, and averaged.
         tries: times an answer may be asked for until it can be read.
-        seed: of the random orders, and passed on to the endpoint where ``send_seed``.
+        seed: of the random orders.
         temperature, max_tokens: of the answer.
         reference_candidate: make the judge's own answer a candidate, better than all others.
         response_format: the first form to ask for; an endpoint that refuses it is asked for the next simpler one.
-        extra: further fields of the request; they win.
+        extra: further fields of the request; they win, and None takes a field away.
 
     Raises:
         ValueError: a value outside its range.
@@ -180,9 +180,8 @@ class Judge:
             "messages": messages,
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
-            **self.settings.extra,
         }
-        return Request("chat", body, draw, omit=("response_format",))
+        return Request("chat", with_extra(body, self.settings.extra), draw, omit=("response_format",))
 
     async def _ask(
         self, calls: PaidCalls, item: Candidates, messages: list[dict[str, str]], count: int

@@ -21,9 +21,11 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("generate", "rank", "sample", "judge", "train", "score", "serve", "info", "demo")
+COMMANDS = (
+    "generate", "rank", "sample", "judge", "train", "export", "score", "serve", "plan", "info", "demo",
+)  # fmt: skip
 GROUPS = ("data", "recipe")  # with subcommands of their own
-USER_ERRORS = (ValueError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
     name="tuna",
@@ -48,6 +50,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,  # deepspeed's launcher
 ) -> None:
     """Tune language models on ranked responses."""
 

@@ -65,7 +65,8 @@ PriceInput: TypeAlias = Annotated[float, typer.Option(help="Price of a million p
 PriceOutput: TypeAlias = Annotated[float, typer.Option(help="Price of a million response tokens.")]
 DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print calls, tokens and cost; call nothing.")]
 Extra: TypeAlias = Annotated[
-    str | None, typer.Option(help="""Further fields of each request, as JSON: '{"top_k": 40}'. They win.""")
+    str | None,
+    typer.Option(help="""Further fields of each request, as JSON: '{"top_k": 40}'. They win; null removes one."""),
 ]
 
 

@@ -46,7 +46,7 @@ class Misbehaving:
     """Use as a context manager; `url` is the base URL.
 
     `requests` counts what came, by content; `paid` what was answered whole and good; `headers` are those of the
-    last request; `most` the most requests in flight at once.
+    last request; `most` the most requests in flight at once. While `hold` is set, no more than so many are answered.
     """
 
     def __init__(self, script: Script = behave, *, delay: float = 0.0, judge: Callable[[Body], str] | None = None):
@@ -57,6 +57,7 @@ class Misbehaving:
         self.times: list[float] = []
         self.headers: dict[str, str] = {}
         self.open = self.most = 0
+        self.hold: int | None = None
 
     def __enter__(self) -> Misbehaving:
         ready = threading.Event()
@@ -119,6 +120,8 @@ class Misbehaving:
         self.times.append(self.loop.time())
         fault = self.script(count, body)
         await asyncio.sleep(self.delay if fault is None else self.delay + fault.delay)
+        while self.hold is not None and sum(self.paid.values()) >= self.hold:
+            await asyncio.sleep(0.002)
         good = self._answer(path, body, key)
         if fault is not None and fault.raw is not None:
             writer.write(fault.raw)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -121,7 +123,38 @@ def test_a_wait_beyond_the_total_timeout_is_not_begun(tmp_path: Path) -> None:
     with Misbehaving(lambda count, request: Fault(429, {"retry-after": "3600"})) as server:
         outcome, _ = ask_all(server, tmp_path, 2, concurrency=1, total_timeout=30)
         assert server.calls == 1
-    assert "total_timeout = 30 s" in outcome.failed[0] and "total_timeout = 30 s" in outcome.failed[1]
+    assert not outcome.failed and "total_timeout = 30 s" in str(outcome.stopped)
+
+
+def test_an_endpoint_that_is_down_ends_the_run_early(tmp_path: Path) -> None:
+    """25 jobs in a row without an answer; jobs refused for their own sake (400) do not count."""
+    with Misbehaving(lambda count, request: Fault(502)) as server:
+        outcome, _ = ask_all(server, tmp_path, 200, concurrency=2, max_attempts=1)
+        assert 25 <= server.calls <= 27 and "25 jobs in a row" in str(outcome.stopped)
+    with Misbehaving(lambda count, request: Fault(400)) as server:
+        outcome, _ = ask_all(server, tmp_path, 60, concurrency=2, max_attempts=1)
+        assert server.calls == 60 and outcome.stopped is None and len(outcome.failed) == 60
+
+
+def test_a_disk_that_fills_up_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that stops half way is the end of the run; the next one finds all lines whole and goes on."""
+    real, room = os.write, 700
+
+    def write(file: int, content: memoryview) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room, taken = max(0, room - len(content)), min(room, len(content))
+        return real(file, content[:taken])
+
+    with Misbehaving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("tuna.journal.os.write", write)
+            with pytest.raises(OSError, match="No space"):
+                ask_all(server, tmp_path, 9, concurrency=4)
+        assert not (tmp_path / "journal.jsonl").read_bytes().endswith(b"\n")
+        outcome, calls = ask_all(server, tmp_path, 9, concurrency=4)
+        assert len(outcome.results) == 9 and calls.found > 0
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

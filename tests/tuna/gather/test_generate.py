@@ -6,6 +6,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +195,26 @@ def test_killed_once_it_ends_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_the_same(tmp_path: Path) -> None:
-    check_kills(tmp_path, 80, kills=10)
+    check_kills(tmp_path, 100, kills=10)
+
+
+def test_ctrl_c_finishes_what_is_in_flight(tmp_path: Path) -> None:
+    """So nothing at all is paid twice; the run says that it ended early, and the next one ends it."""
+    arguments = ["generate", "--instructions", instructions(tmp_path, 60), *FAST, "--concurrency", "3"]
+    arguments += ["--output", str(tmp_path / "run")]
+    with Misbehaving(delay=0.3) as server:
+        arguments += ["--base-url", server.url]
+        process = subprocess.Popen([sys.executable, "-m", "tuna", *arguments], stdout=subprocess.PIPE, text=True)
+        while sum(server.paid.values()) < 5 and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 3 and "interrupted" in output, output
+        done = len(rows(tmp_path / "run" / "responses.jsonl"))
+        assert done + 1 == sum(server.paid.values()) < 61
+        server.delay = 0.0
+        assert invoke(*arguments).exit_code == 0
+        assert len(server.paid) == 61 and set(server.paid.values()) == {1}
 
 
 def check_kills(tmp_path: Path, count: int, kills: int) -> None:
@@ -207,6 +230,17 @@ def check_kills(tmp_path: Path, count: int, kills: int) -> None:
         assert sum(server.paid.values()) == paid + count + 1
     files = [(tmp_path / run / "responses.jsonl").read_bytes() for run in ("killed", "whole")]
     assert files[0] == files[1] and files[0].count(b"\n") == count
+
+
+def test_extra_fields_win_and_null_takes_one_away(tmp_path: Path) -> None:
+    with Misbehaving() as server:
+        result = invoke(
+            "generate", "--instructions", instructions(tmp_path, 1), "--output", str(tmp_path / "run"), *FAST,
+            "--base-url", server.url, "--extra", '{"max_tokens": null, "max_completion_tokens": 9, "top_p": 0.5}',
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        body = server.bodies[1]
+    assert body["max_completion_tokens"] == 9 and body["top_p"] == 0.5 and "max_tokens" not in body
 
 
 ANSWERS: dict[str, Any] = {
