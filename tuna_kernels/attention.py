@@ -116,7 +116,7 @@ def tree_attention(
     _check_settings(window, position_ids, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    chosen = resolve_backend(backend, q.device, q.dtype)
+    chosen = _resolve(backend, q)
     if chosen == "reference":
         _check_values(subtree_end, query_rows)
         with torch.autocast(q.device.type, enabled=False):
@@ -180,3 +180,13 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError("window needs position_ids, the depth of each row: packed rows are no distance")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap = {softcap} is not above 0")
+
+
+def _resolve(backend: str, q: Tensor) -> str:
+    """As for the head; `auto` stays on `torch` where its choice has no attention."""
+    chosen = resolve_backend(backend, q.device, q.dtype)
+    if chosen == "reference" or chosen in attention_ops.BACKENDS:
+        return chosen
+    if backend != "auto":
+        raise RuntimeError(f"backend = {backend!r} cannot serve tree_attention: it has no kernel for it")
+    return "torch"

@@ -7,7 +7,7 @@
 
 namespace tuna {
 
-constexpr int64_t kKeyRows = 64;    // of a key block at most: a tile of keys and of scores stay in the first-level cache
+constexpr int64_t kKeyRows = 64;    // of a key block at most: a tile of keys stays in the first-level cache
 constexpr int64_t kQueryRows = 32;  // of a query block: on the diagonal half of what they compute is hidden
 constexpr int64_t kPadding = 16;  // key blocks take a multiple of this many rows in buffers: whole vectors
 

@@ -3,9 +3,9 @@
 //     z = softcap(scale q k^T)    p = e^(z - lse)    out = p v
 //     dv = p^T do    dz = p (do v^T - delta)    delta = rowsum(do out) - dlse    dq = scale dz k    dk = dz^T (scale q)
 //
-// A task is a chunk and a key head. It converts, scales and transposes its keys and values once; then for each query
-// block, the query heads of the key head folded into rows, it goes over the key blocks seen. Scores of one block pair at
-// a time exist. What a query must not see gets the score -infinity.
+// A task is a chunk and a key head. It converts and transposes its keys and values once; then for each query block, its
+// heads folded into rows, it goes over the key blocks seen. Scores exist for one pair of blocks at a time. What a query
+// must not see gets the score -infinity.
 #pragma once
 
 #include <cmath>

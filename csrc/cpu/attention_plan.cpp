@@ -6,7 +6,7 @@
 namespace tuna {
 namespace {
 
-// What a block costs besides its scores: a block of keys about as much as 8 more of them, a block of queries 512 scores.
+// What a block costs besides its scores: as keys about as much as 8 more of them, as queries 512 scores.
 constexpr int64_t kKeyOverhead = 8, kQueryOverhead = 512;
 // A task should be worth starting (a millisecond at head size 64 and three query heads a key head) ...
 constexpr int64_t kChunkScores = 1 << 16;

@@ -1,13 +1,13 @@
 // Which blocks of queries see which blocks of keys in a packed tree, and how the work is cut into tasks.
 //
 // Row i sees row j exactly when j <= i < end[j] (and 0 <= depth[i] - depth[j] < window). Rows are cut where a branch
-// starts and into blocks of at most kKeyRows, these into blocks of queries; a block of queries skips a block of keys by two
-// bounds on its ends.
+// starts and into blocks of at most kKeyRows, these into blocks of queries; a block of queries skips a block of keys by
+// two bounds on its ends.
 //
-// A *chunk* is a run of query blocks of one group with the key blocks they see. One chunk and one key head make a
-// task: it computes its queries' results alone, and its share of dK and dV in a buffer of its own. Chunks depend on
-// the group and on the number of key heads only, and shares are added in a fixed order: neither threads nor what else is
-// packed change a bit.
+// A *chunk* is a run of query blocks of one group with the key blocks they see. One chunk and one key head make a task:
+// it computes its queries' results alone, and its share of dK and dV in a buffer of its own. Chunks depend on the group
+// and on the number of key heads only, and shares are added in a fixed order: neither threads nor what else is packed
+// change a bit.
 #pragma once
 
 #include <cstdint>

@@ -108,8 +108,8 @@ TUNA_INLINE void multiply_panel(const Product& p, int64_t column) {
   if (row < p.rows) multiply_block<1, kVectors, kAdd>(p, row, column);
 }
 
-// C = A B, or C += A B. An entry of A B is summed over `inner` in order, whatever the block it falls into, and then added
-// to C: a long sum is made of short ones, whose rounding errors are smaller.
+// C = A B, or C += A B. An entry of A B is summed over `inner` in order, whatever the block it falls into, and then
+// added to C: a long sum is made of short ones, whose rounding errors are smaller.
 template <bool kAdd>
 void multiply(const Product& p) {
   int64_t vectors = p.columns / kLanes, column = 0;
