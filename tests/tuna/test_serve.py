@@ -375,6 +375,27 @@ def test_an_engine_keeps_its_limits_and_outlives_errors(tiny: tuple[Any, Any]) -
         Engine(*tiny, max_rows=0)
 
 
+def test_a_caller_that_gives_up_does_not_disturb_its_company(tiny: tuple[Any, Any]) -> None:
+    engine = Engine(*tiny)
+    try:
+        tasks = [RowTask(Row([1, 5, 6], Sampling(max_tokens=9, seed=i), frozenset())) for i in range(3)]
+
+        def give_up(row: Row) -> None:  # in the very step in which the row ends, as well as before
+            if len(row.ids) >= 9:
+                tasks[0].cancelled = True
+                assert not tasks[0].done.cancel()
+
+        tasks[0].on_token = give_up
+        tasks[1].on_token = lambda row: setattr(tasks[1], "cancelled", len(row.ids) == 2)
+        engine.submit(tasks)
+        assert len(tasks[2].done.result(60).ids) == len(tasks[0].done.result(60).ids) == 9
+        with pytest.raises(Busy, match="cancelled"):
+            tasks[1].done.result(60)
+        assert len(tasks[1].row.ids) == 2
+    finally:
+        engine.close()
+
+
 def test_streams_are_server_sent_events(served: tuple[str, Engine]) -> None:
     ask = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "seed": 0, "stream": True}
     with httpx.stream("POST", f"{served[0]}/completions", json=ask) as answer:

@@ -225,9 +225,10 @@ class _Handlers:
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.wrap_future(self.engine.call(work))
+            future = self.engine.call(work)
         except Busy as error:
             raise ApiError(429, str(error), code="queue_full") from error
+        return await asyncio.wrap_future(future)
 
     async def _finished(self, tasks: list[RowTask], request: Request) -> list[Row]:
         """The rows when all are done; a client that hangs up frees its rows."""
@@ -242,7 +243,7 @@ class _Handlers:
             if not done.done():
                 raise ApiError(499, "the client closed the connection")
             return await done
-        except asyncio.CancelledError as error:
+        except (asyncio.CancelledError, Busy) as error:
             raise ApiError(503, "the server is shutting down") from error
         finally:
             for task in tasks:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Busy(RuntimeError):
-    """The queue is full."""
+    """The engine does not do this: its queue is full, it shuts down, or the caller has cancelled."""
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Engine:
             item = self._waiting[0]
             if isinstance(item, _Call):
                 return batch or self._waiting.popleft()  # type: ignore[return-value]
-            if item.cancelled:
+            if item.cancelled or item.done.cancelled():
                 self._waiting.popleft()
                 item.done.cancel()
                 continue
@@ -156,7 +156,9 @@ class Engine:
             if batch and not fits:
                 break
             self._waiting.popleft()
-            batch.append(item)
+            # From here on nobody but this thread ends it: a caller that gives up sets `cancelled`.
+            if item.done.set_running_or_notify_cancel():
+                batch.append(item)
         return batch
 
     def _run(self, batch: list[RowTask]) -> None:
@@ -179,10 +181,12 @@ class Engine:
                     task.done.set_exception(error)
         for task in batch:
             if not task.done.done():
-                task.done.cancel()
+                task.done.set_exception(Busy("the server is shutting down" if self._stopped else "cancelled"))
 
 
 def _resolve(done: Future[Any], function: Callable[[], Any]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
     try:
         done.set_result(function())
     except Exception as error:  # handed to the caller
