@@ -163,7 +163,6 @@ class Planner:
             request.sharding,
             dtype=settings.dtype,
             optimizer=request.optimizer,
-            width=int(self.simulator.config.get_text_config().hidden_size),
             trainable_dtype=torch.float32 if settings.lora_rank is not None else None,
         )
         step = self.simulator.step(request.workload, request.groups, settings)
@@ -207,7 +206,7 @@ def shardings(
     """Every stage and offload on ``gpus`` GPUs, the quickest first: no offload before offload, low stages first."""
     for offload in offloads:
         for stage in (0, 1, 2, 3):
-            useless = gpus == 1 and stage in (1, 3) and offload == "none"
+            useless = gpus == 1 and stage > 0 and offload == "none"
             impossible = (offload == "optimizer" and stage < 2) or (offload == "all" and stage < 3)
             if not (useless or impossible):
                 yield replace(like, gpus=gpus, stage=stage, offload=offload)
