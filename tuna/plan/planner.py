@@ -24,6 +24,8 @@ COMMUNICATOR = int(0.4 * GIB)
 """NCCL's buffers, where there is more than one GPU."""
 FRAGMENTATION = 0.05
 """Of all that PyTorch's caching allocator holds; 0.02 to 0.1 is seen with expandable segments."""
+LARGEST = 128
+"""Groups of a micro-batch beyond which nobody asks: the GPU is busy long before."""
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -222,7 +224,7 @@ def fewest_gpus(planner: Planner, request: Request, offloads: tuple[Offload, ...
     return None
 
 
-def largest_batch(planner: Planner, request: Request, limit: int = 512) -> Plan | None:
+def largest_batch(planner: Planner, request: Request, limit: int = LARGEST) -> Plan | None:
     """The plan with the most groups in a micro-batch that fits, at most ``limit``; None if not even one does.
 
     Memory grows with the batch, so the largest is found by doubling and halving; each size is simulated.
