@@ -121,9 +121,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "--heads 4",
         "-k 3",
         "--prompt 9",
-        "--response 7 --most-groups 2",
+        "--response 7",
     )
-    arguments = ["plan", *" ".join(sizes).split()]
+    arguments = ["plan", "--most-groups", "2", *" ".join(sizes).split()]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--json", str(figures), "--picture", str(picture)])
     assert ended.value.code == 0
