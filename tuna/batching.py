@@ -18,7 +18,7 @@ epoch can be resumed by skipping the first n batches. The rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -37,13 +37,14 @@ class Batch(TypedDict):
 
     ``input_ids`` is the tree's own tensor, where the stock trainer counts tokens and FLOPs; ``padded_tokens``
     is what the same groups take as k padded copies; ``counted`` is False for a batch that only keeps ranks in
-    step.
+    step; ``two_phase`` is how the trainer decided to run it.
     """
 
     input_ids: torch.Tensor
     tree: PackedTree
     padded_tokens: int
     counted: bool
+    two_phase: NotRequired[bool]
 
 
 class GroupBatchSampler(Sampler[list[int]]):

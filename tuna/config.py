@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
+from tuna import zero
 from tuna.records import OnBad
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
+
+Memory = Literal["auto", "one_pass", "two_phase"]
 
 
 # kw_only: the field order of the parent is not ours, so nothing of ours may be given by position.
@@ -93,6 +97,23 @@ class TunaConfig(TrainingArguments):
         metadata={"help": "Bytes of logits the loss may keep instead of recomputing. None: the kernels' choice."},
     )
 
+    # Memory
+    memory: Memory = field(
+        default="auto",
+        metadata={
+            "help": "'one_pass': the graph of all candidates at once. 'two_phase': score without a graph, then "
+            "candidates_per_pass at a time: less memory, one more forward. 'auto': two phases for "
+            "micro-batches that would not fit in one pass."
+        },
+    )
+    candidates_per_pass: int = field(
+        default=1, metadata={"help": "Two phases: candidates whose graph is alive at once."}
+    )
+    skip_inactive: bool = field(
+        default=True,
+        metadata={"help": "Two phases: leave out candidates that have no gradient. Exact."},
+    )
+
     # Defaults of the paper, where they differ from the parent's
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate. The paper: 1e-5 probabilistic, 1e-6 contextual."}
@@ -112,12 +133,17 @@ class TunaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ours()
+        if self.deepspeed:
+            self.deepspeed = zero.prepare(zero.read_settings(self.deepspeed))
+            # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_parents()
 
     def _check_ours(self) -> None:
         _one_of("preset", self.preset, get_args(Preset))
         _one_of("share", self.share, get_args(Share))
+        _one_of("memory", self.memory, get_args(Memory))
         _one_of("on_bad", self.on_bad, get_args(OnBad))
         for name in ("margin", "mle_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -131,6 +157,7 @@ class TunaConfig(TrainingArguments):
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
         for name in (
+            "candidates_per_pass",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
@@ -159,6 +186,12 @@ class TunaConfig(TrainingArguments):
         for name, (value, reason) in refused.items():
             if value:
                 raise ValueError(f"{name} = {value} is not supported: {reason}")
+        updates_in_backward = any(part in str(self.optim).lower() for part in ("lomo", "layerwise"))
+        if updates_in_backward and self.memory != "one_pass":
+            raise ValueError(
+                f"optim = {self.optim} updates weights during the backward, of which two phases take several: "
+                f"memory = {self.memory!r} must then be 'one_pass'"
+            )
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy = {self.train_sampling_strategy!r} is not supported: batches are "

@@ -145,8 +145,8 @@ class LossRequest:
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         prepare_model(model)
         base = base_causal_lm(model)
-        head = read_head(base)
         hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
+        head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
         found = linear_ranking_loss(hidden, head.weight, tree, **vars(self.settings), **head.options())
         return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
 
@@ -207,8 +207,8 @@ def model_ranking_loss(
 def _score(
     base: PreTrainedModel, tree: PackedTree, length_penalty: float, return_entropy: bool, backend: str
 ) -> GroupScores:
-    head = read_head(base)
     hidden, tree = _hidden_states(base, tree, backend)
+    head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
     found = linear_logprobs(
         hidden,
         head.weight,

@@ -17,6 +17,7 @@ first, for a loss that couples its candidates, is gradient caching (arXiv 2101.0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from tuna_kernels.losses import Kind, LossCounts, Preset, PresetResult, preset_u
 from tuna_kernels.ranking import RankingLossOutput, active_candidates, check_choices
 from tuna_kernels.tree import PackedTree
 
-__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss"]
+__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
 
 
 class Backward(Protocol):
@@ -79,6 +80,7 @@ def two_phase_ranking_loss(
     skip_inactive: bool = True,
     scale: float = 1.0,
     backward: Backward | None = None,
+    pass_context: Callable[[bool], AbstractContextManager[Any]] | None = None,
     most_passes: Callable[[int], int] | None = None,
 ) -> TwoPhaseOutput:
     """`model_ranking_loss` and its backward in one call, a few candidates at a time.
@@ -103,6 +105,8 @@ def two_phase_ranking_loss(
             ``released`` with an MLE term there are none.
         scale: factor on the gradients, not on the loss returned; 0 makes only a pass that keeps ranks in step.
         backward: default ``loss.backward()``.
+        pass_context: given whether a pass is the last, a context around its forward and backward. Under DDP:
+            ``lambda last: nullcontext() if last else model.no_sync()``.
         most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
             fewer make up for it by passes of one token that weigh nothing. Default: `largest_over_ranks` where
             ``model`` is wrapped and torch.distributed is initialised, else the number itself.
@@ -134,8 +138,10 @@ def two_phase_ranking_loss(
     passes = most_passes(max(schedule.passes, 1))
     upstream = result.upstream.to(logprobs.dtype) * scale
     for number, request in enumerate(schedule.requests(scoring.prompts, upstream, backend, passes), start=1):
-        (loss,) = carry(request)
-        (backward or _plain_backward)(loss, number == passes)
+        last = number == passes
+        with pass_context(last) if pass_context else nullcontext():
+            (loss,) = carry(request)
+            (backward or _plain_backward)(loss, last)
     return TwoPhaseOutput(
         loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
         ranking=result.ranking.to(logprobs.dtype),
@@ -211,7 +217,8 @@ class _ScoringPass:
             raise ValueError("tree holds no groups: there is nothing to run the model on")
         prepare_model(model)
         base = base_causal_lm(model)
-        _check_trainable(base)
+        if reason := why_not_two_phase(base):
+            raise ValueError(reason)
         tree = self.tree.to(compute_device(base))
         # the last prompt token is computed again by every pass: its keys are not shared
         role = KeepPrompts([(start, stop - 1) for start, stop in self.groups.prompt_rows])
@@ -255,7 +262,7 @@ class _PromptPass:
         hidden = _run(base, self.layout, role, self.backend)
         nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
         roots, gradients = self._known(role)
-        return (nothing + _KnownGradients.apply(gradients, *roots) if roots else nothing,)  # type: ignore[no-untyped-call]
+        return (nothing + _KnownGradients.apply(gradients, *roots) if roots else nothing,)
 
     def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
         """Roots and their gradients, which are taken from ``prompt.sums``."""
@@ -328,24 +335,25 @@ def _plain_backward(loss: Tensor, last: bool) -> None:
     torch.autograd.backward(loss)
 
 
-def _check_trainable(base: PreTrainedModel) -> None:
-    """Refuse what the phases would compute differently."""
-    for name, module in base.named_modules():
+def why_not_two_phase(model: nn.Module) -> str:
+    """The reason why a model as it is now cannot be trained in two phases; "" if it can, as far as can be seen."""
+    for name, module in model.named_modules():
         if not module.training:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(
-                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set "
-                "it to 0 (also lora_dropout) or use the one-pass loss"
+            return (
+                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set it "
+                "to 0 (also lora_dropout) or use the one-pass loss"
             )
         # transformers leaves the checkpointing function on every module that checkpoints
         checkpointing = getattr(module, "_gradient_checkpointing_func", None)
         in_use = checkpointing is not None and getattr(module, "gradient_checkpointing", False)
         if in_use and getattr(checkpointing, "keywords", {}).get("use_reentrant", True):
-            raise ValueError(
+            return (
                 "reentrant activation checkpointing keeps the prompt's keys out of the graph: enable it with "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+    return ""
 
 
 class _nothing_random:
