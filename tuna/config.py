@@ -129,6 +129,9 @@ class TunaConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: a batch is a tree, not columns."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: a loss that is no number stops the run (tuna.guards)."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps from one line of the log to the next."})
 
     def __post_init__(self) -> None:
@@ -176,6 +179,7 @@ class TunaConfig(TrainingArguments):
                 self.remove_unused_columns,
                 "a batch is a packed tree, it has no columns",
             ),
+            "logging_nan_inf_filter": (self.logging_nan_inf_filter, "a loss that is not finite stops the run"),
             "label_smoothing_factor": (self.label_smoothing_factor, "the Tuna loss has no smoothed form"),
             "dataloader_drop_last": (self.dataloader_drop_last, "every group is seen once per epoch"),
             "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),

@@ -24,12 +24,14 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
 from tuna.config import TunaConfig
+from tuna.durable import DurableTrainer
 from tuna.evaluation import PendingScores, in_dataset_order
+from tuna.guards import FiniteLoss
 from tuna.meters import TrainingMeter
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
 from tuna.records import Record
@@ -45,7 +47,7 @@ SHOWN_PROBLEMS = 10
 GroupData = Sequence[TokenizedGroup] | Sequence[Record]
 
 
-class TunaTrainer(Trainer):
+class TunaTrainer(DurableTrainer):
     """Trains a causal language model to rank responses; see `tuna.config.TunaConfig` for every setting.
 
     Groups may have different numbers of responses. A group of one response has no pairs and trains on its
@@ -103,6 +105,8 @@ class TunaTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.deepspeed and optimizers != (None, None):
+            raise ValueError("optimizers must be left out under DeepSpeed: set optim, or an optimizer in its settings")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process means DataParallel, which cannot split a packed tree: "
@@ -115,6 +119,7 @@ class TunaTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.meter = TrainingMeter()
         self.schedule = Schedule(model, args)
+        self.finite = FiniteLoss()
 
     # Data
 
@@ -159,6 +164,7 @@ class TunaTrainer(Trainer):
         """This rank's micro-batches of an optimizer step, and what the whole step's loss is divided by."""
         self.meter.start_step()
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.finite.start_step(len(batches))
         mine = [batch["tree"].loss_counts() for batch in batches if batch["counted"]]
         counts = functools.reduce(operator.add, mine, LossCounts(0, (), 0))
         states_made = bool(getattr(self.optimizer, "state", None))
@@ -184,6 +190,7 @@ class TunaTrainer(Trainer):
         counted = inputs["counted"]
         counts = num_items_in_batch if counted else None
         output = model_ranking_loss(self._carrier(model), inputs["tree"], counts=counts, **self._loss_settings())
+        self.finite.add(output.loss, inputs["ids"], self.state.global_step + 1)
         if counted:
             self.meter.add(inputs, output)
         loss = output.loss * (self.accelerator.num_processes if counted else 0)
@@ -211,6 +218,7 @@ class TunaTrainer(Trainer):
             most_passes=lambda passes: max(gather_object([passes])),
             **self._loss_settings(),
         )
+        self.finite.add(output.loss, inputs["ids"], self.state.global_step + 1)
         self.schedule.add(inputs["tree"], output)
         if counted:
             self.meter.add(inputs, output)

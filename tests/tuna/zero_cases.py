@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -26,6 +27,7 @@ from tuna.models import load_tokenizer
 from tuna.records import read_records
 from tuna.tokenization import TokenizedGroup, tokenize_records
 from tuna.trainer import TunaTrainer
+from tuna_kernels import Group
 
 VOCABULARY = 1024  # that of the tiny tokenizer
 MAX_LENGTH = 160
@@ -45,6 +47,7 @@ class Case:
         settings: of `TunaConfig`, beside `COMMON`.
         deepspeed: further DeepSpeed settings.
         groups: groups of the data set used.
+        lengths: "real", or "uneven": every second group is some tokens long, every seventh very long.
         alone: settings of the reference in one process, where they differ.
     """
 
@@ -55,6 +58,7 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     groups: int = 14
+    lengths: str = "real"
     alone: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,9 +92,19 @@ TORCH_ADAM = {
 }
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 # A margin at which some candidates have no gradient, so that ranks have different numbers of passes.
-TWO_PHASE = {"memory": "two_phase", "candidates_per_pass": 2, "margin": 0.01, "mle_weight": 0.5}
+# Small steps: three large ones would magnify the roundings of the first.
+TWO_PHASE = {
+    "memory": "two_phase",
+    "candidates_per_pass": 2,
+    "margin": 0.01,
+    "mle_weight": 0.5,
+    "learning_rate": 0.05,
+}
 ONE_PASS = {"memory": "one_pass"}
-BY_TOKENS = {"tokens_per_batch": 600, "max_steps": -1, "num_train_epochs": 1.0}
+WHOLE_EPOCH = {"max_steps": -1, "num_train_epochs": 1.0}
+# Half the accumulation on twice the ranks: steps hold the same rows.
+BY_TOKENS = {"tokens_per_batch": 1500, "gradient_accumulation_steps": 2, **WHOLE_EPOCH}
+BY_TOKENS_ALONE = {"tokens_per_batch": 1500, "gradient_accumulation_steps": 4}
 
 CASES: dict[str, Case] = {
     **{f"zero{stage}": Case(STAGES[stage]) for stage in (1, 2, 3)},
@@ -110,20 +124,51 @@ CASES: dict[str, Case] = {
     "zero3-lora-head": Case(SHARDED, lora="q_proj,lm_head"),
     "zero2-clipping": Case(STAGES[2], settings={"max_grad_norm": 0.05}),
     "zero3-clipping": Case(SHARDED, settings={"max_grad_norm": 0.05}),
+    # What ranks get is as unlike as can be: each must still take part in every collective.
+    "zero2-tokens": Case(STAGES[2], settings=BY_TOKENS, alone=BY_TOKENS_ALONE, lengths="uneven", groups=21),
+    "zero3-tokens": Case(SHARDED, settings=BY_TOKENS, alone=BY_TOKENS_ALONE, lengths="uneven", groups=21),
+    "zero3-uneven": Case(SHARDED, settings={**WHOLE_EPOCH, "per_device_train_batch_size": 1}, lengths="uneven"),
+    "zero3-one-group": Case(SHARDED, settings=WHOLE_EPOCH, groups=1),
+    "zero3-last-step": Case(SHARDED, settings=WHOLE_EPOCH, groups=9),
     "zero3-released": Case(SHARDED, settings={"preset": "released"}),
     **{f"zero{stage}-two-phase": Case(STAGES[stage], settings=TWO_PHASE, alone=ONE_PASS) for stage in (1, 2, 3)},
     "zero3-two-phase-tied-checkpointing": Case(
-        SHARDED, tied=True, optimizer="adam", settings={**TWO_PHASE, **CHECKPOINTED}, alone=ONE_PASS
+        SHARDED,
+        tied=True,
+        optimizer="adam",
+        settings={**TWO_PHASE, **CHECKPOINTED, "learning_rate": 1e-2},
+        alone=ONE_PASS,
     ),
     "zero3-two-phase-lora": Case(SHARDED, lora="q_proj,v_proj,lm_head", settings=TWO_PHASE, alone=ONE_PASS),
     "zero2-two-phase-offload": Case(
         {**STAGES[2], "offload_optimizer": CPU},
         deepspeed=TORCH_ADAM,
         optimizer="adam",
-        settings={**TWO_PHASE, "gradient_accumulation_steps": 1},
+        settings={**TWO_PHASE, "learning_rate": 1e-2, "gradient_accumulation_steps": 1},
         alone=ONE_PASS,
     ),
 }
+
+
+def uneven(number: int) -> list[TokenizedGroup]:
+    """Groups of 4 to 600 tokens, one to four responses: lengths that differ a hundredfold."""
+    rng = np.random.default_rng(0)
+
+    def tokens(length: int) -> Any:
+        return rng.integers(3, VOCABULARY, length)
+
+    return [
+        TokenizedGroup(
+            str(i),
+            Group(
+                tokens(2 + i % 3),
+                [tokens(140 if i % 7 == 1 else 1 + j) for j in range(1 + i % 4)],
+                ranks=range(1 + i % 4),
+            ),
+            0,
+        )
+        for i in range(number)
+    ]
 
 
 def data(number: int) -> list[TokenizedGroup]:
@@ -179,7 +224,7 @@ def trainer(case: Case, folder: Path, alone: bool, seed: int = 0) -> TunaTrainer
         args["deepspeed"] = deepspeed_settings(case)
     config = TunaConfig(**args)
     net = model(case, seed)
-    groups = data(case.groups)
+    groups = data(case.groups) if case.lengths == "real" else uneven(case.groups)
     return TunaTrainer(net, config, groups, groups[:5])
 
 

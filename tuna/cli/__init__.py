@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("train", "score", "info", "demo")
-USER_ERRORS = (ValueError, OSError, ImportError)
+COMMANDS = ("train", "export", "score", "info", "demo")
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
     name="tuna",
@@ -47,6 +47,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,  # deepspeed's launcher
 ) -> None:
     """Tune language models on ranked responses."""
 
