@@ -64,7 +64,7 @@ class AdamWKahan(torch.optim.Optimizer):
                     raise ValueError(f"a weight is {weight.dtype}; AdamWKahan takes float64, float32 and bfloat16")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the parameters' gradients."""
         loss = None
         if closure is not None:

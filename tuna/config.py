@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -114,6 +115,10 @@ class TunaConfig(TrainingArguments):
         metadata={"help": "Two phases: leave out candidates that have no gradient. Exact."},
     )
 
+    # Optimizer
+    kahan: bool = field(init=False, default=False)
+    """Set by ``optim="adamw_kahan"``: `tuna.adamw_kahan.AdamWKahan`, for bfloat16 weights without float32 masters."""
+
     # Defaults of the paper, where they differ from the parent's
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate. The paper: 1e-5 probabilistic, 1e-6 contextual."}
@@ -136,6 +141,8 @@ class TunaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ours()
+        if self.optim == "adamw_kahan":  # a name that the parent does not know
+            self.kahan, self.optim = True, "adamw_torch"
         if self.deepspeed:
             self.deepspeed = zero.prepare(zero.read_settings(self.deepspeed))
             # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
@@ -190,6 +197,8 @@ class TunaConfig(TrainingArguments):
         for name, (value, reason) in refused.items():
             if value:
                 raise ValueError(f"{name} = {value} is not supported: {reason}")
+        if any(part in str(self.optim).lower() for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
+            raise ValueError(f"optim = {self.optim} needs a package that is missing: pip install bitsandbytes")
         updates_in_backward = any(part in str(self.optim).lower() for part in ("lomo", "layerwise"))
         if updates_in_backward and self.memory != "one_pass":
             raise ValueError(

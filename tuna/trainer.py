@@ -24,9 +24,10 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
+from tuna.adamw_kahan import AdamWKahan
 from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
 from tuna.config import TunaConfig
 from tuna.durable import DurableTrainer
@@ -158,6 +159,14 @@ class TunaTrainer(DurableTrainer):
 
     # One optimizer step
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The stock trainer's optimizers, and our own."""
+        if not args.kahan:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        names = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return AdamWKahan, {"lr": args.learning_rate, **names}
+
     def get_batch_samples(  # type: ignore[override]  # the count of items is a LossCounts
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], LossCounts]:
@@ -215,10 +224,10 @@ class TunaTrainer(DurableTrainer):
             scale=factor,
             backward=self._backward_of_a_pass,
             pass_context=functools.partial(self._context_of_a_pass, model),
+            before_backward=lambda scored: self.finite.add(scored.loss, inputs["ids"], self.state.global_step + 1),
             most_passes=lambda passes: max(gather_object([passes])),
             **self._loss_settings(),
         )
-        self.finite.add(output.loss, inputs["ids"], self.state.global_step + 1)
         self.schedule.add(inputs["tree"], output)
         if counted:
             self.meter.add(inputs, output)

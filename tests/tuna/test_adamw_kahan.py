@@ -76,7 +76,7 @@ def test_wider_weights_are_torchs_adamw(dtype: torch.dtype) -> None:
         for weight, optimizer in zip(weights, optimizers, strict=True):
             weight.grad = gradient.clone()
             optimizer.step()
-    torch.testing.assert_close(weights[0], weights[1], rtol=16 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_a_saved_state_goes_on_with_the_same_bits() -> None:

@@ -81,6 +81,7 @@ def two_phase_ranking_loss(
     scale: float = 1.0,
     backward: Backward | None = None,
     pass_context: Callable[[bool], AbstractContextManager[Any]] | None = None,
+    before_backward: Callable[[RankingLossOutput], None] | None = None,
     most_passes: Callable[[int], int] | None = None,
 ) -> TwoPhaseOutput:
     """`model_ranking_loss` and its backward in one call, a few candidates at a time.
@@ -107,6 +108,7 @@ def two_phase_ranking_loss(
         backward: default ``loss.backward()``.
         pass_context: given whether a pass is the last, a context around its forward and backward. Under DDP:
             ``lambda last: nullcontext() if last else model.no_sync()``.
+        before_backward: called once with the loss and its parts, before any gradient is made.
         most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
             fewer make up for it by passes of one token that weigh nothing. Default: `largest_over_ranks` where
             ``model`` is wrapped and torch.distributed is initialised, else the number itself.
@@ -131,6 +133,16 @@ def two_phase_ranking_loss(
     tree = tree.to(logprobs.device)
     result = _upstream(logprobs, tree, settings)
     active = active_candidates(result.upstream, tree)
+    output = RankingLossOutput(
+        loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
+        ranking=result.ranking.to(logprobs.dtype),
+        mle=result.mle.to(logprobs.dtype),
+        scores=result.scores,
+        logprobs=logprobs,
+        active=active,
+    )
+    if before_backward is not None:
+        before_backward(output)
     taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
     schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
     if most_passes is None:
@@ -143,12 +155,7 @@ def two_phase_ranking_loss(
             (loss,) = carry(request)
             (backward or _plain_backward)(loss, last)
     return TwoPhaseOutput(
-        loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
-        ranking=result.ranking.to(logprobs.dtype),
-        mle=result.mle.to(logprobs.dtype),
-        scores=result.scores,
-        logprobs=logprobs,
-        active=active,
+        **vars(output),
         passes=passes,
         skipped=taken.count(False),
         rows_alive=schedule.rows_alive,
@@ -262,7 +269,9 @@ class _PromptPass:
         hidden = _run(base, self.layout, role, self.backend)
         nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
         roots, gradients = self._known(role)
-        return (nothing + _KnownGradients.apply(gradients, *roots) if roots else nothing,)
+        if not roots:
+            return (nothing,)
+        return (nothing + _KnownGradients.apply(gradients, *roots),)  # type: ignore[no-untyped-call]
 
     def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
         """Roots and their gradients, which are taken from ``prompt.sums``."""
@@ -296,7 +305,7 @@ class _KnownGradients(torch.autograd.Function):
         return roots[0].new_zeros((), dtype=torch.promote_types(roots[0].dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, []
         return None, *gradients
 
