@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.tuna_kernels.tiny_models import GROUPS, tiny
 from tuna_kernels.integrations import RankingModel
@@ -35,7 +36,7 @@ def ddp(model: RankingModel) -> nn.Module:
 
 def fsdp(model: RankingModel) -> nn.Module:
     """Layers apart; embeddings, last norm and head in the outermost unit."""
-    for layer in model.model.model.layers:
+    for layer in [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]:
         fully_shard(layer)
     return fully_shard(model)
 
