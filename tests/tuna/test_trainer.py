@@ -387,7 +387,7 @@ def test_auto_takes_two_phases_where_one_pass_does_not_fit(
 
 def test_two_phases_and_dropout_exclude_each_other(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, attn_pdrop=0))
-    with pytest.raises(ValueError, match="memory = 'two_phase': dropout = 0.1"):
+    with pytest.raises(ValueError, match=r"memory = 'two_phase': dropout = 0\.1"):
         TunaTrainer(model, config(tmp_path, memory="two_phase"), ragged(2))
     TunaTrainer(model, config(tmp_path), ragged(2))  # auto stays with one pass
 
