@@ -171,6 +171,9 @@ class TunaTrainer(DurableTrainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], LossCounts]:
         """This rank's micro-batches of an optimizer step, and what the whole step's loss is divided by."""
+        if self.state.global_step >= self.state.max_steps:  # gone on from its last step: the stock trainer adds one
+            self.control.should_training_stop = True
+            return [], LossCounts(0, (), 0)
         self.meter.start_step()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.finite.start_step(len(batches))

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +115,31 @@ def needs_cpu_adam(settings: Mapping[str, Any]) -> bool:
 
 
 def build_cpu_adam() -> None:
-    """Compile and load DeepSpeed's Adam for the CPU, one process of a node after the other.
-
-    The lock is the system's, so a killed process gives it back. Torch's own builder marks a build by a file
-    that a killed process leaves behind; whoever holds our lock may remove it.
-    """
-    import fcntl
-
+    """Compile and load DeepSpeed's Adam for the CPU, one process of a node after the other."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with build_lock(root, CPUAdamBuilder.NAME):
+        CPUAdamBuilder().load(verbose=False)
+
+
+@contextmanager
+def build_lock(root: Path, name: str) -> Iterator[None]:
+    """The right to compile the extension ``name`` under ``root``, for one process at a time.
+
+    The lock is the system's, so a killed process gives it back. Torch's own builder marks a build by a file that a
+    killed process leaves behind, for which every later one waits; whoever holds our lock may remove it.
+    """
+    import fcntl
+
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "tuna_cpu_adam.lock").open("w") as lock:
+    with (root / f"tuna_{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in root.glob(f"**/{CPUAdamBuilder.NAME}/lock"):
+        for stale in root.glob(f"**/{name}/lock"):
             with suppress(FileNotFoundError):
                 stale.unlink()
-        CPUAdamBuilder().load(verbose=False)
+        yield
 
 
 def check_engine(wrapped: Any, world_size: int) -> None:

@@ -182,6 +182,17 @@ def test_resume_without_a_checkpoint_begins(tmp_path: Path) -> None:
     assert trainer.state.global_step == 1
 
 
+def test_a_finished_run_that_goes_on_takes_no_step(tmp_path: Path) -> None:
+    first = TunaTrainer(tiny_llama(), saving(tmp_path, max_steps=3), ragged(8))
+    first.train()
+    again = TunaTrainer(tiny_llama(seed=5), saving(tmp_path, max_steps=3), ragged(8))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert [path.name for path in tmp_path.glob("checkpoint-4")] == []
+    for name, value in weights(first.model).items():
+        assert torch.equal(weights(again.model)[name], value), name
+
+
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     settings = saving(
         tmp_path,
@@ -231,7 +242,7 @@ def train_command(folder: Path, stage: int, steps: int, *more: str) -> list[str]
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_killed_five_times_it_ends_in_the_same_weights(tmp_path: Path, stage: int) -> None:
-    steps = 30
+    steps = 80
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     launching.run(2, "tuna", train_command(straight, stage, steps), cwd=tmp_path, timeout=300)
     seed = random.randrange(2**32)
@@ -244,9 +255,9 @@ def test_killed_five_times_it_ends_in_the_same_weights(tmp_path: Path, stage: in
         while process.poll() is None and time.monotonic() < deadline:
             if killed.exists() and checkpoints.last_complete(killed) != before:
                 break
-            time.sleep(0.02)
+            time.sleep(0.01)
         assert process.poll() is None, f"ended by itself (seed {seed}): {process.communicate()[0][-3000:]}"
-        time.sleep(moment.uniform(0, 0.6))
+        time.sleep(moment.uniform(0, 0.4))
         launching.kill(process)
         process.communicate()
         last = checkpoints.last_complete(killed)

@@ -101,10 +101,11 @@ TWO_PHASE = {
     "learning_rate": 0.05,
 }
 ONE_PASS = {"memory": "one_pass"}
-WHOLE_EPOCH = {"max_steps": -1, "num_train_epochs": 1.0}
+# A few tokens have steep gradients: smaller steps, or roundings grow from step to step.
+WHOLE_EPOCH = {"max_steps": -1, "num_train_epochs": 1.0, "learning_rate": 0.05}
 # Half the accumulation on twice the ranks: steps hold the same rows.
-BY_TOKENS = {"tokens_per_batch": 1500, "gradient_accumulation_steps": 2, **WHOLE_EPOCH}
-BY_TOKENS_ALONE = {"tokens_per_batch": 1500, "gradient_accumulation_steps": 4}
+BY_TOKENS = {"tokens_per_batch": 600, "gradient_accumulation_steps": 2, **WHOLE_EPOCH}
+BY_TOKENS_ALONE = {"tokens_per_batch": 600, "gradient_accumulation_steps": 4}
 
 CASES: dict[str, Case] = {
     **{f"zero{stage}": Case(STAGES[stage]) for stage in (1, 2, 3)},
@@ -125,8 +126,8 @@ CASES: dict[str, Case] = {
     "zero2-clipping": Case(STAGES[2], settings={"max_grad_norm": 0.05}),
     "zero3-clipping": Case(SHARDED, settings={"max_grad_norm": 0.05}),
     # What ranks get is as unlike as can be: each must still take part in every collective.
-    "zero2-tokens": Case(STAGES[2], settings=BY_TOKENS, alone=BY_TOKENS_ALONE, lengths="uneven", groups=21),
-    "zero3-tokens": Case(SHARDED, settings=BY_TOKENS, alone=BY_TOKENS_ALONE, lengths="uneven", groups=21),
+    "zero2-tokens": Case(STAGES[2], settings=BY_TOKENS, alone=BY_TOKENS_ALONE, lengths="uneven", groups=84),
+    "zero3-tokens": Case(SHARDED, settings=BY_TOKENS, alone=BY_TOKENS_ALONE, lengths="uneven", groups=84),
     "zero3-uneven": Case(SHARDED, settings={**WHOLE_EPOCH, "per_device_train_batch_size": 1}, lengths="uneven"),
     "zero3-one-group": Case(SHARDED, settings=WHOLE_EPOCH, groups=1),
     "zero3-last-step": Case(SHARDED, settings=WHOLE_EPOCH, groups=9),
@@ -175,9 +176,9 @@ def data(number: int) -> list[TokenizedGroup]:
     """The first groups of the real ranked data where they are, else of the examples shipped."""
     shared = Path(os.environ.get("TUNA_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")
     real = shared / "alpaca_eval_ranked.jsonl"
-    records = read_records(real if real.is_file() else EXAMPLES).records[:number]
+    records = read_records(real if real.is_file() else EXAMPLES).records[: 4 * number]
     groups, _ = tokenize_records(records, load_tokenizer("tiny"), template="none", max_length=MAX_LENGTH, on_bad="skip")
-    return groups
+    return groups[:number]
 
 
 def model(case: Case, seed: int = 0) -> nn.Module:
@@ -232,7 +233,8 @@ class KeepWeights(TrainerCallback):
     """The weights after every step, whole, in float64."""
 
     def __init__(self, owner: TunaTrainer) -> None:
-        self.owner, self.steps = owner, []
+        self.owner = owner
+        self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.steps.append(whole_weights(self.owner))
@@ -252,9 +254,16 @@ def run(name: str, case: Case, folder: Path, alone: bool) -> None:
     one.add_callback(keep)
     one.train()
     wrapper = type(one.model_wrapped).__name__
+    start = {name: value.double() for name, value in model(case).state_dict().items()}
     evaluation = one.evaluate()
     if one.is_world_process_zero():
-        result = {"steps": keep.steps, "log": one.state.log_history, "evaluation": evaluation, "wrapper": wrapper}
+        result = {
+            "start": start,
+            "steps": keep.steps,
+            "log": one.state.log_history,
+            "evaluation": evaluation,
+            "wrapper": wrapper,
+        }
         torch.save(result, folder / f"{name}.pt")
     faulthandler.cancel_dump_traceback_later()
 

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("train", "export", "score", "info", "demo")
+COMMANDS = ("train", "export", "score", "plan", "info", "demo")
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
@@ -57,6 +57,8 @@ def _assemble() -> None:
         if find_spec(f"tuna.cli.{name}") is not None:
             app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
     app.add_typer(import_module("tuna.cli.data").app, name="data")
+    bench = import_module("tuna.cli.bench")
+    app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tuna_kernels.attention import tree_attention
@@ -67,7 +68,8 @@ class TreePass:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence in the tree."""
-        return int(self.position_ids.max()) + 1
+        with _disable_current_modes():  # the tree is real where the model is simulated with fake tensors
+            return int(self.position_ids.max()) + 1
 
     def window(self, window: int | None) -> int | None:
         """The window, or None where no sequence is long enough to notice it."""
@@ -210,15 +212,16 @@ def _window_asked(mask_function: Callable[..., Tensor], total: int) -> int | Non
         zero = torch.tensor(0)
         return mask_function(zero, zero, torch.tensor(i), torch.arange(total)).expand(total)
 
-    window = int(row(total - 1).sum())
-    probes = {0, 1, total // 3, total // 2, window - 1, window, window + 1, total - 1}
-    keys = torch.arange(total)
-    for i in sorted(p for p in probes if 0 <= p < total):
-        if not torch.equal(row(i), (keys <= i) & (keys > i - window)):
-            raise ValueError(
-                "the model asks for a mask that is neither causal nor causal within a sliding window (chunked, "
-                f"bidirectional or its own): its row {i} of {total} differs; tuna_tree does not compute it"
-            )
+    with _disable_current_modes():  # values are needed, also where the model is simulated with fake tensors
+        window = int(row(total - 1).sum())
+        probes = {0, 1, total // 3, total // 2, window - 1, window, window + 1, total - 1}
+        keys = torch.arange(total)
+        for i in sorted(p for p in probes if 0 <= p < total):
+            if not torch.equal(row(i), (keys <= i) & (keys > i - window)):
+                raise ValueError(
+                    "the model asks for a mask that is neither causal nor causal within a sliding window (chunked, "
+                    f"bidirectional or its own): its row {i} of {total} differs; tuna_tree does not compute it"
+                )
     return None if window >= total else window
 
 
