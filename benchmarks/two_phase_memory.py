@@ -34,7 +34,9 @@ def small_llama(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=512, num_hidden_layers=layers, num_key_value_heads=2, **sizes)
-    return prepare_model(LlamaForCausalLM(config).train())
+    model = prepare_model(LlamaForCausalLM(config))
+    model.train()
+    return model
 
 
 def one_group(k: int, prompt: int, response: int) -> Group:
@@ -49,10 +51,10 @@ def peaks(model: LlamaForCausalLM, group: Group) -> dict[str, int]:
     tree = pack_groups([group])
 
     def naive() -> None:
-        naive_step_loss(model, [group], preset="released").loss.backward()
+        naive_step_loss(model, [group], preset="released").loss.backward()  # type: ignore[no-untyped-call]
 
     def one_pass() -> None:
-        model_ranking_loss(model, tree, preset="released", logits_budget=0).loss.backward()
+        model_ranking_loss(model, tree, preset="released", logits_budget=0).loss.backward()  # type: ignore[no-untyped-call]
 
     def two_phases() -> None:
         two_phase_ranking_loss(model, tree, preset="released")

@@ -93,6 +93,9 @@ class TunaConfig(TrainingArguments):
     backend: str = field(
         default="auto", metadata={"help": "Backend of tuna_kernels; `tuna info` lists those usable here."}
     )
+    tree_attention: str = field(
+        default="auto", metadata={"help": "Backend of the attention over the tree, as in tuna_kernels.tree_attention."}
+    )
     logits_budget: int | None = field(
         default=None,
         metadata={"help": "Bytes of logits the loss may keep instead of recomputing. None: the kernels' choice."},

@@ -94,7 +94,7 @@ class TunaTrainer(DurableTrainer):
             if isinstance(eval_dataset, Mapping)
             else eval_dataset and tokenize(eval_dataset)
         )
-        model = prepare_model(model)
+        model = prepare_model(model, attention=args.tree_attention)
         config: Any = model.config
         use_cache = config.use_cache
         super().__init__(
@@ -253,7 +253,7 @@ class TunaTrainer(DurableTrainer):
 
     def _loss_settings(self) -> dict[str, Any]:
         names = ("preset", "margin", "length_penalty", "mle_weight", "logits_budget", "backend")
-        return {name: getattr(self.args, name) for name in names}
+        return {name: getattr(self.args, name) for name in names} | {"attention": self.args.tree_attention}
 
     def _carrier(self, model: nn.Module) -> Carrier:
         """Carries requests out on the bare model, through the wrappers around it.
@@ -319,6 +319,7 @@ class TunaTrainer(DurableTrainer):
         loader = self.get_eval_dataloader(groups)
         self.callback_handler.eval_dataloader = loader
         settings: Any = {"length_penalty": self.args.length_penalty, "backend": self.args.backend}
+        settings["attention"] = self.args.tree_attention
         model, mine = self.model_wrapped, []
         model.eval()
         for batch in map(self._prepare_inputs, loader):

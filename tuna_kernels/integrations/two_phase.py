@@ -76,6 +76,7 @@ def two_phase_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
+    attention: str = "auto",
     candidates_per_pass: int = 1,
     skip_inactive: bool = True,
     scale: float = 1.0,
@@ -99,7 +100,7 @@ def two_phase_ranking_loss(
             engine.backward(loss)
 
     Args:
-        model, tree, kind, preset, margin, length_penalty, mle_weight, counts, backend: as in `model_ranking_loss`.
+        model, tree, kind, preset, margin, length_penalty, mle_weight, counts, backend, attention: as in `model_ranking_loss`.
         logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.
         skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
@@ -124,10 +125,10 @@ def two_phase_ranking_loss(
         raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
     if not torch.is_grad_enabled():
         raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend, attention)
     carry = carrier(model)
     groups = TreeGroups(tree)
-    scoring = _ScoringPass(tree, groups, backend)
+    scoring = _ScoringPass(tree, groups, backend, attention)
     with torch.no_grad(), _nothing_random(tree):
         (logprobs,) = carry(scoring)
     tree = tree.to(logprobs.device)
@@ -149,7 +150,8 @@ def two_phase_ranking_loss(
         most_passes = largest_over_ranks if carry is model else int
     passes = most_passes(max(schedule.passes, 1))
     upstream = result.upstream.to(logprobs.dtype) * scale
-    for number, request in enumerate(schedule.requests(scoring.prompts, upstream, backend, passes), start=1):
+    requests = schedule.requests(scoring.prompts, upstream, backend, passes, attention)
+    for number, request in enumerate(requests, start=1):
         last = number == passes
         with pass_context(last) if pass_context else nullcontext():
             (loss,) = carry(request)
@@ -186,21 +188,23 @@ class _Schedule:
             self._chunks.append(chunks)
             self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
 
-    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
+    def requests(
+        self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int, attention: str = "auto"
+    ) -> Iterator[Request]:
         """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
         self._count(prompts)
         for g, chunks in enumerate(self._chunks):
             keys = prompts[g]
             for chunk in chunks:
                 layout = self._alive(self._groups.branches(g, chunk))
-                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
+                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend, attention)
             self._count(prompts)
             keys.kept.clear()
             if chunks and len(self._groups.prompt(g)) > 1:
-                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
+                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend, attention)
         dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
         for _ in range(self.passes, passes):
-            yield _PromptPass(self._alive(dummy), PromptKeys(), backend)
+            yield _PromptPass(self._alive(dummy), PromptKeys(), backend, attention)
 
     def _alive(self, layout: Layout) -> Layout:
         self.rows_alive = max(self.rows_alive, len(layout.input_ids))
@@ -217,19 +221,21 @@ class _ScoringPass:
     tree: PackedTree
     groups: TreeGroups
     backend: str
+    attention: str = "auto"
     prompts: list[PromptKeys] = field(default_factory=list)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         if self.tree.num_tokens == 0:
             raise ValueError("tree holds no groups: there is nothing to run the model on")
-        prepare_model(model)
+        prepare_model(model, attention=self.attention)
         base = base_causal_lm(model)
         if reason := why_not_two_phase(base):
             raise ValueError(reason)
         tree = self.tree.to(compute_device(base))
         # the last prompt token is computed again by every pass: its keys are not shared
         role = KeepPrompts([(start, stop - 1) for start, stop in self.groups.prompt_rows])
-        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention_backend(self.backend), role=role)
+        attention = attention_backend(self.backend, self.attention)
+        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention, role=role)
         hidden = run_backbone(base, tree.input_ids, tree_pass)
         self.prompts = role.groups
         return (_logprobs(base, hidden, tree.rows, tree.targets, self.backend),)
@@ -243,10 +249,12 @@ class _BranchPass:
     prompt: PromptKeys
     upstream: Tensor
     backend: str
+    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
-        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), self.backend)
+        attention = attention_backend(self.backend, self.attention)
+        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), attention)
         logprobs = _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend)
         return ((logprobs * self.upstream.to(logprobs.device)).sum(),)
 
@@ -262,11 +270,12 @@ class _PromptPass:
     layout: Layout
     prompt: PromptKeys
     backend: str
+    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
         role = CollectRoots()
-        hidden = _run(base, self.layout, role, self.backend)
+        hidden = _run(base, self.layout, role, attention_backend(self.backend, self.attention))
         nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
         roots, gradients = self._known(role)
         if not roots:
@@ -310,11 +319,9 @@ class _KnownGradients(torch.autograd.Function):
         return None, *gradients
 
 
-def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, backend: str) -> Tensor:
+def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, attention: str) -> Tensor:
     layout = layout.to(compute_device(base))
-    tree_pass = TreePass(
-        layout.subtree_end, layout.position_ids, attention_backend(backend), query_rows=layout.query_rows, role=role
-    )
+    tree_pass = TreePass(layout.subtree_end, layout.position_ids, attention, query_rows=layout.query_rows, role=role)
     return run_backbone(base, layout.input_ids, tree_pass)
 
 
