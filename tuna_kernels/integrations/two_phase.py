@@ -100,7 +100,8 @@ def two_phase_ranking_loss(
             engine.backward(loss)
 
     Args:
-        model, tree, kind, preset, margin, length_penalty, mle_weight, counts, backend, attention: as in `model_ranking_loss`.
+        model, tree, kind, preset, margin, length_penalty, mle_weight, counts: as in `model_ranking_loss`.
+        backend, attention: as in `model_ranking_loss`.
         logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.
         skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
