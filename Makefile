@@ -14,11 +14,14 @@ demo: $(STAMP)
 # One thread a process, some processes side by side: tests are many small problems.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
+# Triton decides at its import whether to interpret kernels, so their tests are a pytest of their own.
 test: $(STAMP)
 	$(TEST)
+	TRITON_INTERPRET=1 $(TEST) tests/triton
 
 test-all: $(STAMP)
 	$(TEST) -m "slow or not slow"
+	TRITON_INTERPRET=1 $(TEST) -m "slow or not slow" tests/triton
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
