@@ -3,13 +3,14 @@
     python -m benchmarks.plan_table --output benchmarks/results
 
 Nothing is trained and no GPU is needed: steps are simulated (`tuna.plan`). Writes ``plan_7b.json``,
-``plan_7b.md`` and ``plan_7b.png``. Some minutes on one core.
+``plan_7b.md`` and ``plan_7b.png``. Some minutes, a process a model.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -63,10 +64,12 @@ def table(planner: Planner, model: str) -> Iterator[dict[str, Any]]:
     for limit in LIMITS:
         workload = workload_of(limit)
         for training in TRAININGS:
-            for method, groups in [*((method, 1) for method in METHODS), ("released", OFFICIAL_GROUPS)]:
+            official: list[tuple[Method, int]] = [("released", OFFICIAL_GROUPS)] if limit == LIMITS[0] else []
+            for method, groups in [*((method, 1) for method in METHODS), *official]:
                 settings = StepSettings(method=method, lora_rank=training.lora_rank)
                 request = Request(find_card("a100-80"), workload, groups, settings, optimizer=training.optimizer)
                 step = planner.simulator.step(workload, groups, settings)
+                print(model, limit, training.name, method, groups, f"{step.peak / GIB:.2f} GiB", flush=True)
                 yield {
                     "model": model,
                     "limit": limit,
@@ -152,33 +155,48 @@ def _cell(found: dict[str, Any]) -> str:
     return f"{text} \\| {offloaded['gpus']} ({held})"
 
 
-def draw(path: Path, planners: dict[str, Planner]) -> None:
+@dataclass(frozen=True)
+class Found:
+    """What a process of its own finds out about a model; ``bars``: parts of the plans that are drawn."""
+
+    entries: list[dict[str, Any]]
+    bars: dict[str, dict[str, dict[str, int]]]
+    known: dict[str, Any]
+
+
+def of_model(model: str) -> Found:
+    """Every simulation of one model."""
+    planner = Planner(Simulator(model_config(model)))
+    entries = list(table(planner, model))
+    bars = {t.name: {NAMES[m]: _one_gpu(planner, t, m).parts() for m in METHODS} for t in TRAININGS[1:]}
+    return Found(entries, bars, known_point(planner) if model == MODELS[0] else {})
+
+
+def draw(path: Path, found: dict[str, Found]) -> None:
     """One GPU: full training with bf16 states, and LoRA, of both models, by method, at 2048 tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 2)
-    for row, (model, planner) in zip(grid, planners.items(), strict=True):
-        for axes, training in zip(row, TRAININGS[1:], strict=True):
-            plans = {NAMES[method]: _one_gpu(planner, training, method) for method in METHODS}
-            lines = {find_card(name).memory_gib: find_card(name).label for name in ("rtx3090", "a6000", "a100-80")}
-            draw_bars(axes, {name: plan.parts() for name, plan in plans.items()}, lines)
-            axes.set_title(f"{model}, {training.name}\n", loc="left", fontsize=11, fontweight="bold")
-    handles = {
-        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    lines = {find_card(name).memory_gib: find_card(name).label for name in ("rtx3090", "a6000", "a100-80")}
+    for row, (model, of_one) in zip(grid, found.items(), strict=True):
+        for axes, (training, bars) in zip(row, of_one.bars.items(), strict=True):
+            draw_bars(axes, bars, lines)
+            axes.set_title(f"{model}, {training}\n", loc="left", fontsize=11, fontweight="bold")
+    legends = [axes.get_legend_handles_labels() for axes in grid.flat]
+    handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8, frameon=False, fontsize=9)
     figure.suptitle("One GPU, one group of 5 x 2048 tokens, bf16, activation checkpointing (simulated)", fontsize=12)
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _one_gpu(planner: Planner, training: Training, method: Method) -> Plan:
     settings = StepSettings(method=method, lora_rank=training.lora_rank)
     card = find_card("a100-80")
-    return planner.plan(Request(card, workload_of(2048), 1, settings, Sharding(), training.optimizer))
+    return planner.plan(Request(card, workload_of(LIMITS[-1]), 1, settings, Sharding(), training.optimizer))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -187,17 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    planners = {model: Planner(Simulator(model_config(model))) for model in MODELS}
-    entries = []
-    for model, planner in planners.items():
-        for entry in table(planner, model):
-            entries.append(entry)
-            print(model, entry["limit"], entry["training"], entry["method"], entry["groups"], entry["step_peak_gib"])
-    known = known_point(planners["llama-7b"])
+    with ProcessPoolExecutor(len(MODELS)) as processes:
+        found = dict(zip(MODELS, processes.map(of_model, MODELS), strict=True))
+    entries = [entry for of_one in found.values() for entry in of_one.entries]
+    known = found[MODELS[0]].known
     write_json(options.output / "plan_7b.json", {"entries": entries, "known_point": known})
     with replacing(options.output / "plan_7b.md") as file:
         file.write(markdown(entries, known).encode())
-    draw(options.output / "plan_7b.png", planners)
+    draw(options.output / "plan_7b.png", found)
 
 
 if __name__ == "__main__":

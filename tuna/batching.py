@@ -22,7 +22,7 @@ epoch can be resumed by skipping the first n batches. The rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ class Batch(TypedDict):
 
     ``input_ids`` is the tree's own tensor, where the stock trainer counts tokens and FLOPs; ``padded_tokens``
     is what the same groups take as k padded copies; ``counted`` is False for a batch that only keeps ranks in
-    step; ``ids`` are those of its records.
+    step; ``ids`` are those of its records; ``two_phase`` is how the trainer decided to run it.
     """
 
     input_ids: torch.Tensor
@@ -56,6 +56,7 @@ class Batch(TypedDict):
     padded_tokens: int
     counted: bool
     ids: list[str]
+    two_phase: NotRequired[bool]
 
 
 class GroupBatchSampler(Sampler[list[int]]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -12,6 +13,8 @@ from tuna import zero
 from tuna.records import OnBad
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
+
+Memory = Literal["auto", "one_pass", "two_phase"]
 
 
 # kw_only: the field order of the parent is not ours, so nothing of ours may be given by position.
@@ -90,10 +93,34 @@ class TunaConfig(TrainingArguments):
     backend: str = field(
         default="auto", metadata={"help": "Backend of tuna_kernels; `tuna info` lists those usable here."}
     )
+    tree_attention: str = field(
+        default="auto", metadata={"help": "Backend of the attention over the tree, as in tuna_kernels.tree_attention."}
+    )
     logits_budget: int | None = field(
         default=None,
         metadata={"help": "Bytes of logits the loss may keep instead of recomputing. None: the kernels' choice."},
     )
+
+    # Memory
+    memory: Memory = field(
+        default="auto",
+        metadata={
+            "help": "'one_pass': the graph of all candidates at once. 'two_phase': score without a graph, then "
+            "candidates_per_pass at a time: less memory, one more forward. 'auto': two phases for "
+            "micro-batches that would not fit in one pass."
+        },
+    )
+    candidates_per_pass: int = field(
+        default=1, metadata={"help": "Two phases: candidates whose graph is alive at once."}
+    )
+    skip_inactive: bool = field(
+        default=True,
+        metadata={"help": "Two phases: leave out candidates that have no gradient. Exact."},
+    )
+
+    # Optimizer
+    kahan: bool = field(init=False, default=False)
+    """Set by ``optim="adamw_kahan"``: `tuna.adamw_kahan.AdamWKahan`, for bfloat16 weights without float32 masters."""
 
     # Defaults of the paper, where they differ from the parent's
     learning_rate: float = field(
@@ -117,6 +144,8 @@ class TunaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ours()
+        if self.optim == "adamw_kahan":  # a name that the parent does not know
+            self.kahan, self.optim = True, "adamw_torch"
         if self.deepspeed:
             self.deepspeed = zero.prepare(zero.read_settings(self.deepspeed))
             # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
@@ -127,6 +156,7 @@ class TunaConfig(TrainingArguments):
     def _check_ours(self) -> None:
         _one_of("preset", self.preset, get_args(Preset))
         _one_of("share", self.share, get_args(Share))
+        _one_of("memory", self.memory, get_args(Memory))
         _one_of("on_bad", self.on_bad, get_args(OnBad))
         for name in ("margin", "mle_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -140,6 +170,7 @@ class TunaConfig(TrainingArguments):
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
         for name in (
+            "candidates_per_pass",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
@@ -169,6 +200,14 @@ class TunaConfig(TrainingArguments):
         for name, (value, reason) in refused.items():
             if value:
                 raise ValueError(f"{name} = {value} is not supported: {reason}")
+        if any(part in str(self.optim).lower() for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
+            raise ValueError(f"optim = {self.optim} needs a package that is missing: pip install bitsandbytes")
+        updates_in_backward = any(part in str(self.optim).lower() for part in ("lomo", "layerwise"))
+        if updates_in_backward and self.memory != "one_pass":
+            raise ValueError(
+                f"optim = {self.optim} updates weights during the backward, of which two phases take several: "
+                f"memory = {self.memory!r} must then be 'one_pass'"
+            )
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy = {self.train_sampling_strategy!r} is not supported: batches are "

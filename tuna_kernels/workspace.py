@@ -68,7 +68,11 @@ def _linear_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
     if backend == "reference":
         return _full_logits(shape, dtype)
     # Row gradients in the computing type; with a frozen weight the kept unit gradient twice, and gathered weight rows.
-    return _tiles(shape, dtype, backend) + b * width * (2 * rows + min(rows, UNIT_SLOTS)) + _PER_SLOT * rows
+    return (
+        _tiles(shape, dtype, 0 if backend == "cpu" else 3)
+        + b * width * (2 * rows + min(rows, UNIT_SLOTS))
+        + _PER_SLOT * rows
+    )
 
 
 def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
@@ -79,7 +83,7 @@ def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
     group = shape.get("group_rows", rows)
     part = min(rows, max(capacity, group))  # rows that are worked on at once
     block = b * vocabulary * min(capacity, max(rows, MIN_ROWS))
-    tiles = _tiles(shape, dtype, backend)
+    tiles = _tiles(shape, dtype, 1 if backend == "cpu" else 3)
     if max(group, MIN_ROWS) <= capacity and not shape.get("skips", 1):
         # All logits are kept, none are made in a tile; nor are rows of a kept block taken out into one.
         tiles -= _logits_tile(shape, dtype) * (2 if backend == "cpu" else 1)
@@ -100,16 +104,16 @@ def _full_logits(shape: Shape, dtype: torch.dtype) -> int:
     return b * (5 * rows * vocabulary + 2 * width * (rows + vocabulary)) + _PER_SLOT * rows
 
 
-def _tiles(shape: Shape, dtype: torch.dtype, backend: str) -> int:
+def _tiles(shape: Shape, dtype: torch.dtype, more: int) -> int:
     """Buffers of one walk over the tiles; in half precision also a tile of the weight's gradient.
 
-    Rows taken out of a kept block are one more tile; torch operations take up to three for a gradient.
+    ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
     """
     compute, width = compute_dtype(dtype), shape["width"]
     plan = TilePlan.choose(dtype, width, compute)
     gradient = plan.columns * width if dtype != compute else 0
-    more = (1 if backend == "cpu" else 3) * _logits_tile(shape, dtype)
-    return plan.workspace(dtype, width, compute, shape["rows"]) + compute.itemsize * gradient + more
+    extra = compute.itemsize * gradient + more * _logits_tile(shape, dtype)
+    return plan.workspace(dtype, width, compute, shape["rows"]) + extra
 
 
 def _logits_tile(shape: Shape, dtype: torch.dtype) -> int:

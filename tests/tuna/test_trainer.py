@@ -357,3 +357,49 @@ def test_attention_dropout_is_refused_before_the_first_step(tmp_path: Path) -> N
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="dropout"):
         TunaTrainer(model, config(tmp_path), ragged(2)).train()
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_two_phases_take_the_same_step(tmp_path: Path, preset: str) -> None:
+    """Accumulated, several groups a micro-batch, two candidates a pass; and the log says so."""
+    groups = ragged(5, seed=1)
+    shape = {"preset": preset, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    whole, whole_loss = one_step(tmp_path, groups, memory="one_pass", **shape)
+    split, split_loss = one_step(tmp_path, groups, memory="two_phase", candidates_per_pass=2, **shape)
+    assert split_loss == pytest.approx(whole_loss, rel=8 * torch.finfo(torch.float32).eps)
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+def test_auto_takes_two_phases_where_one_pass_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between the two estimates of the largest micro-batch: it goes in two phases, smaller ones in one pass."""
+    groups = ragged(4, seed=1)
+    for free, two_phase in ((0, True), (1 << 50, False)):
+        monkeypatch.setattr("tuna.schedule.free_bytes", lambda device, free=free: free)
+        trainer = TunaTrainer(tiny_llama(), config(tmp_path, max_steps=1), groups)
+        with caplog.at_level("INFO", logger="tuna.schedule"):
+            trainer.train()
+        assert ("memory/two_phase" in trainer.state.log_history[0]) is two_phase
+        assert f"memory: {'two_phase' if two_phase else 'one_pass'} for a micro-batch" in caplog.text
+
+
+def test_two_phases_and_dropout_exclude_each_other(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, attn_pdrop=0))
+    with pytest.raises(ValueError, match=r"memory = 'two_phase': dropout = 0\.1"):
+        TunaTrainer(model, config(tmp_path, memory="two_phase"), ragged(2))
+    TunaTrainer(model, config(tmp_path), ragged(2))  # auto stays with one pass
+
+
+def test_optimizers_by_name(tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    before = weights(model)
+    trainer = TunaTrainer(model, config(tmp_path, optim="adamw_kahan", max_steps=1), ragged(2))
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__name__ == "AdamWKahan"  # type: ignore[union-attr]
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        config(tmp_path, optim="paged_adamw_8bit")
+    with pytest.raises(ValueError, match="one_pass"):
+        config(tmp_path, optim="galore_adamw_layerwise")

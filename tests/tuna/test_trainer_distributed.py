@@ -63,12 +63,15 @@ WHOLE = {
     "paper": {"preset": "paper", "per_device_train_batch_size": 4},
     "released": {"preset": "released", "per_device_train_batch_size": 4},
     "tokens": TOKENS,
+    "two_phase": {"preset": "paper", "memory": "one_pass", "margin": 0.05, "per_device_train_batch_size": 4},
 }
 HALF = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2}
 SPLIT = {
     "paper": {"preset": "paper", **HALF},
     "released": {"preset": "released", **HALF},
     "tokens": TOKENS,
+    # 0.05 leaves some candidates without a gradient, so ranks have different numbers of passes
+    "two_phase": {"preset": "paper", "memory": "two_phase", "margin": 0.05, **HALF},
 }
 
 
@@ -106,7 +109,7 @@ def log(folder: Path, case: str) -> list[dict[str, float]]:
     return lines
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("preset", ["paper", "released", "two_phase"])
 def test_two_processes_equal_one(one_process: Path, two_processes: Path, preset: str) -> None:
     weights = torch.load(two_processes / f"{preset}.pt")
     for name, value in torch.load(one_process / f"{preset}.pt").items():
@@ -114,7 +117,7 @@ def test_two_processes_equal_one(one_process: Path, two_processes: Path, preset:
     # Losses are summed by the stock trainer in float32, and padding differs with the micro-batch.
     left_out = ("tokens/s", "tokens/padded", "runtime", "per_second", "total_flos")
     for expected, line in zip(log(one_process, preset), log(two_processes, preset), strict=True):
-        assert expected.keys() == line.keys()
+        assert expected.keys() == {name for name in line if not name.startswith("memory/")}
         for name, figure in expected.items():
             if not any(part in name for part in left_out):
                 assert line[name] == pytest.approx(figure, rel=1e-6, abs=1e-9), name

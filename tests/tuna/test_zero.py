@@ -16,7 +16,16 @@ from tests.tuna.zero_cases import CASES
 
 pytest.importorskip("deepspeed")
 
-QUICK = ["zero1-lora", "zero2-offload", "zero3-adam-tied", "zero3-checkpointing", "zero3-tokens", "zero3-one-group"]
+QUICK = [
+    "zero1-lora",
+    "zero2-offload",
+    "zero3-adam-tied",
+    "zero3-checkpointing",
+    "zero3-tokens",
+    "zero3-one-group",
+    "zero2-two-phase",
+    "zero3-two-phase",
+]
 Results = dict[str, dict[str, Any]]
 
 

@@ -91,6 +91,16 @@ TORCH_ADAM = {
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}}
 }
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+# A margin at which some candidates have no gradient, so that ranks have different numbers of passes.
+# Small steps: three large ones would magnify the roundings of the first.
+TWO_PHASE = {
+    "memory": "two_phase",
+    "candidates_per_pass": 2,
+    "margin": 0.01,
+    "mle_weight": 0.5,
+    "learning_rate": 0.05,
+}
+ONE_PASS = {"memory": "one_pass"}
 # A few tokens have steep gradients: smaller steps, or roundings grow from step to step.
 WHOLE_EPOCH = {"max_steps": -1, "num_train_epochs": 1.0, "learning_rate": 0.05}
 # Half the accumulation on twice the ranks: steps hold the same rows.
@@ -122,6 +132,22 @@ CASES: dict[str, Case] = {
     "zero3-one-group": Case(SHARDED, settings=WHOLE_EPOCH, groups=1),
     "zero3-last-step": Case(SHARDED, settings=WHOLE_EPOCH, groups=9),
     "zero3-released": Case(SHARDED, settings={"preset": "released"}),
+    **{f"zero{stage}-two-phase": Case(STAGES[stage], settings=TWO_PHASE, alone=ONE_PASS) for stage in (1, 2, 3)},
+    "zero3-two-phase-tied-checkpointing": Case(
+        SHARDED,
+        tied=True,
+        optimizer="adam",
+        settings={**TWO_PHASE, **CHECKPOINTED, "learning_rate": 1e-2},
+        alone=ONE_PASS,
+    ),
+    "zero3-two-phase-lora": Case(SHARDED, lora="q_proj,v_proj,lm_head", settings=TWO_PHASE, alone=ONE_PASS),
+    "zero2-two-phase-offload": Case(
+        {**STAGES[2], "offload_optimizer": CPU},
+        deepspeed=TORCH_ADAM,
+        optimizer="adam",
+        settings={**TWO_PHASE, "learning_rate": 1e-2, "gradient_accumulation_steps": 1},
+        alone=ONE_PASS,
+    ),
 }
 
 

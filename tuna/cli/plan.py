@@ -49,6 +49,7 @@ def plan(
     ] = "adamw",
     checkpointing: Annotated[bool, _flag(help="Recompute layers in the backward.", panel=STEP)] = True,
     candidates_per_pass: Annotated[int, _flag(help="Of two-phase.", panel=STEP)] = 1,
+    most_groups: Annotated[int, _flag(help="Look for the largest micro-batch up to so many.", panel=STEP)] = 128,
     gpu: Annotated[str, _flag(help="rtx3090, v100, a100-40, l40s, a100-80, h100-80, b200-192, …", panel=MACHINE)] = (
         "a100-80"
     ),
@@ -90,7 +91,7 @@ def plan(
     if zero is None:
         request = _lowest_stage(planner, request)
     console = Console()
-    rows = _compare(console, planner, request)
+    rows = _compare(console, planner, request, most_groups)
     title = f"{model or 'model'}: {workload.describe()}, {_setting(request)}"
     console.print(_table(title, rows))
     _write(rows, title, json_file, picture)
@@ -169,12 +170,12 @@ def _lowest_stage(planner: Planner, request: Request) -> Request:
     return next((other for other in tried if planner.plan(other).fits), tried[-1])
 
 
-def _compare(console: Any, planner: Planner, request: Request) -> list[Row]:
+def _compare(console: Any, planner: Planner, request: Request, most_groups: int) -> list[Row]:
     from tuna.plan.comparison import compare
     from tuna.plan.workload import METHODS
 
     with console.status("simulating …") as status:
-        return compare(planner, request, METHODS, lambda name: status.update(f"simulating {name} …"))
+        return compare(planner, request, METHODS, lambda name: status.update(f"simulating {name} …"), most_groups)
 
 
 def _setting(request: Request) -> str:

@@ -34,6 +34,7 @@ class RunSettings:
     format: str = "auto"
     limit: int | None = None
     dtype: str = "float32"
+    load_in_4bit: bool = False
     lora_r: int = 0
     lora_alpha: int | None = None
     lora_targets: str = "all-linear"
@@ -52,6 +53,8 @@ class RunSettings:
             raise ValueError(f"limit = {self.limit} must be at least 1")
         if self.lora_r < 0:
             raise ValueError(f"lora_r = {self.lora_r} must be at least 0 (0: no adapter)")
+        if self.load_in_4bit and self.lora_r == 0:
+            raise ValueError("load_in_4bit trains an adapter on frozen weights: give its rank, lora_r")
 
 
 RUN_FIELDS = {item.name: item for item in fields(RunSettings)}

@@ -54,7 +54,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     console.print(best_and_worst(train_records, 3))
     _confirm(run, console)
     with console.status(f"loading {run.model} …"):
-        model, tokenizer = load_model(run.model, dtype=getattr(torch, run.dtype))
+        model, tokenizer = load_model(run.model, dtype=getattr(torch, run.dtype), load_in_4bit=run.load_in_4bit)
     with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
         train = tokenized(train_records, config, tokenizer)
         held_out = tokenized(eval_records, config, tokenizer) if eval_records else None

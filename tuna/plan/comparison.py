@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuna.plan.planner import GIB, Plan, Planner, Request, fewest_gpus, largest_batch
+from tuna.plan.planner import GIB, LARGEST, Plan, Planner, Request, fewest_gpus, largest_batch
 from tuna.plan.workload import Method
 
 __all__ = ["Row", "compare", "plan_rows"]
@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
         plan: at the request's own micro-batch and sharding.
-        largest: the largest micro-batch that fits there, or None.
+        largest: the largest micro-batch that fits there, looked for up to ``most_groups``, or None.
         fewest, fewest_offload: the fewest GPUs that hold the micro-batch, without and with offload, or None.
     """
 
@@ -27,6 +27,7 @@ class Row:
     largest: Plan | None
     fewest: Plan | None
     fewest_offload: Plan | None
+    most_groups: int = LARGEST
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -44,6 +45,7 @@ def compare(
     request: Request,
     methods: Sequence[Method],
     on_method: Callable[[Method], None] = lambda method: None,
+    most_groups: int = LARGEST,
 ) -> list[Row]:
     """A row for each method; ``on_method`` hears which one is at work."""
     rows = []
@@ -54,9 +56,10 @@ def compare(
             Row(
                 method,
                 planner.plan(asked),
-                largest_batch(planner, asked),
+                largest_batch(planner, asked, most_groups),
                 fewest_gpus(planner, asked),
                 fewest_gpus(planner, asked, ("optimizer", "all")),
+                most_groups,
             )
         )
     return rows
@@ -87,9 +90,7 @@ def plan_rows(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     lines.append(("tokens through the trunk", [f"{row.plan.step.tokens:,}" for row in rows]))
     lines.append(("products, TFLOP", [f"{row.plan.step.flops / 1e12:.1f}" for row in rows]))
     lines.append(("predicted step, s", [f"{row.plan.time.total:.2f}" for row in rows]))
-    lines.append(
-        ("largest micro-batch, groups", [str(r.largest.request.groups) if r.largest else "none" for r in rows])
-    )
+    lines.append(("largest micro-batch, groups", [_groups(row) for row in rows]))
     lines.append(("fewest GPUs", [_fewest(row.fewest) for row in rows]))
     lines.append(("fewest GPUs, offloading", [_fewest(row.fewest_offload) for row in rows]))
     return lines
@@ -97,6 +98,13 @@ def plan_rows(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
 
 def _gib(size: int | None) -> str:
     return "-" if not size else f"{size / GIB:.2f}"
+
+
+def _groups(row: Row) -> str:
+    if row.largest is None:
+        return "none"
+    groups = row.largest.request.groups
+    return f"{groups} or more" if groups == row.most_groups else f"{groups}"
 
 
 def _fewest(plan: Plan | None) -> str:

@@ -24,6 +24,8 @@ COMMUNICATOR = int(0.4 * GIB)
 """NCCL's buffers, where there is more than one GPU."""
 FRAGMENTATION = 0.05
 """Of all that PyTorch's caching allocator holds; 0.02 to 0.1 is seen with expandable segments."""
+LARGEST = 128
+"""Groups of a micro-batch beyond which nobody asks: the GPU is busy long before."""
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -163,7 +165,6 @@ class Planner:
             request.sharding,
             dtype=settings.dtype,
             optimizer=request.optimizer,
-            width=int(self.simulator.config.get_text_config().hidden_size),
             trainable_dtype=torch.float32 if settings.lora_rank is not None else None,
         )
         step = self.simulator.step(request.workload, request.groups, settings)
@@ -207,7 +208,7 @@ def shardings(
     """Every stage and offload on ``gpus`` GPUs, the quickest first: no offload before offload, low stages first."""
     for offload in offloads:
         for stage in (0, 1, 2, 3):
-            useless = gpus == 1 and stage in (1, 3) and offload == "none"
+            useless = gpus == 1 and stage > 0 and offload == "none"
             impossible = (offload == "optimizer" and stage < 2) or (offload == "all" and stage < 3)
             if not (useless or impossible):
                 yield replace(like, gpus=gpus, stage=stage, offload=offload)
@@ -223,7 +224,7 @@ def fewest_gpus(planner: Planner, request: Request, offloads: tuple[Offload, ...
     return None
 
 
-def largest_batch(planner: Planner, request: Request, limit: int = 512) -> Plan | None:
+def largest_batch(planner: Planner, request: Request, limit: int = LARGEST) -> Plan | None:
     """The plan with the most groups in a micro-batch that fits, at most ``limit``; None if not even one does.
 
     Memory grows with the batch, so the largest is found by doubling and halving; each size is simulated.

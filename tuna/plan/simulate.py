@@ -132,7 +132,7 @@ def simulate_step(config: PretrainedConfig, batch: list[Group], settings: StepSe
                 parameter.grad = torch.empty_like(parameter)
         backbone = base_causal_lm(model).base_model
         with tracker.follow(model, backbone, _layers(backbone, config)):
-            step(model, tracker.repeat)
+            step(model, tracker.wanted)
     return Simulated(tracker.peaks, tracker.saved, tracker.flops)
 
 

@@ -38,6 +38,9 @@ Offload: TypeAlias = Literal["none", "optimizer", "all"]
 
 SUB_GROUP = 10**9
 """DeepSpeed's default of zero_optimization.sub_group_size, in parameters."""
+BUCKET, BUCKET_STAGE_3, MAX_LIVE = 200_000_000, 50_000_000, 500_000_000
+"""Parameters of reduce_bucket_size in stages 1 and 2 and in stage 3, and of stage3_max_live_parameters, as in the
+configurations that come with this project (``configs/deepspeed``)."""
 HOST_FACTOR = 1.5
 """Host memory of offloaded states over the states themselves, as DeepSpeed's estimators have it."""
 
@@ -51,8 +54,7 @@ class Sharding:
         gpus_per_node: of which so many share a host.
         stage: ZeRO stage, 0 for none.
         offload: what lives in host memory: nothing, the optimizer, or (stage 3) parameters too.
-        bucket: parameters of a communication bucket (reduce_bucket_size); None: width squared, as the transformers
-            integration sets it for "auto".
+        bucket: parameters of a communication bucket (reduce_bucket_size); None: `BUCKET` or `BUCKET_STAGE_3`.
     """
 
     gpus: int = 1
@@ -130,7 +132,6 @@ def model_states(
     *,
     dtype: torch.dtype = torch.bfloat16,
     optimizer: Optimizer = "adamw",
-    width: int = 0,
     trainable_dtype: torch.dtype | None = None,
     sub_group: int = SUB_GROUP,
 ) -> StateMemory:
@@ -141,7 +142,6 @@ def model_states(
         sharding: GPUs, stage, offload.
         dtype: of the weights.
         optimizer: see the module.
-        width: hidden size, for the default bucket.
         trainable_dtype: of what is trained, where it differs from the rest (float32 adapters).
         sub_group: parameters whose gradients stage 3 converts at once.
     """
@@ -167,21 +167,21 @@ def model_states(
         gradients=int(gradients),
         optimizer=0 if offloaded else int(states / (n if stage else 1)),
         gradient_copy=0 if offloaded else int(copy),
-        buffers=_buffers(counts, sharding, dtype, trained, width),
+        buffers=_buffers(counts, sharding, dtype, trained),
         host=int(host),
     )
 
 
-def _buffers(counts: ModelCounts, sharding: Sharding, dtype: torch.dtype, trained: torch.dtype, width: int) -> int:
+def _buffers(counts: ModelCounts, sharding: Sharding, dtype: torch.dtype, trained: torch.dtype) -> int:
     """Two gradient buckets (one fills while the other is reduced or moved); in stage 3 gathered weights.
 
-    Gathered at once are, at most, a layer and the next one, which is fetched ahead, or a layer beside the head or
-    the embedding; ``stage3_max_live_parameters`` must be set to that, its default is 1e9 parameters.
+    Gathered at once are, at least, a layer and the next one, which is fetched ahead, or a layer beside the head or
+    the embedding.
     """
-    if sharding.stage == 0 and sharding.gpus == 1:
+    stage = sharding.stage
+    if stage == 0 and sharding.gpus == 1:
         return 0
-    bucket = max(sharding.bucket or width * width, 0)
-    # A tensor larger than the bucket is sent by itself, and has its own.
+    bucket = (BUCKET if stage < 3 else BUCKET_STAGE_3) if sharding.bucket is None else sharding.bucket
     buckets = min(2 * bucket, counts.trainable) * trained.itemsize
-    live = (counts.layer + max(counts.layer, counts.head)) * dtype.itemsize if sharding.stage == 3 else 0
-    return buckets + live
+    live = min(counts.parameters, max(MAX_LIVE, counts.layer + max(counts.layer, counts.head)))
+    return buckets + (live * dtype.itemsize if stage == 3 else 0)

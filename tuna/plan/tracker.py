@@ -11,6 +11,7 @@ per call of the backbone `forward`, `head` (from the last hidden states through 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,9 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         self.saved: dict[int, int] = {}
         self.flops = 0
         self._moment: Moment = (0, "forward")
-        self._times = 1
+        self._pass: tuple[tuple[int, ...], int] | None = None
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._flops_of: dict[tuple[int, ...], int] = {}
         self._start = 0
         self._backends = {"attention": attention_backend, "head": head_backend}
 
@@ -76,9 +79,18 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
             for hook in hooks:
                 hook.remove()
 
-    def repeat(self, times: int) -> None:
-        """What comes next happens so often in the step, though it is run once."""
-        self._times = times
+    def wanted(self, kind: tuple[int, ...], differ: int) -> bool:
+        """Whether a pass of this kind has to run: after the first ``differ`` they count as the last that ran."""
+        if self._pass is not None:
+            known, before = self._pass
+            self._flops_of[known] = self.flops - before
+        self._seen[kind] += 1
+        if self._seen[kind] > differ:
+            self._pass = None
+            self.flops += self._flops_of[kind]
+            return False
+        self._pass = (kind, self.flops)
+        return True
 
     def held(self) -> int:
         """Bytes held now on all devices."""
@@ -91,11 +103,11 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         extra = 0
         if func.namespace == "tuna_kernels":
             extra = self._workspace(func._opname, args)
-            self.flops += self._times * self._kernel_flops(func._opname, args)
+            self.flops += self._kernel_flops(func._opname, args)
         elif (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.flops += self._times * formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         elif func.overloadpacket in _FLASH_FLOPS:
-            self.flops += self._times * _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
+            self.flops += _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
         self._note(extra)
         return result
 

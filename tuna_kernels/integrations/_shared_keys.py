@@ -113,7 +113,7 @@ class AttendToPrompt:
             prompt.add_gradient(layer, which, leaf.grad)
             leaf.grad = None  # added up at once: a layer's gradient lives no longer than its backward
 
-        leaf.register_post_accumulate_grad_hook(collect)
+        leaf.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return leaf
 
 

@@ -59,7 +59,7 @@ class GroupScores:
     entropy: Tensor | None
 
 
-def prepare_model(model: Model) -> Model:
+def prepare_model(model: Model, *, attention: str = "auto") -> Model:
     """Switch a causal LM's attention to ``"tuna_tree"``, for good, and return the same model.
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
@@ -69,6 +69,7 @@ def prepare_model(model: Model) -> Model:
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
+        attention: backend of `tree_attention` for the check below.
 
     A model type that the test suite does not cover is checked once: a tiny tree against separate sequences
     through the model's own forward.
@@ -96,7 +97,7 @@ def prepare_model(model: Model) -> Model:
         base.set_attn_implementation(_attention.NAME)
         try:
             if stock is not None:
-                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
+                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto", attention).logprobs)
         except Exception as error:
             base.set_attn_implementation(before)
             if isinstance(error, ValueError):
@@ -118,6 +119,7 @@ class LossSettings:
     counts: LossCounts | None = None
     logits_budget: int | None = None
     backend: str = "auto"
+    attention: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +130,12 @@ class ScoreRequest:
     length_penalty: float
     return_entropy: bool
     backend: str
+    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        prepare_model(model)
-        found = _score(base_causal_lm(model), self.tree, self.length_penalty, self.return_entropy, self.backend)
+        prepare_model(model, attention=self.attention)
+        options = (self.length_penalty, self.return_entropy, self.backend, self.attention)
+        found = _score(base_causal_lm(model), self.tree, *options)
         return (found.scores, found.logprobs, *([] if found.entropy is None else [found.entropy]))
 
 
@@ -143,11 +147,13 @@ class LossRequest:
     settings: LossSettings
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        prepare_model(model)
+        options = vars(self.settings).copy()
+        attention = options.pop("attention")
+        prepare_model(model, attention=attention)
         base = base_causal_lm(model)
-        hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
+        hidden, tree = _hidden_states(base, self.tree, self.settings.backend, attention)
         head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
-        found = linear_ranking_loss(hidden, head.weight, tree, **vars(self.settings), **head.options())
+        found = linear_ranking_loss(hidden, head.weight, tree, **options, **head.options())
         return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
 
 
@@ -158,6 +164,7 @@ def score_groups(
     length_penalty: float = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> GroupScores:
     """Scores of all candidates of a packed tree under a causal LM, in one pass, differentiable.
 
@@ -167,14 +174,15 @@ def score_groups(
         tree: from `pack_groups`; moved to the model's device where it is elsewhere.
         length_penalty: exponent of the length that a candidate's log-probability is divided by.
         return_entropy: also the entropy at every response token.
-        backend: of the head (and `"reference"` of the attention too).
+        backend: of the head (and `"reference"` of the attention too, where that is left to `"auto"`).
+        attention: backend of `tree_attention`.
 
     Raises:
         ValueError: an empty tree, or a model or setting that cannot be served (see `prepare_model`):
             attention dropout in training mode, positions beyond the model's range.
         IndexError: a token outside the vocabulary.
     """
-    scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend))
+    scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend, attention))
     return GroupScores(scores, logprobs, entropy[0] if entropy else None)
 
 
@@ -190,24 +198,30 @@ def model_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> RankingLossOutput:
     """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
 
     Args:
-        model, tree, backend: as in `score_groups`.
+        model, tree, backend, attention: as in `score_groups`.
         kind, preset, margin, length_penalty, mle_weight, counts, logits_budget: as in `linear_ranking_loss`.
 
     Raises:
         As `score_groups` and `linear_ranking_loss`.
     """
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend, attention)
     return RankingLossOutput(*carrier(model)(LossRequest(tree, settings)))
 
 
 def _score(
-    base: PreTrainedModel, tree: PackedTree, length_penalty: float, return_entropy: bool, backend: str
+    base: PreTrainedModel,
+    tree: PackedTree,
+    length_penalty: float,
+    return_entropy: bool,
+    backend: str,
+    attention: str,
 ) -> GroupScores:
-    hidden, tree = _hidden_states(base, tree, backend)
+    hidden, tree = _hidden_states(base, tree, backend, attention)
     head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
     found = linear_logprobs(
         hidden,
@@ -223,21 +237,21 @@ def _score(
     return GroupScores(scores, logprobs, entropy)
 
 
-def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tuple[Tensor, PackedTree]:
+def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str, attention: str) -> tuple[Tensor, PackedTree]:
     """Last hidden states [T, D] of the packed rows, and the tree on their device."""
     if tree.num_tokens == 0:
         raise ValueError("tree holds no groups: there is nothing to run the model on")
     device = compute_device(base)
     if tree.input_ids.device != device:
         tree = tree.to(device)
-    tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention_backend(backend))
+    tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention_backend(backend, attention))
     hidden = run_backbone(base, tree.input_ids, tree_pass)
     return hidden, tree.to(hidden.device) if hidden.device != device else tree
 
 
-def attention_backend(backend: str) -> str:
-    """The tree attention that goes with a backend of the head."""
-    return "reference" if backend == "reference" else "auto"
+def attention_backend(backend: str, attention: str) -> str:
+    """The tree attention asked for; left open, the oracle goes with the oracle of the head."""
+    return "reference" if attention == "auto" and backend == "reference" else attention
 
 
 def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: _attention.TreePass) -> Tensor:

@@ -17,6 +17,7 @@ first, for a loss that couples its candidates, is gradient caching (arXiv 2101.0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from tuna_kernels.losses import Kind, LossCounts, Preset, PresetResult, preset_u
 from tuna_kernels.ranking import RankingLossOutput, active_candidates, check_choices
 from tuna_kernels.tree import PackedTree
 
-__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss"]
+__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
 
 
 class Backward(Protocol):
@@ -75,10 +76,13 @@ def two_phase_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
+    attention: str = "auto",
     candidates_per_pass: int = 1,
     skip_inactive: bool = True,
     scale: float = 1.0,
     backward: Backward | None = None,
+    pass_context: Callable[[bool], AbstractContextManager[Any]] | None = None,
+    before_backward: Callable[[RankingLossOutput], None] | None = None,
     most_passes: Callable[[int], int] | None = None,
 ) -> TwoPhaseOutput:
     """`model_ranking_loss` and its backward in one call, a few candidates at a time.
@@ -96,13 +100,17 @@ def two_phase_ranking_loss(
             engine.backward(loss)
 
     Args:
-        model, tree, kind, preset, margin, length_penalty, mle_weight, counts, backend: as in `model_ranking_loss`.
+        model, tree, kind, preset, margin, length_penalty, mle_weight, counts: as in `model_ranking_loss`.
+        backend, attention: as in `model_ranking_loss`.
         logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.
         skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
             ``released`` with an MLE term there are none.
         scale: factor on the gradients, not on the loss returned; 0 makes only a pass that keeps ranks in step.
         backward: default ``loss.backward()``.
+        pass_context: given whether a pass is the last, a context around its forward and backward. Under DDP:
+            ``lambda last: nullcontext() if last else model.no_sync()``.
+        before_backward: called once with the loss and its parts, before any gradient is made.
         most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
             fewer make up for it by passes of one token that weigh nothing. Default: `largest_over_ranks` where
             ``model`` is wrapped and torch.distributed is initialised, else the number itself.
@@ -118,31 +126,39 @@ def two_phase_ranking_loss(
         raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
     if not torch.is_grad_enabled():
         raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend, attention)
     carry = carrier(model)
     groups = TreeGroups(tree)
-    scoring = _ScoringPass(tree, groups, backend)
+    scoring = _ScoringPass(tree, groups, backend, attention)
     with torch.no_grad(), _nothing_random(tree):
         (logprobs,) = carry(scoring)
     tree = tree.to(logprobs.device)
     result = _upstream(logprobs, tree, settings)
     active = active_candidates(result.upstream, tree)
-    taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
-    schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
-    if most_passes is None:
-        most_passes = largest_over_ranks if carry is model else int
-    passes = most_passes(max(schedule.passes, 1))
-    upstream = result.upstream.to(logprobs.dtype) * scale
-    for number, request in enumerate(schedule.requests(scoring.prompts, upstream, backend, passes), start=1):
-        (loss,) = carry(request)
-        (backward or _plain_backward)(loss, number == passes)
-    return TwoPhaseOutput(
+    output = RankingLossOutput(
         loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
         ranking=result.ranking.to(logprobs.dtype),
         mle=result.mle.to(logprobs.dtype),
         scores=result.scores,
         logprobs=logprobs,
         active=active,
+    )
+    if before_backward is not None:
+        before_backward(output)
+    taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
+    schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
+    if most_passes is None:
+        most_passes = largest_over_ranks if carry is model else int
+    passes = most_passes(max(schedule.passes, 1))
+    upstream = result.upstream.to(logprobs.dtype) * scale
+    requests = schedule.requests(scoring.prompts, upstream, backend, passes, attention)
+    for number, request in enumerate(requests, start=1):
+        last = number == passes
+        with pass_context(last) if pass_context else nullcontext():
+            (loss,) = carry(request)
+            (backward or _plain_backward)(loss, last)
+    return TwoPhaseOutput(
+        **vars(output),
         passes=passes,
         skipped=taken.count(False),
         rows_alive=schedule.rows_alive,
@@ -173,21 +189,23 @@ class _Schedule:
             self._chunks.append(chunks)
             self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
 
-    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
+    def requests(
+        self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int, attention: str = "auto"
+    ) -> Iterator[Request]:
         """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
         self._count(prompts)
         for g, chunks in enumerate(self._chunks):
             keys = prompts[g]
             for chunk in chunks:
                 layout = self._alive(self._groups.branches(g, chunk))
-                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
+                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend, attention)
             self._count(prompts)
             keys.kept.clear()
             if chunks and len(self._groups.prompt(g)) > 1:
-                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
+                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend, attention)
         dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
         for _ in range(self.passes, passes):
-            yield _PromptPass(self._alive(dummy), PromptKeys(), backend)
+            yield _PromptPass(self._alive(dummy), PromptKeys(), backend, attention)
 
     def _alive(self, layout: Layout) -> Layout:
         self.rows_alive = max(self.rows_alive, len(layout.input_ids))
@@ -204,18 +222,21 @@ class _ScoringPass:
     tree: PackedTree
     groups: TreeGroups
     backend: str
+    attention: str = "auto"
     prompts: list[PromptKeys] = field(default_factory=list)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         if self.tree.num_tokens == 0:
             raise ValueError("tree holds no groups: there is nothing to run the model on")
-        prepare_model(model)
+        prepare_model(model, attention=self.attention)
         base = base_causal_lm(model)
-        _check_trainable(base)
+        if reason := why_not_two_phase(base):
+            raise ValueError(reason)
         tree = self.tree.to(compute_device(base))
         # the last prompt token is computed again by every pass: its keys are not shared
         role = KeepPrompts([(start, stop - 1) for start, stop in self.groups.prompt_rows])
-        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention_backend(self.backend), role=role)
+        attention = attention_backend(self.backend, self.attention)
+        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention, role=role)
         hidden = run_backbone(base, tree.input_ids, tree_pass)
         self.prompts = role.groups
         return (_logprobs(base, hidden, tree.rows, tree.targets, self.backend),)
@@ -229,10 +250,12 @@ class _BranchPass:
     prompt: PromptKeys
     upstream: Tensor
     backend: str
+    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
-        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), self.backend)
+        attention = attention_backend(self.backend, self.attention)
+        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), attention)
         logprobs = _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend)
         return ((logprobs * self.upstream.to(logprobs.device)).sum(),)
 
@@ -248,14 +271,17 @@ class _PromptPass:
     layout: Layout
     prompt: PromptKeys
     backend: str
+    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
         role = CollectRoots()
-        hidden = _run(base, self.layout, role, self.backend)
+        hidden = _run(base, self.layout, role, attention_backend(self.backend, self.attention))
         nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
         roots, gradients = self._known(role)
-        return (nothing + _KnownGradients.apply(gradients, *roots) if roots else nothing,)  # type: ignore[no-untyped-call]
+        if not roots:
+            return (nothing,)
+        return (nothing + _KnownGradients.apply(gradients, *roots),)  # type: ignore[no-untyped-call]
 
     def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
         """Roots and their gradients, which are taken from ``prompt.sums``."""
@@ -289,16 +315,14 @@ class _KnownGradients(torch.autograd.Function):
         return roots[0].new_zeros((), dtype=torch.promote_types(roots[0].dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, []
         return None, *gradients
 
 
-def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, backend: str) -> Tensor:
+def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, attention: str) -> Tensor:
     layout = layout.to(compute_device(base))
-    tree_pass = TreePass(
-        layout.subtree_end, layout.position_ids, attention_backend(backend), query_rows=layout.query_rows, role=role
-    )
+    tree_pass = TreePass(layout.subtree_end, layout.position_ids, attention, query_rows=layout.query_rows, role=role)
     return run_backbone(base, layout.input_ids, tree_pass)
 
 
@@ -328,24 +352,25 @@ def _plain_backward(loss: Tensor, last: bool) -> None:
     torch.autograd.backward(loss)
 
 
-def _check_trainable(base: PreTrainedModel) -> None:
-    """Refuse what the phases would compute differently."""
-    for name, module in base.named_modules():
+def why_not_two_phase(model: nn.Module) -> str:
+    """The reason why a model as it is now cannot be trained in two phases; "" if it can, as far as can be seen."""
+    for name, module in model.named_modules():
         if not module.training:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(
-                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set "
-                "it to 0 (also lora_dropout) or use the one-pass loss"
+            return (
+                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set it "
+                "to 0 (also lora_dropout) or use the one-pass loss"
             )
         # transformers leaves the checkpointing function on every module that checkpoints
         checkpointing = getattr(module, "_gradient_checkpointing_func", None)
         in_use = checkpointing is not None and getattr(module, "gradient_checkpointing", False)
         if in_use and getattr(checkpointing, "keywords", {}).get("use_reentrant", True):
-            raise ValueError(
+            return (
                 "reentrant activation checkpointing keeps the prompt's keys out of the graph: enable it with "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+    return ""
 
 
 class _nothing_random:

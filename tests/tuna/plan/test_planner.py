@@ -106,15 +106,24 @@ def test_cards_have_what_their_name_says() -> None:
 
 def test_the_comparison_is_a_table_and_plain_values() -> None:
     planner = Planner(Simulator(model_config("tiny")))
-    rows = compare(planner, Request(find_card("rtx3090"), Workload(3, 8, 8)), ["released", "one_pass"])
+    rows = compare(planner, Request(find_card("rtx3090"), Workload(3, 8, 8)), ["released", "one_pass"], most_groups=2)
     assert all(len(cells) == 2 for _, cells in plan_rows(rows))
     assert json.loads(json.dumps(rows[0].summary()))["method"] == "released"
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, picture = tmp_path / "plan.json", tmp_path / "plan.png"
-    sizes = ("--vocab 500", "--hidden 64", "--ffn 128", "--layers 3", "--heads 4", "-k 3", "--prompt 9", "--response 7")
-    arguments = ["plan", *" ".join(sizes).split()]
+    sizes = (
+        "--vocab 500",
+        "--hidden 64",
+        "--ffn 128",
+        "--layers 3",
+        "--heads 4",
+        "-k 3",
+        "--prompt 9",
+        "--response 7",
+    )
+    arguments = ["plan", "--most-groups", "2", *" ".join(sizes).split()]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--json", str(figures), "--picture", str(picture)])
     assert ended.value.code == 0
@@ -128,6 +137,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_command_line_on_real_records(tmp_path: Path) -> None:
     figures = tmp_path / "plan.json"
     with pytest.raises(SystemExit) as ended:
-        main(["plan", "--model", "tiny", "--data", "tuna/examples/ranked_demo.jsonl", "--json", str(figures)])
+        main(
+            [
+                "plan",
+                "--model",
+                "tiny",
+                "--data",
+                "tuna/examples/ranked_demo.jsonl",
+                "--most-groups",
+                "2",
+                "--json",
+                str(figures),
+            ]
+        )
     assert ended.value.code == 0
     assert "groups of the data" in json.loads(figures.read_text())["title"]
