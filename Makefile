@@ -26,8 +26,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.kernels --output benchmarks/results
-	$(BIN)/python -m benchmarks.step --output benchmarks/results
+	for program in kernels attention sharing growth step; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done
 
 install: $(STAMP)
 
