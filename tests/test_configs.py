@@ -143,7 +143,7 @@ LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tuna"],
     "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29717", "--module", "tuna"],
     "accelerate": [
-        *["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
+        *["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
         *["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29718", "--module", "tuna"],
     ],
 }

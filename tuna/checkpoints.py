@@ -147,7 +147,7 @@ def make_universal(checkpoint: Path) -> None:
     target = checkpoint / f"{tag}_universal"
     shutil.rmtree(target, ignore_errors=True)  # of a conversion that was killed
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    folders = ("--input_folder", str(checkpoint / tag), "--output_folder", str(target))
+    folders = ("--input_folder", str(checkpoint / tag), "--output_folder", str(target), "--inject_missing_state")
     done = subprocess.run(
         [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders],
         env={name: value for name, value in os.environ.items() if name not in launcher},

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,6 +101,12 @@ def prepare(settings: Settings) -> Settings:
     # The table of what this machine can compile; an entry set to False is not compiled. This one serves
     # inference on CPUs alone and takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:  # started by no launcher: DeepSpeed and accelerate ask for one rank's surroundings
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     settings = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", **settings}
     if needs_cpu_adam(settings):
         build_cpu_adam()
@@ -153,7 +160,7 @@ def check_engine(wrapped: Any, world_size: int) -> None:
     if not isinstance(wrapped, deepspeed.DeepSpeedEngine):
         raise RuntimeError(
             f"DeepSpeed was asked for but is not in use: the model is wrapped in {type(wrapped).__name__}. Start with "
-            "torchrun, deepspeed or accelerate launch; on a machine without a GPU add use_cpu: true"
+            "torchrun, deepspeed or accelerate launch"
         )
     if wrapped.world_size != world_size:
         raise RuntimeError(f"DeepSpeed counts {wrapped.world_size} ranks, the trainer {world_size}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -48,22 +49,12 @@ def finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all its ranks, as the end of a machine would."""
-    members = group_members(process.pid)
-    for pid in (process.pid, *members):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def group_members(session: int) -> list[int]:
-    """Processes of a session (torchrun gives each rank a process group of its own, the session stays)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                found.append(int(stat.parent.name))
-    return found
+    """SIGKILL to the launcher and all its ranks (which have sessions of their own), as the end of a machine would."""
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for member in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 def run(ranks: int, module: str, arguments: Sequence[str], cwd: Path, timeout: float = 300) -> str:

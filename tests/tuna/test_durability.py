@@ -242,7 +242,7 @@ def train_command(folder: Path, stage: int, steps: int, *more: str) -> list[str]
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_killed_five_times_it_ends_in_the_same_weights(tmp_path: Path, stage: int) -> None:
-    steps = 80
+    steps = 60
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     launching.run(2, "tuna", train_command(straight, stage, steps), cwd=tmp_path, timeout=300)
     seed = random.randrange(2**32)
