@@ -114,6 +114,9 @@ def workspace_bytes(op: str, shape: dict[str, int], dtype: torch.dtype, backend:
         raise ValueError(f"shape lacks {missing} for {op}")
     compute = compute_dtype(dtype)
     rows, width, vocabulary = shape["rows"], shape["width"], shape["vocabulary"]
+    if backend == "triton":  # asked on a machine without one, too
+        block = min(shape.get("logits_budget", 0), max(rows, MIN_ROWS) * vocabulary * compute.itemsize)
+        return _triton_backend.workspace_bytes(rows, width, vocabulary, dtype) + block
     if resolve_backend(backend, torch.device("cpu"), dtype) == "reference":
         return 3 * rows * vocabulary * compute.itemsize
     tiles = TilePlan.choose(dtype, width, compute).workspace(dtype, width, compute, rows)
