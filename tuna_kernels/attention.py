@@ -2,9 +2,9 @@
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-Backends: `torch` (block by block, any device, never T × T across groups or branches) and `reference` (the
-whole mask, the oracle). A group's attention comes out in the same bits alone and packed with others on
-`torch`.
+Backends: `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16), `torch` (block by block, any
+device and dtype) and `reference` (the whole mask, the oracle). The first two never compute T × T across groups or
+branches, and a group's attention comes out of them in the same bits alone and packed with others.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
 separate ones), additive biases and sinks (no model among the tested families trains with them).
@@ -13,7 +13,6 @@ separate ones), additive biases and sinks (no model among the tested families tr
 from __future__ import annotations
 
 import math
-import os
 from typing import Literal, overload
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from tuna_kernels import attention_ops
 from tuna_kernels.backends import attention_plan, attention_reference
-from tuna_kernels.config import BACKENDS, ENVIRONMENT_VARIABLE
+from tuna_kernels.config import resolve_backend
 
 __all__ = ["tree_attention"]
 
@@ -89,7 +88,8 @@ def tree_attention(
         scale: factor on the scores; default ``1 / sqrt(d)``.
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
         return_lse: also the log-sum-exp of the scores, differentiable.
-        backend: `"torch"` (what `"auto"` takes) or `"reference"`.
+        backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"cpu"` where it serves the
+            inputs, else `"torch"`), or one of those, or `"reference"`.
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
@@ -100,7 +100,7 @@ def tree_attention(
         ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
         IndexError: a query row outside [0, T).
         TypeError: an argument that is no tensor of the right kind.
-        RuntimeError: a backend without tree attention (`"cpu"`).
+        RuntimeError: a backend that cannot serve these inputs (`"cpu"`: float64, another device, no compiler).
 
     Example:
         >>> q = k = torch.zeros(1, 1, 3, 2)
@@ -116,7 +116,7 @@ def tree_attention(
     _check_settings(window, position_ids, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    chosen = _resolve(backend)
+    chosen = resolve_backend(backend, q.device, q.dtype)
     if chosen == "reference":
         _check_values(subtree_end, query_rows)
         with torch.autocast(q.device.type, enabled=False):
@@ -166,7 +166,7 @@ def _check_tree(
 
 
 def _check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
-    """For the oracle, on the CPU; `torch` reads the values to plan its blocks and checks them there."""
+    """For the oracle, on the CPU; the others read the values to plan their blocks and check them there."""
     if subtree_end.device.type == "cpu":
         attention_plan.check_subtree_end(subtree_end.numpy())
         if query_rows is not None:
@@ -180,14 +180,3 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError("window needs position_ids, the depth of each row: packed rows are no distance")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap = {softcap} is not above 0")
-
-
-def _resolve(backend: str) -> str:
-    """`auto` is `torch`, whatever the environment asks of other ops, unless it asks for the oracle."""
-    if backend == "auto":
-        return "reference" if os.environ.get(ENVIRONMENT_VARIABLE) == "reference" else "torch"
-    if backend == "cpu":
-        raise RuntimeError("backend = 'cpu' cannot serve tree_attention: it has no native code yet, use 'torch'")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r} is not one of {('auto', *BACKENDS)}")
-    return backend

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuna_kernels.backends import attention_torch
+from tuna_kernels.backends import attention_cpu, attention_torch
 
-BACKENDS: dict[str, ModuleType] = {"torch": attention_torch}
+BACKENDS: dict[str, ModuleType] = {"torch": attention_torch, "cpu": attention_cpu}
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention", mutates_args=())

@@ -13,6 +13,7 @@ from torch import Tensor
 import tuna_kernels.attention
 from tests.tuna_kernels.test_attention import TREE, inputs
 from tuna_kernels.attention import tree_attention
+from tuna_kernels.config import why_not
 
 
 def _qkv() -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ BAD = {
     "window alone": ({"window": 3}, ValueError, "window needs position_ids"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
     "backend": ({"backend": "flash"}, ValueError, "backend = 'flash'"),
-    "no native code": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve tree_attention"),
+    "native float64": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve this call"),
     "device": ({"subtree_end": END.to("meta")}, ValueError, "subtree_end is on meta"),
 }
 
@@ -63,13 +64,19 @@ def test_bad_arguments_are_named(case: str, backend: str) -> None:
         tree_attention(**{**_qkv(), "backend": backend, **changes})  # type: ignore[arg-type]
 
 
-def test_environment_may_ask_for_the_oracle_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`TUNA_KERNELS_BACKEND=cpu` speaks of the ops that have native code; attention stays on torch."""
-    arguments = _qkv()
-    for name in ("torch", "reference", "cpu"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_is_native_code_where_it_serves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on `cpu`, float64 on `torch`; the environment overrides, and must then be able to serve."""
+    qkv = {name: x.to(dtype) for name, x in _qkv().items() if name != "subtree_end"} | {"subtree_end": END}
+    serves = not why_not("cpu", END.device, dtype)
+    assert torch.equal(tree_attention(**qkv), tree_attention(**qkv, backend="cpu" if serves else "torch"))
+    for name in ("torch", "reference"):
         monkeypatch.setenv("TUNA_KERNELS_BACKEND", name)
-        expected = tree_attention(**arguments, backend="torch" if name == "cpu" else name)
-        assert torch.equal(tree_attention(**arguments), expected)
+        assert torch.equal(tree_attention(**qkv), tree_attention(**qkv, backend=name))
+    if not serves:
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "cpu")
+        with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'cpu' cannot serve"):
+            tree_attention(**qkv)
 
 
 def test_documented_example() -> None:

@@ -21,8 +21,11 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("train", "score", "info", "demo")
-USER_ERRORS = (ValueError, OSError, ImportError)
+COMMANDS = (
+    "generate", "rank", "sample", "judge", "train", "export", "score", "serve", "plan", "info", "demo",
+)  # fmt: skip
+GROUPS = ("data", "recipe")  # with subcommands of their own
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
     name="tuna",
@@ -47,6 +50,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,  # deepspeed's launcher
 ) -> None:
     """Tune language models on ranked responses."""
 
@@ -55,7 +59,8 @@ def _assemble() -> None:
     for name in COMMANDS:
         if find_spec(f"tuna.cli.{name}") is not None:
             app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
-    app.add_typer(import_module("tuna.cli.data").app, name="data")
+    for name in GROUPS:
+        app.add_typer(import_module(f"tuna.cli.{name}").app, name=name)
     bench = import_module("tuna.cli.bench")
     app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 

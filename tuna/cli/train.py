@@ -79,6 +79,7 @@ def train(
     dtype: Annotated[
         Text, _flag(help="Of the weights: float32, bfloat16, float16. Default: float32.", panel=RUN)
     ] = None,
+    deepspeed: Annotated[Text, _flag(help="DeepSpeed settings: a JSON or YAML file.", panel=RUN)] = None,
     eval_first: Annotated[
         bool | None,
         _flag("--eval-first/--no-eval-first", help="Evaluate before training too. Default: yes.", panel=RUN),
@@ -100,8 +101,8 @@ def train(
     file, overrides = flags.pop("config"), flags.pop("set_") or []
     from rich.console import Console
 
-    from tuna.cli.recipe import run_training
     from tuna.cli.settings import merge_settings
+    from tuna.cli.training import run_training
 
     names = {
         "groups": "per_device_train_batch_size",
