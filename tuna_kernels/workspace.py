@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from .backends import triton as _triton
 from .backends.attention_plan import MAX_ROWS
 from .backends.reference import compute_dtype
 from .backends.selective import CHUNK_BYTES
@@ -60,7 +61,17 @@ def workspace_bytes(op: str, shape: Shape, dtype: torch.dtype, backend: str = "a
         if of_backend is None:
             raise ValueError(f"backend = {backend!r} is not one of {('auto', *_ATTENTION)}")
         return of_backend(shape, dtype)
+    if backend == "triton":  # asked on a machine without a GPU, too
+        return _on_triton(op, shape, dtype)
     return _HEADS[op](shape, dtype, resolve_backend(backend, torch.device("cpu"), dtype))
+
+
+def _on_triton(op: str, shape: Shape, dtype: torch.dtype) -> int:
+    rows, vocabulary = shape["rows"], shape["vocabulary"]
+    if op == "selective_logprobs":
+        return _PER_SLOT * rows
+    head = _triton.workspace_bytes(rows, shape["width"], vocabulary, dtype)
+    return head + min(shape.get("logits_budget", 0), 4 * max(rows, MIN_ROWS) * vocabulary) + _PER_SLOT * rows
 
 
 def _linear_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
@@ -81,7 +92,8 @@ def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
         return _full_logits(shape, dtype)
     capacity = shape["logits_budget"] // (b * vocabulary)
     group = shape.get("group_rows", rows)
-    part = min(rows, max(capacity, group))  # rows that are worked on at once
+    # Rows that are worked on at once: groups beyond the budget are recomputed together.
+    part = min(rows, capacity) if max(group, MIN_ROWS) <= capacity else rows
     block = b * vocabulary * min(capacity, max(rows, MIN_ROWS))
     tiles = _tiles(shape, dtype, 1 if backend == "cpu" else 3)
     if max(group, MIN_ROWS) <= capacity and not shape.get("skips", 1):

@@ -9,9 +9,15 @@ FACTOR = 4.0
 
 
 def assert_as_good_as_textbook(
-    got: Tensor, textbook: Tensor, truth: Tensor, name: str = "", *, rounded: torch.dtype = torch.float32
+    got: Tensor,
+    textbook: Tensor,
+    truth: Tensor,
+    name: str = "",
+    *,
+    rounded: torch.dtype = torch.float32,
+    units: float = 16,
 ) -> None:
-    """``max |got - truth| <= FACTOR * max |textbook - truth| + 16 eps max |truth|``.
+    """``max |got - truth| <= FACTOR * max |textbook - truth| + units * eps max |truth|``.
 
     ``truth`` is float64, ``textbook`` the reference backend on the very inputs of ``got``. ``rounded``: the type in
     which gradients of logits are multiplied; where that is half precision, one rounding of it comes on top.
@@ -21,7 +27,7 @@ def assert_as_good_as_textbook(
         return
     error = (got.double() - truth).abs().max().item()
     own = (textbook.double() - truth).abs().max().item()
-    limit = FACTOR * own + 16 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    limit = FACTOR * own + units * torch.finfo(torch.float32).eps * truth.abs().max().item()
     if rounded != torch.float32:
         limit += torch.finfo(rounded).eps * truth.abs().max().item()
     if got.dtype == torch.float64:

@@ -39,6 +39,26 @@ def supports(device: torch.device, *dtypes: torch.dtype) -> str:
     return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
 
 
+SLAB_BYTES = 256 << 20  # of dlogits: products of 16384 columns for 8192 rows, which cuBLAS runs at full speed
+MIN_COLUMNS = 512
+
+
+def slab_columns(rows: int, vocabulary: int, itemsize: int) -> int:
+    """Vocabulary entries of a slab of at most ``SLAB_BYTES``, in multiples of 512; all rows go in one product."""
+    fitting = SLAB_BYTES // max(1, rows * itemsize) // MIN_COLUMNS * MIN_COLUMNS
+    return min(vocabulary, max(MIN_COLUMNS, fitting))
+
+
+def workspace_bytes(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Forward: partials of at most 264 splits a row. Backward: a slab, float32 dX, gathered rows, for float16 a dW slab
+    in float32. With unit gradients the forward takes a float32 slab and its exponentials instead."""
+    columns = slab_columns(rows, vocabulary, dtype.itemsize)
+    unscaled = columns * width * 4 if dtype == torch.float16 else 0
+    backward = rows * columns * dtype.itemsize + rows * width * (4 + dtype.itemsize) + unscaled
+    with_unit = rows * slab_columns(rows, vocabulary, 4) * (4 + dtype.itemsize) + rows * width * dtype.itemsize
+    return max(rows * 264 * 12, backward, with_unit if unit_gradient_pays(width, dtype) else 0)
+
+
 def unit_gradient_pays(width: int, *dtypes: torch.dtype) -> bool:
     """Whether a frozen head's forward should keep unit gradients rather than recompute logits in the backward.
 

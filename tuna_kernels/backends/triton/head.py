@@ -19,21 +19,13 @@ from torch import Tensor
 from ..head import HeadBackend
 from ..slots import Slots
 from ..tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
+from . import slab_columns
 from .forward import Partials, finish, launch_forward
 from .gradient import launch_gradient
 from .logits import launch_logits_forward, launch_logits_gradient, splits_of
 from .products import multiply, product_type
 from .tiles import LOG2_E
 from .unit import unit_rows
-
-SLAB_BYTES = 256 << 20  # of dlogits: products of 16384 columns for 8192 rows, which cuBLAS runs at full speed
-MIN_COLUMNS = 512
-
-
-def slab_columns(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Vocabulary entries of a slab of at most ``SLAB_BYTES``, in multiples of 512; all rows go in one product."""
-    fitting = SLAB_BYTES // max(1, rows * itemsize) // MIN_COLUMNS * MIN_COLUMNS
-    return min(vocabulary, max(MIN_COLUMNS, fitting))
 
 
 def _slabs(rows: int, vocabulary: int, itemsize: int) -> Iterator[tuple[int, int]]:
