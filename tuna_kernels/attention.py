@@ -2,9 +2,9 @@
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-Backends: `torch` (block by block, any device, never T × T across groups or branches) and `reference` (the
-whole mask, the oracle). A group's attention comes out in the same bits alone and packed with others on
-`torch`.
+Backends: `triton` (kernels for GPUs), `torch` (block by block, any device, never T × T across groups or branches) and
+`reference` (the whole mask, the oracle); see docs/attention.md. A group's attention comes out in the same bits alone and
+packed with others on `torch`.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
 separate ones), additive biases and sinks (no model among the tested families trains with them).
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tuna_kernels import attention_ops
-from tuna_kernels.backends import attention_plan, attention_reference
-from tuna_kernels.config import BACKENDS, ENVIRONMENT_VARIABLE
+from tuna_kernels.backends import attention_plan, attention_reference, attention_triton
+from tuna_kernels.config import ENVIRONMENT_VARIABLE
 
 __all__ = ["tree_attention"]
 
@@ -89,7 +89,8 @@ def tree_attention(
         scale: factor on the scores; default ``1 / sqrt(d)``.
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
         return_lse: also the log-sum-exp of the scores, differentiable.
-        backend: `"torch"` (what `"auto"` takes) or `"reference"`.
+        backend: `"triton"` (what `"auto"` takes on CUDA where it serves the inputs), `"torch"` (what it takes elsewhere)
+            or `"reference"`.
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
@@ -100,7 +101,7 @@ def tree_attention(
         ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
         IndexError: a query row outside [0, T).
         TypeError: an argument that is no tensor of the right kind.
-        RuntimeError: a backend without tree attention (`"cpu"`).
+        RuntimeError: a backend that cannot serve this call, with the reason.
 
     Example:
         >>> q = k = torch.zeros(1, 1, 3, 2)
@@ -116,7 +117,7 @@ def tree_attention(
     _check_settings(window, position_ids, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    chosen = _resolve(backend)
+    chosen = _resolve(backend, q, v)
     if chosen == "reference":
         _check_values(subtree_end, query_rows)
         with torch.autocast(q.device.type, enabled=False):
@@ -182,12 +183,19 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError(f"softcap = {softcap} is not above 0")
 
 
-def _resolve(backend: str) -> str:
-    """`auto` is `torch`, whatever the environment asks of other ops, unless it asks for the oracle."""
+def _resolve(backend: str, q: Tensor, v: Tensor) -> str:
+    """The backend of a call. ``auto``: the environment's where it names one with tree attention, else `triton` on CUDA
+    where it serves the inputs, else `torch`. `TUNA_KERNELS_BACKEND=cpu` speaks of ops that have native code."""
+    asked, origin = backend, "backend"
     if backend == "auto":
-        return "reference" if os.environ.get(ENVIRONMENT_VARIABLE) == "reference" else "torch"
-    if backend == "cpu":
+        asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+        if asked in ("auto", "cpu"):
+            return "triton" if q.device.type == "cuda" and not attention_triton.why_not(q, v) else "torch"
+    if asked == "cpu":
         raise RuntimeError("backend = 'cpu' cannot serve tree_attention: it has no native code yet, use 'torch'")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r} is not one of {('auto', *BACKENDS)}")
-    return backend
+    if asked not in ("reference", *attention_ops.BACKENDS):
+        known = ("auto", "reference", *attention_ops.BACKENDS)
+        raise ValueError(f"{origin} = {asked!r} is not one of {known}")
+    if asked == "triton" and (reason := attention_triton.why_not(q, v)):
+        raise RuntimeError(f"{origin} = 'triton' cannot serve this call: {reason}")
+    return asked

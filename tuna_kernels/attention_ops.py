@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuna_kernels.backends import attention_torch
+from tuna_kernels.backends import attention_torch, attention_triton
 
-BACKENDS: dict[str, ModuleType] = {"torch": attention_torch}
+BACKENDS: dict[str, ModuleType] = {"torch": attention_torch, "triton": attention_triton}
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention", mutates_args=())
