@@ -6,7 +6,41 @@ collected.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tuna_kernels.backends import triton as backend
 
 if backend.why_not():
     collect_ignore_glob = ["test_*.py"]
+
+
+def patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter replaces the whole language anew at every call of a helper, most of its time: here it is
+    replaced when a kernel is launched and put back when the launch ends."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    scopes: list[Any] = []
+
+    class Launch:
+        def restore(self) -> None:
+            while scopes:
+                scopes.pop().restore()
+
+    class Helper:
+        def restore(self) -> None:
+            pass
+
+    def once(function: Any) -> Any:
+        if scopes:
+            return Helper()
+        scopes.append(patch(function))
+        scopes.append(patch(tl.standard.max.fn))  # the library's own helpers reach the language as `core`
+        return Launch()
+
+    interpreter._patch_lang = once
+
+
+if backend.is_interpreted() and not backend.why_not():
+    patch_the_language_once_a_launch()
