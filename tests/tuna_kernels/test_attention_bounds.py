@@ -95,7 +95,7 @@ def test_lists_name_full_blocks_first_then_masked_ones(
         (blocks.lists(block_m, block_n), live, full),
         (blocks.lists(block_m, block_n, of_keys=True), live.T, full.T),
     ):
-        assert {x.dtype for x in (lists.index, lists.full, lists.live)} == {torch.int32}
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (lists.index, lists.full, lists.live))
         for i in range(len(alive)):
             n, m = int(lists.full[i]), int(lists.live[i])
             assert lists.index[i, :n].tolist() == whole[i].nonzero().flatten().tolist()

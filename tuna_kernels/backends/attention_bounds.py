@@ -36,7 +36,7 @@ class BlockLists:
     """For each of n blocks the blocks of the other side to visit, as a kernel walks them.
 
     Attributes:
-        index: [n, m] int32: the ``full`` blocks ascending, then the masked ones ascending, then the dead ones.
+        index: [n, m] int32, contiguous: the ``full`` blocks ascending, then the masked ones ascending, then the dead ones.
         full: [n] int32, how many are fully visible.
         live: [n] int32, how many must be visited.
     """
@@ -93,7 +93,7 @@ class BlockMap:
         """Key blocks for each query block or, ``of_keys``, query blocks for each key block."""
         key = (block_m, block_n, of_keys)
         if key not in self._lists:
-            live, full = (x.T if of_keys else x for x in self.pairs(block_m, block_n))
+            live, full = (x.T.contiguous() if of_keys else x for x in self.pairs(block_m, block_n))
             index = torch.argsort(2 - live.int() - full.int(), dim=1, stable=True).int()
             self._lists[key] = BlockLists(index, full.sum(1, dtype=torch.int32), live.sum(1, dtype=torch.int32))
         return self._lists[key]
