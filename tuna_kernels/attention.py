@@ -2,8 +2,8 @@
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-Backends: `triton` (kernels for GPUs), `torch` (block by block, any device, never T × T across groups or branches) and
-`reference` (the whole mask, the oracle); see docs/attention.md. A group's attention comes out in the same bits alone and
+Backends: `triton` (kernels for GPUs), `torch` (block by block, any device, never T × T across groups or branches),
+`reference` (the whole mask, the oracle), and `flex` and `flash` for who has those; see docs/attention.md. A group's attention comes out in the same bits alone and
 packed with others on `torch`.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import math
 import os
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from tuna_kernels import attention_ops
-from tuna_kernels.backends import attention_plan, attention_reference, attention_triton
+from tuna_kernels.backends import attention_flash, attention_flex, attention_reference, attention_triton
 from tuna_kernels.config import ENVIRONMENT_VARIABLE
 
 __all__ = ["tree_attention"]
+
+_AUTOGRAD: dict[str, ModuleType] = {"reference": attention_reference, "flex": attention_flex}
+"""Backends that PyTorch differentiates; the others are in `attention_ops.BACKENDS`."""
 
 
 @overload
@@ -90,7 +94,7 @@ def tree_attention(
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
         return_lse: also the log-sum-exp of the scores, differentiable.
         backend: `"triton"` (what `"auto"` takes on CUDA where it serves the inputs), `"torch"` (what it takes elsewhere)
-            or `"reference"`.
+            or `"reference"`; `"flex"` (PyTorch's FlexAttention) and `"flash"` (flash-attn) where asked for.
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
@@ -117,11 +121,10 @@ def tree_attention(
     _check_settings(window, position_ids, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    chosen = _resolve(backend, q, v)
-    if chosen == "reference":
-        _check_values(subtree_end, query_rows)
+    chosen = _resolve(backend, q, k, v, query_rows)
+    if chosen in _AUTOGRAD:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = attention_reference.tree_attention(
+            out, lse = _AUTOGRAD[chosen].tree_attention(
                 q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
             )
     else:
@@ -166,14 +169,6 @@ def _check_tree(
         raise ValueError(f"q has {q.shape[2]} rows and k {total}: say which rows the queries are by query_rows")
 
 
-def _check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
-    """For the oracle, on the CPU; `torch` reads the values to plan its blocks and checks them there."""
-    if subtree_end.device.type == "cpu":
-        attention_plan.check_subtree_end(subtree_end.numpy())
-        if query_rows is not None:
-            attention_plan.check_rows(query_rows.numpy(), len(subtree_end))
-
-
 def _check_settings(window: int | None, position_ids: Tensor | None, softcap: float | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window = {window} is below 1: a row sees at least itself")
@@ -183,7 +178,7 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError(f"softcap = {softcap} is not above 0")
 
 
-def _resolve(backend: str, q: Tensor, v: Tensor) -> str:
+def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
     """The backend of a call. ``auto``: the environment's where it names one with tree attention, else `triton` on CUDA
     where it serves the inputs, else `torch`. `TUNA_KERNELS_BACKEND=cpu` speaks of ops that have native code."""
     asked, origin = backend, "backend"
@@ -193,9 +188,19 @@ def _resolve(backend: str, q: Tensor, v: Tensor) -> str:
             return "triton" if q.device.type == "cuda" and not attention_triton.why_not(q, v) else "torch"
     if asked == "cpu":
         raise RuntimeError("backend = 'cpu' cannot serve tree_attention: it has no native code yet, use 'torch'")
-    if asked not in ("reference", *attention_ops.BACKENDS):
-        known = ("auto", "reference", *attention_ops.BACKENDS)
-        raise ValueError(f"{origin} = {asked!r} is not one of {known}")
-    if asked == "triton" and (reason := attention_triton.why_not(q, v)):
-        raise RuntimeError(f"{origin} = 'triton' cannot serve this call: {reason}")
+    known = (*_AUTOGRAD, *attention_ops.BACKENDS)
+    if asked not in known:
+        raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *known)}")
+    if reason := _why_not(asked, q, k, v, query_rows):
+        raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
     return asked
+
+
+def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
+    if backend == "triton":
+        return attention_triton.why_not(q, v)
+    if backend == "flex":
+        return attention_flex.why_not(q, k, v)
+    if backend == "flash":
+        return attention_flash.why_not(q, v, query_rows)
+    return ""

@@ -49,7 +49,7 @@ BAD = {
     "window 0": ({"window": 0, "position_ids": TREE.position_ids}, ValueError, "window = 0"),
     "window alone": ({"window": 3}, ValueError, "window needs position_ids"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
-    "backend": ({"backend": "flash"}, ValueError, "backend = 'flash'"),
+    "backend": ({"backend": "turbo"}, ValueError, "backend = 'turbo'"),
     "no native code": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve tree_attention"),
     "device": ({"subtree_end": END.to("meta")}, ValueError, "subtree_end is on meta"),
 }

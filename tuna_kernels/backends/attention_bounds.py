@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class BlockMap:
         order: [Tq] int32, where query i of ``rows`` stands among the caller's queries; None with ``rows``.
         depth: [T] int32, None without a window.
         window: in depth, or None.
+        kept: what a backend derives from the tree and wants to find again.
     """
 
     end: Tensor
@@ -64,6 +66,7 @@ class BlockMap:
     depth: Tensor | None
     window: int | None
     _lists: dict[tuple[int, int, bool], BlockLists] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def queries(self) -> int:

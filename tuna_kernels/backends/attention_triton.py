@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tuna_kernels.backends import triton as _triton
 from tuna_kernels.backends.attention_bounds import BlockMap, block_map
-from tuna_kernels.backends.attention_plan import check_rows, check_subtree_end
+from tuna_kernels.backends.attention_plan import check_values
 from tuna_kernels.backends.attention_torch import empty_outputs
 from tuna_kernels.backends.triton.attention_config import choose
 from tuna_kernels.backends.triton.static import Config
@@ -145,10 +145,7 @@ def backward(
 def _map(
     subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None
 ) -> BlockMap:
-    if subtree_end.device.type == "cpu":  # values on a GPU are not looked at: a wrong one gives wrong rows or NaN
-        check_subtree_end(subtree_end.numpy())
-        if query_rows is not None:
-            check_rows(query_rows.numpy(), len(subtree_end))
+    check_values(subtree_end, query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
     return block_map(subtree_end, query_rows, position_ids, window)
 
 
