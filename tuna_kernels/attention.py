@@ -3,8 +3,8 @@
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
 Backends: `triton` (kernels for GPUs), `torch` (block by block, any device, never T × T across groups or branches),
-`reference` (the whole mask, the oracle), and `flex` and `flash` for who has those; see docs/attention.md. A group's attention comes out in the same bits alone and
-packed with others on `torch`.
+`reference` (the whole mask, the oracle), and `flex` and `flash` for who has those; see docs/attention.md. A group's
+attention comes out in the same bits alone and packed with others on `torch`.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
 separate ones), additive biases and sinks (no model among the tested families trains with them).
@@ -93,8 +93,8 @@ def tree_attention(
         scale: factor on the scores; default ``1 / sqrt(d)``.
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
         return_lse: also the log-sum-exp of the scores, differentiable.
-        backend: `"triton"` (what `"auto"` takes on CUDA where it serves the inputs), `"torch"` (what it takes elsewhere)
-            or `"reference"`; `"flex"` (PyTorch's FlexAttention) and `"flash"` (flash-attn) where asked for.
+        backend: `"triton"` (what `"auto"` takes on CUDA where it serves the inputs), `"torch"` (what it takes
+            elsewhere), `"reference"`, `"flex"` (PyTorch's FlexAttention) or `"flash"` (flash-attn).
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
@@ -188,12 +188,17 @@ def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor |
             return "triton" if q.device.type == "cuda" and not attention_triton.why_not(q, v) else "torch"
     if asked == "cpu":
         raise RuntimeError("backend = 'cpu' cannot serve tree_attention: it has no native code yet, use 'torch'")
-    known = (*_AUTOGRAD, *attention_ops.BACKENDS)
-    if asked not in known:
-        raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *known)}")
+    check_backend(asked, origin)
     if reason := _why_not(asked, q, k, v, query_rows):
         raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
     return asked
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
+    known = ("auto", *_AUTOGRAD, *attention_ops.BACKENDS)
+    if name not in known:
+        raise ValueError(f"{argument} = {name!r} is not one of {known}")
 
 
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:

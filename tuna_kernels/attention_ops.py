@@ -32,7 +32,10 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; see `tuna_kernels.attention.tree_attention`."""
     with torch.autocast(q.device.type, enabled=False):  # or it would take the float32 products for its own
-        return BACKENDS[backend].forward(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
+        result: tuple[Tensor, Tensor] = BACKENDS[backend].forward(
+            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap
+        )
+    return result
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention_backward", mutates_args=())
@@ -54,7 +57,7 @@ def tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` for the gradients of both outputs."""
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[backend].backward(
+        result: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
             grad_out,
             grad_lse,
             q,
@@ -69,6 +72,7 @@ def tree_attention_backward(
             scale,
             softcap,
         )
+    return result
 
 
 @tree_attention.register_fake

@@ -133,9 +133,7 @@ def assert_equals_oracle(
         return tree_attention(*qkv, end, scale=scale, return_lse=True, backend="triton", **keywords)
 
     def oracle(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_reference.tree_attention(
-            *qkv, end, rows, depth, window=window, scale=scale, softcap=softcap
-        )
+        return attention_reference.tree_attention(*qkv, end, rows, depth, window=window, scale=scale, softcap=softcap)
 
     def plain(*qkv: Tensor) -> tuple[Tensor, Tensor]:
         return half_textbook(*qkv, attention_reference.visible(end, rows, depth, window), scale, softcap)

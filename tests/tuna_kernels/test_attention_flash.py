@@ -119,7 +119,9 @@ def _flash_attn_varlen_backward(
     return delta
 
 
-def _check(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float, *window: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float, *window: int
+) -> None:
     """What the library demands: offsets int32 from 0 to all rows, no sequence empty, the longest ones named."""
     assert dropout == 0 and window == (-1, -1) and len(cu_q) == len(cu_k)
     for cu, longest, x in ((cu_q, max_q, q), (cu_k, max_k, k)):
@@ -170,9 +172,7 @@ def test_flash_equals_reference(
     exact = [x.detach().double().requires_grad_() for x in leaves]
     results = []
     for qkv, backend in ((leaves, "flash"), (exact, "reference")):
-        out, lse = tree_attention(
-            *qkv, tree.subtree_end, softcap=softcap, scale=0.6, return_lse=True, backend=backend
-        )
+        out, lse = tree_attention(*qkv, tree.subtree_end, softcap=softcap, scale=0.6, return_lse=True, backend=backend)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().to(out.dtype)
         results.append((out, lse, *torch.autograd.grad(out, qkv, upstream)))
     for name, found, true in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):

@@ -1,4 +1,4 @@
-"""The FlexAttention route: its masks are the rule, its blocks those of PyTorch's own builder, its answers the oracle's."""
+"""The FlexAttention route: its masks are the rule, its blocks those of PyTorch's builder, its answers the oracle's."""
 
 from __future__ import annotations
 

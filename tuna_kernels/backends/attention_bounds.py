@@ -37,7 +37,7 @@ class BlockLists:
     """For each of n blocks the blocks of the other side to visit, as a kernel walks them.
 
     Attributes:
-        index: [n, m] int32, contiguous: the ``full`` blocks ascending, then the masked ones ascending, then the dead ones.
+        index: [n, m] int32, contiguous: the ``full`` blocks ascending, then the masked ones, then the dead ones.
         full: [n] int32, how many are fully visible.
         live: [n] int32, how many must be visited.
     """

@@ -101,10 +101,10 @@ def backward(
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     if q.numel() == 0:
         return grads[0], grads[1].zero_(), grads[2].zero_()
-    rows = tuple(x.transpose(1, 2) for x in (grad_out, q, k, v, out, lse))
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in rows[1:4]]
+    grad_out, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad_out, q, k, v, out, lse))
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
     for part in _parts(subtree_end):
-        of_part = _backward_part(part, *rows, scale, softcap)
+        of_part = _backward_part(part, grad_out, q, k, v, out, lse, scale, softcap)
         for total, grad, index in zip(sums, of_part, (part.queries, part.keys, part.keys), strict=True):
             if index is None:
                 total += grad
@@ -121,8 +121,8 @@ def _check_window(position_ids: Tensor | None, window: int | None) -> None:
     longest = int(torch.frombuffer(bytearray(host_bytes(position_ids)), dtype=torch.int64).max()) + 1
     if longest > window:
         raise RuntimeError(
-            f"backend = 'flash' cannot serve window = {window}: a sequence of {longest} tokens notices it, and its edge "
-            "in depth differs from branch to branch; use 'triton' or 'torch'"
+            f"backend = 'flash' cannot serve window = {window}: a sequence of {longest} tokens notices it, and its "
+            "edge in depth differs from branch to branch; use 'triton' or 'torch'"
         )
 
 
@@ -130,8 +130,8 @@ def _parts(subtree_end: Tensor) -> tuple[Part, ...]:
     parts = parts_of(host_bytes(subtree_end), subtree_end.device)
     if len(parts) - 1 > MAX_LEVELS:
         raise RuntimeError(
-            f"backend = 'flash' cannot serve a tree with {len(parts) - 1} forks on one path, more than {MAX_LEVELS}; pack "
-            "it with share='prompt' or use 'triton' or 'torch'"
+            f"backend = 'flash' cannot serve a tree with {len(parts) - 1} forks on one path, more than {MAX_LEVELS}; "
+            "pack it with share='prompt' or use 'triton' or 'torch'"
         )
     return parts
 
@@ -202,7 +202,7 @@ def _flat(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _unflat(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1))
+    return x.reshape(batch, -1, *x.shape[1:])
 
 
 def _lengths(part: Part, batch: int) -> dict[str, Any]:

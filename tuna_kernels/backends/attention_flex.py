@@ -129,4 +129,5 @@ def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _flex(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    compiled: Callable[..., Any] = flex_attention
+    return torch.compile(compiled, dynamic=True) if device_type == "cuda" else compiled

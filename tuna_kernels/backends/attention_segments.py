@@ -16,10 +16,11 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tuna_kernels.backends.attention_plan import check_subtree_end
+from tuna_kernels.backends.attention_plan import IntArray, check_subtree_end
 
 Range = tuple[int, int]
 
@@ -58,7 +59,8 @@ def parts_of(end_bytes: bytes, device: torch.device) -> tuple[Part, ...]:
     starts = np.flatnonzero(np.diff(end, prepend=end[0] - 1))
     segments = [(int(s), int(e)) for s, e in pairwise([*starts, len(end)])]
     own_offsets, own_longest = _offsets(segments)
-    own = Part(True, None, None, *(torch.from_numpy(own_offsets).to(device),) * 2, own_longest, own_longest)
+    offsets = torch.from_numpy(own_offsets).to(device)
+    own = Part(True, None, None, offsets, offsets, own_longest, own_longest)
     levels: list[tuple[list[Range], list[Range]]] = []
     for start, stop in segments:
         below = (stop, int(end[start]))
@@ -75,14 +77,15 @@ def parts_of(end_bytes: bytes, device: torch.device) -> tuple[Part, ...]:
 
 def _unmasked(queries: list[Range], keys: list[Range], device: torch.device) -> Part:
     (query_offsets, longest_query), (key_offsets, longest_key) = _offsets(queries), _offsets(keys)
-    arrays = (_rows(queries), _rows(keys), query_offsets, key_offsets)
-    return Part(False, *(torch.from_numpy(x).to(device) for x in arrays), longest_query, longest_key)
+    host = (_rows(queries), _rows(keys), query_offsets, key_offsets)
+    query_rows, key_rows, query_ends, key_ends = (torch.from_numpy(x).to(device) for x in host)
+    return Part(False, query_rows, key_rows, query_ends, key_ends, longest_query, longest_key)
 
 
-def _offsets(ranges: list[Range]) -> tuple[np.ndarray, int]:
+def _offsets(ranges: list[Range]) -> tuple[npt.NDArray[np.int32], int]:
     lengths = [stop - start for start, stop in ranges]
     return np.array([0, *accumulate(lengths)], dtype=np.int32), max(lengths)
 
 
-def _rows(ranges: list[Range]) -> np.ndarray:
+def _rows(ranges: list[Range]) -> IntArray:
     return np.concatenate([np.arange(start, stop) for start, stop in ranges])

@@ -2,8 +2,8 @@
 block lists they walk in `attention_bounds`.
 
 Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, where the key
-blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on, nothing is
-copied. All results are the same bits every time, for the same GPU and configuration.
+blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on, nothing
+is copied. All results are the same bits every time, for the same GPU and configuration.
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ def backward(
     return dq, dk, dv
 
 
-def _map(
-    subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None
-) -> BlockMap:
+def _map(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> BlockMap:
     check_values(subtree_end, query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
     return block_map(subtree_end, query_rows, position_ids, window)
 

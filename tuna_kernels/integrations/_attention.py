@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tuna_kernels.attention import tree_attention
+from tuna_kernels.attention import check_backend, tree_attention
 
 NAME = "tuna_tree"
 """What the attention implementation is called in `model.set_attn_implementation`."""
@@ -58,6 +58,9 @@ class TreePass:
     backend: str
     asked: set[int | None] = field(default_factory=set)
     applied: set[int | None] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend, "attention")
 
     @cached_property
     def longest(self) -> int:

@@ -58,7 +58,7 @@ class GroupScores:
     entropy: Tensor | None
 
 
-def prepare_model(model: Model) -> Model:
+def prepare_model(model: Model, *, attention: str = "auto") -> Model:
     """Switch a causal LM's attention to ``"tuna_tree"``, for good, and return the same model.
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
@@ -68,6 +68,7 @@ def prepare_model(model: Model) -> Model:
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
+        attention: backend of `tree_attention` for the check below.
 
     A model type that the test suite does not cover is checked once: a tiny tree against separate sequences
     through the model's own forward.
@@ -95,7 +96,7 @@ def prepare_model(model: Model) -> Model:
         base.set_attn_implementation(_attention.NAME)
         try:
             if stock is not None:
-                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
+                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto", attention).logprobs)
         except Exception as error:
             base.set_attn_implementation(before)
             if isinstance(error, ValueError):
@@ -112,6 +113,7 @@ def score_groups(
     length_penalty: float = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> GroupScores:
     """Scores of all candidates of a packed tree under a causal LM, in one pass, differentiable.
 
@@ -120,15 +122,17 @@ def score_groups(
         tree: from `pack_groups`; moved to the model's device where it is elsewhere.
         length_penalty: exponent of the length that a candidate's log-probability is divided by.
         return_entropy: also the entropy at every response token.
-        backend: of the head (and `"reference"` of the attention too).
+        backend: of the head (and `"reference"` of the attention too, where that is left to `"auto"`).
+        attention: backend of `tree_attention` (docs/attention.md says which serves what).
 
     Raises:
         ValueError: an empty tree, or a model or setting that cannot be served (see `prepare_model`):
-            attention dropout in training mode, positions beyond the model's range.
+            attention dropout in training mode, positions beyond the model's range, an unknown ``attention``.
+        RuntimeError: a backend that cannot serve the model here, with the reason.
         IndexError: a token outside the vocabulary.
     """
-    prepare_model(model)
-    return _score(base_causal_lm(model), tree, length_penalty, return_entropy, backend)
+    prepare_model(model, attention=attention)
+    return _score(base_causal_lm(model), tree, length_penalty, return_entropy, backend, attention)
 
 
 def model_ranking_loss(
@@ -143,20 +147,21 @@ def model_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> RankingLossOutput:
     """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
 
     Args:
-        model, tree, backend: as in `score_groups`.
+        model, tree, backend, attention: as in `score_groups`.
         kind, preset, margin, length_penalty, mle_weight, counts, logits_budget: as in `linear_ranking_loss`.
 
     Raises:
         As `score_groups` and `linear_ranking_loss`.
     """
-    prepare_model(model)
+    prepare_model(model, attention=attention)
     base = base_causal_lm(model)
     head = read_head(base)
-    hidden, tree = _hidden_states(base, tree, backend)
+    hidden, tree = _hidden_states(base, tree, backend, attention)
     return linear_ranking_loss(
         hidden,
         head.weight,
@@ -174,10 +179,15 @@ def model_ranking_loss(
 
 
 def _score(
-    base: PreTrainedModel, tree: PackedTree, length_penalty: float, return_entropy: bool, backend: str
+    base: PreTrainedModel,
+    tree: PackedTree,
+    length_penalty: float,
+    return_entropy: bool,
+    backend: str,
+    attention: str,
 ) -> GroupScores:
     head = read_head(base)
-    hidden, tree = _hidden_states(base, tree, backend)
+    hidden, tree = _hidden_states(base, tree, backend, attention)
     found = linear_logprobs(
         hidden,
         head.weight,
@@ -192,14 +202,15 @@ def _score(
     return GroupScores(scores, logprobs, entropy)
 
 
-def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tuple[Tensor, PackedTree]:
+def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str, attention: str) -> tuple[Tensor, PackedTree]:
     """Last hidden states [T, D] of the packed rows, and the tree on their device."""
     if tree.num_tokens == 0:
         raise ValueError("tree holds no groups: there is nothing to run the model on")
     device = compute_device(base)
     if tree.input_ids.device != device:
         tree = tree.to(device)
-    attention = "reference" if backend == "reference" else "auto"
+    if attention == "auto" and backend == "reference":
+        attention = "reference"
     tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention)
     _selfcheck.check_positions(base, lambda: tree_pass.longest)
     backbone = _backbone(base)

@@ -5,10 +5,10 @@
 
 `dq_kernel`, grid (query blocks, Hq, B): owns the dQ of its queries and writes their delta, for the other kernel.
 
-`dkv_kernel`, grid (key blocks, B Hkv, splits): owns dK and dV of its keys, or the summands of one split of them. It walks
-the query heads of its group one after the other, and for each the list of query blocks that see it. Prompts are seen by
-all candidates below them, so their lists are long: with several splits each takes an equal stretch of the list and
-writes to a workspace of its own, [splits, B, Hkv, T, size], which the host adds in order.
+`dkv_kernel`, grid (key blocks, B Hkv, splits): owns dK and dV of its keys, or the summands of one split of them. It
+walks the query heads of its group one after the other, and for each the list of query blocks that see it. Prompts are
+seen by all candidates below them, so their lists are long: with several splits each takes an equal stretch of the list
+and writes to a workspace of its own, [splits, B, Hkv, T, size], which the host adds in order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tree attention, forward.
 
-Grid (query blocks, Hq, B); a program owns BLOCK_M queries of one head and writes their out and lse. It walks its list of
-key blocks, fully visible ones first and without a mask, with an online softmax in base 2:
+Grid (query blocks, Hq, B); a program owns BLOCK_M queries of one head and writes their out and lse. It walks its list
+of key blocks, fully visible ones first and without a mask, with an online softmax in base 2:
 
     top' = max(top, max_j s_j)    total' = total 2^(top - top') + sum_j 2^(s_j - top')    the same for the values
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
-
 
 @triton.jit
 def load_rows(
@@ -74,7 +71,9 @@ def visible(rows, columns, end, row_depth, column_depth, window, WINDOW: tl.cons
 
 
 @triton.jit
-def query_block(block, rows_ptr, order_ptr, depth_ptr, Tq, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr):
+def query_block(
+    block, rows_ptr, order_ptr, depth_ptr, Tq, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr
+):
     """(slots, rows, depth) [BLOCK_M] of a query block: where a query stands in memory, its packed row (-1 beyond the
     last query) and its depth."""
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
