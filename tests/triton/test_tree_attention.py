@@ -418,3 +418,61 @@ def test_the_order_of_programs_does_not_show(grid_order: str) -> None:
     for other in _bits.values():
         for a, b in zip(found, other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_opcheck() -> None:
+    """Schema, fake implementation, autograd registration and ahead-of-time tracing with this backend."""
+    total = TREE.num_tokens
+    q, k, v = inputs(total, total, (2, 1))
+    end, depth = TREE.subtree_end.to(DEVICE), TREE.position_ids.to(DEVICE)
+    rows = torch.tensor([40, 0, 7], device=DEVICE)
+    q = q.detach()[:, :, :3].requires_grad_()
+    arguments = (q, k, v, end, rows, depth, 3, 0.5, 2.0, "triton")
+    torch.library.opcheck(torch.ops.tuna_kernels.tree_attention.default, arguments)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    end = TREE.subtree_end.to(DEVICE)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = tree_attention(q, k, v, end, softcap=3.0, return_lse=True, backend="triton")
+        return (out * out).sum() + lse.sum()
+
+    leaves = inputs(TREE.num_tokens, TREE.num_tokens, (2, 1))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU values are not looked at")
+def test_wrong_values_are_named() -> None:
+    q, k, v = inputs(TREE.num_tokens, TREE.num_tokens)
+    end = TREE.subtree_end
+    with pytest.raises(ValueError, match=r"subtree_end\[0\] = 0 is outside"):
+        tree_attention(q, k, v, torch.zeros_like(end), backend="triton")
+    rows = torch.full((TREE.num_tokens,), TREE.num_tokens)
+    with pytest.raises(IndexError, match=r"query_rows\[0\]"):
+        tree_attention(q, k, v, end, query_rows=rows, backend="triton")
+
+
+def test_what_is_not_served_is_named() -> None:
+    q, k, v = inputs(TREE.num_tokens, TREE.num_tokens, size=257)
+    end = TREE.subtree_end.to(DEVICE)
+    with pytest.raises(RuntimeError, match="head size of q and k is 257, above 256"):
+        tree_attention(q, k, v, end, backend="triton")
+    with pytest.raises(RuntimeError, match="head size of v is 257"):
+        tree_attention(q[..., :8], k[..., :8], v, end, backend="triton")
+    with pytest.raises(RuntimeError, match=r"does not take torch\.float64"):
+        tree_attention(q.double(), k.double(), v.double(), end, backend="triton")
+
+
+def test_the_environment_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = inputs(TREE.num_tokens, TREE.num_tokens)
+    end = TREE.subtree_end.to(DEVICE)
+    monkeypatch.setenv("TUNA_KERNELS_BACKEND", "triton")
+    asked = tree_attention(*leaves, end)
+    assert torch.equal(asked, tree_attention(*leaves, end, backend="triton"))
+    with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'triton' cannot serve"):
+        tree_attention(*(x.double() for x in leaves), end)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 import tuna_kernels.attention
 from tests.tuna_kernels.test_attention import TREE, inputs
 from tuna_kernels.attention import tree_attention
+from tuna_kernels.backends import attention_triton
 
 
 def _qkv() -> dict[str, Tensor]:
@@ -70,6 +73,28 @@ def test_environment_may_ask_for_the_oracle_only(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("TUNA_KERNELS_BACKEND", name)
         expected = tree_attention(**arguments, backend="torch" if name == "cpu" else name)
         assert torch.equal(tree_attention(**arguments), expected)
+
+
+def test_auto_on_cuda_is_triton_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: the choice is asked for inputs that only say that they lie on one."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    choose = functools.partial(tuna_kernels.attention._resolve, "auto", on_gpu, on_gpu, on_gpu, None)
+    for reason, chosen in (("", "triton"), ("no", "torch")):
+        monkeypatch.setattr(attention_triton, "why_not", lambda *_, reason=reason: reason)
+        monkeypatch.delenv("TUNA_KERNELS_BACKEND", raising=False)
+        assert choose() == chosen
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "cpu")
+        assert choose() == chosen
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "reference")
+        assert choose() == "reference"
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "turbo")
+        with pytest.raises(ValueError, match="TUNA_KERNELS_BACKEND = 'turbo' is not one of"):
+            choose()
+
+
+def test_without_a_gpu_triton_says_so() -> None:
+    with pytest.raises(RuntimeError, match="backend = 'triton' cannot serve this call: "):
+        tree_attention(**_qkv(), backend="triton")
 
 
 def test_documented_example() -> None:
