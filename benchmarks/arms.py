@@ -7,9 +7,10 @@ library the way that library documents it; what it was told besides its defaults
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from benchmarks.harness import Arm
 
-Mode = Literal["forward", "trainable", "frozen"]
+Mode = Literal["forward", "trainable", "half", "frozen"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+TRAINABLE = ("trainable", "half")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRL_CHUNK = 32768  # what its trainer passes
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -49,8 +52,8 @@ class Shape:
 @dataclass(frozen=True)
 class Case:
     """The inputs all arms share: hidden [N, D], weight [V, D], targets int64 [N], upstream float32 [N], and
-    the mode ("forward": no gradient; "trainable": gradients of hidden and weight; "frozen": of hidden
-    only)."""
+    the mode ("forward": no gradient; "trainable": gradients of hidden and weight; "half": the same, every second
+    upstream zero; "frozen": gradient of hidden only)."""
 
     hidden: Tensor
     weight: Tensor
@@ -73,10 +76,17 @@ def make_case(shape: Shape, dtype: str, mode: Mode, *, seed: int = 0, logit_std:
     weight = torch.randn(shape.vocab, shape.width, generator=maker).mul_(logit_std / shape.width**0.5)
     targets = torch.randint(shape.vocab, (shape.rows,), generator=maker)
     upstream = torch.randn(shape.rows, generator=maker)
+    if mode == "half":
+        upstream[::2] = 0
     case = Case(hidden, weight.to(DTYPES[dtype]), targets, upstream, mode)
     case.hidden.requires_grad_(mode != "forward")
-    case.weight.requires_grad_(mode == "trainable")
+    case.weight.requires_grad_(mode in TRAINABLE)
     return case
+
+
+def dtype_name(case: Case) -> str:
+    """The name of the dtype of a case's hidden states, as `make_case` takes it."""
+    return next(name for name, dtype in DTYPES.items() if dtype == case.hidden.dtype)
 
 
 def oracle(case: Case, block_bytes: int = 1 << 26) -> dict[str, Tensor]:
@@ -87,7 +97,7 @@ def oracle(case: Case, block_bytes: int = 1 << 26) -> dict[str, Tensor]:
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     upstream = case.upstream.double()
     logprobs, d_hidden = hidden.new_empty(len(hidden)), torch.empty_like(hidden)
-    d_weight = torch.zeros_like(weight) if case.mode == "trainable" else None
+    d_weight = torch.zeros_like(weight) if case.mode in TRAINABLE else None
     step = max(1, block_bytes // (8 * len(weight)))
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
@@ -154,6 +164,19 @@ def logprob_arms() -> list[Arm[Case]]:
             package="cut-cross-entropy",
             refuses=_needs("cut_cross_entropy"),
         ),
+        _arm(
+            "TRL",
+            _trl,
+            f"ChunkedLogProbFunction, chunks of {TRL_CHUNK} columns, log-probs alone",
+            package="trl",
+            refuses=_needs("trl.kernels"),
+        ),
+        _arm(
+            "naive compiled",
+            _compiled_naive(),
+            "torch.compile of naive",
+            refuses=_needs_compiler,
+        ),
         _arm("tuna torch", _ours("torch"), "linear_logprobs, backend torch", refuses=needs_backend("torch")),
         _arm("tuna cpu", _ours("cpu"), "linear_logprobs, backend cpu", refuses=needs_backend("cpu")),
     ]
@@ -177,7 +200,7 @@ def run_case(case: Case, logprobs: LogProbs) -> dict[str, Tensor]:
         with torch.no_grad():
             return {"logprobs": logprobs(case.hidden, case.weight, case.targets)}
     values = logprobs(case.hidden, case.weight, case.targets)
-    wanted = [case.hidden, case.weight] if case.mode == "trainable" else [case.hidden]
+    wanted = [case.hidden, case.weight] if case.mode in TRAINABLE else [case.hidden]
     gradients = torch.autograd.grad(values, wanted, case.upstream.to(values.dtype))
     names = ("gradient:hidden", "gradient:weight")
     return {"logprobs": values.detach(), **dict(zip(names, gradients, strict=False))}
@@ -216,6 +239,24 @@ def _cce(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -loss
 
 
+def _trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+
+    apply: Any = ChunkedLogProbFunction.apply
+    values: Tensor = apply(hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+    return values
+
+
+def _compiled_naive() -> LogProbs:
+    compiled: Any = torch.compile(_naive)
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        values: Tensor = compiled(hidden, weight, targets)
+        return values
+
+    return logprobs
+
+
 def _ours(backend: str) -> LogProbs:
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from tuna_kernels import linear_logprobs
@@ -236,6 +277,10 @@ def _needs(module: str) -> Callable[[object], str]:
         return ""
 
     return refuses
+
+
+def _needs_compiler(_: object) -> str:
+    return "" if any(map(shutil.which, ("g++", "clang++", "cl"))) else "torch.compile needs a C++ compiler here"
 
 
 def _needs_chunked(_: object) -> str:

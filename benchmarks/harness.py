@@ -154,15 +154,20 @@ def run_rounds(
     """Time every callable once a round, the order rotated by one place from round to round."""
     samples: dict[str, list[Sample]] = {name: [] for name in timed}
     names = list(timed)
-    for number in range(plan.rounds):
-        shift = number % max(len(names), 1)
-        for position, name in enumerate(names[shift:] + names[:shift]):
-            spent = sum(sample.wall for sample in samples[name])
-            if len(samples[name]) >= plan.least and spent > plan.budget:
-                continue
-            progress(f"round {number + 1}/{plan.rounds} {name}")
-            cpu, wall = _time_once(timed[name], plan.clock)
-            samples[name].append(Sample(number, position, cpu, wall))
+    gc.collect()
+    gc.freeze()  # so that the collection before each timed call looks at what the calls left behind, not at everything
+    try:
+        for number in range(plan.rounds):
+            shift = number % max(len(names), 1)
+            for position, name in enumerate(names[shift:] + names[:shift]):
+                spent = sum(sample.wall for sample in samples[name])
+                if len(samples[name]) >= plan.least and spent > plan.budget:
+                    continue
+                progress(f"round {number + 1}/{plan.rounds} {name}")
+                cpu, wall = _time_once(timed[name], plan.clock)
+                samples[name].append(Sample(number, position, cpu, wall))
+    finally:
+        gc.unfreeze()
     return samples
 
 

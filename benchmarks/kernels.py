@@ -1,7 +1,7 @@
 """``python -m benchmarks.kernels``: log-prob kernels and the whole ranking loss, beside peers, in one run.
 
-For each shape and dtype: forward, forward + backward with a trainable head, forward + backward with a frozen
-head.
+For each shape and dtype: forward, forward + backward with a trainable head, the same with every second upstream zero,
+forward + backward with a frozen head.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import typer
 from torch import Tensor
 
 from benchmarks import ranking
-from benchmarks.arms import DTYPES, MODES, Mode, Shape, logprob_arms, make_case, oracle, tolerance
+from benchmarks.arms import DTYPES, MODES, Case, Mode, Shape, dtype_name, logprob_arms, make_case, oracle, tolerance
 from benchmarks.harness import Plan, compare
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from tuna import memory
 
-DEFAULT_SHAPES = ("1024x768x32768", "1024x576x49152", "512x4096x32000")
+DEFAULT_SHAPES = ("1024x768x32768", "1024x576x49152", "512x4096x32000", "512x896x151936")
 QUICK_SHAPES = ("64x32x512",)
 WARM_ROWS = 32
-PACKAGES = ("liger-kernel", "cut-cross-entropy", "triton")
+PACKAGES = ("liger-kernel", "cut-cross-entropy", "trl", "triton")
+HALF = ", half the rows"
+NO_ZERO = "tuna cpu, no upstream zero"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Options:
     progress: Callable[[str], None] = lambda _: None
 
 
-def bare_multiplies(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
+def bare_multiplies(hidden: Tensor, weight: Tensor, suffix: str = "") -> dict[str, Callable[[], object]]:
     """The three matrix multiplies of a head, alone: float32, results written into buffers that are already
-    there.
+    there. ``suffix`` is put behind their names.
 
     float32 whatever the input type: on a CPU that emulates half-precision products they are what can be
     reached.
@@ -50,10 +52,23 @@ def bare_multiplies(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], ob
     x, w = hidden.detach().float(), weight.detach().float()
     logits, d_x, d_w = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
     return {
-        "mm logits": lambda: torch.mm(x, w.T, out=logits),
-        "mm d_hidden": lambda: torch.mm(logits, w, out=d_x),
-        "mm d_weight": lambda: torch.mm(logits.T, x, out=d_w),
+        f"mm logits{suffix}": lambda: torch.mm(x, w.T, out=logits),
+        f"mm d_hidden{suffix}": lambda: torch.mm(logits, w, out=d_x),
+        f"mm d_weight{suffix}": lambda: torch.mm(logits.T, x, out=d_w),
     }
+
+
+def units_of(case: Case) -> dict[str, Callable[[], object]]:
+    """The bare multiplies; with half of the upstreams zero also those of half the rows, and our own pass without any
+    zero, so that what skipping saves is read off one run."""
+    whole = bare_multiplies(case.hidden, case.weight)
+    if case.mode != "half":
+        return whole
+    half = bare_multiplies(case.hidden[::2], case.weight, HALF)
+    full = make_case(case.shape, dtype_name(case), "trainable")
+    ours = {arm.name: arm for arm in logprob_arms()}["tuna cpu"]
+    own = {} if ours.refuses(full) else {NO_ZERO: lambda: ours.call(full)}
+    return whole | half | own
 
 
 def bounds_of(shape: Shape, dtype: str, mode: Mode) -> list[Bound]:
@@ -73,6 +88,10 @@ def bounds_of(shape: Shape, dtype: str, mode: Mode) -> list[Bound]:
             Bound("4 mm (recompute)", {z: 2, x: 1, w: 1}, held),
             Bound("3 mm (textbook)", {z: 1, x: 1, w: 1}, held),
         ]
+    if mode == "half":
+        held = logits + d_hidden + d_weight
+        least = {z: 1, z + HALF: 1, x + HALF: 1, w + HALF: 1}
+        return [Bound("2.5 mm (half recomputed)", least, held), Bound("without zeros", {NO_ZERO: 1})]
     held = logits + d_hidden
     return [
         Bound("3 mm (recompute)", {z: 2, x: 1}, held),
@@ -91,7 +110,7 @@ def compare_logprobs(shape: Shape, dtype: str, mode: Mode, options: Options) -> 
         case,
         oracle=oracle(case),
         tolerance=tolerance(dtype, shape.vocab),
-        units=bare_multiplies(case.hidden, case.weight),
+        units=units_of(case),
         bounds=bounds_of(shape, dtype, mode),
         plan=options.plan,
         resident=meter if options.resident else None,
@@ -149,6 +168,7 @@ def _describe(mode: Mode) -> str:
     return {
         "forward": "forward",
         "trainable": "forward + backward, trainable head",
+        "half": "forward + backward, trainable head, half of the upstreams zero",
         "frozen": "forward + backward, frozen head",
     }[mode]
 
@@ -161,7 +181,7 @@ def run(
         for mode in modes:
             yield compare_logprobs(shape, dtype, mode, options)
         for mode in modes:
-            if with_ranking and mode != "forward":
+            if with_ranking and mode in ranking.RANKING_MODES:
                 yield compare_ranking(shape, dtype, mode, options)
 
 
@@ -178,7 +198,7 @@ def choose_cases(shapes: Sequence[str] | None, dtypes: Sequence[str] | None, qui
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="ROWSxWIDTHxVOCAB; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="forward, trainable or frozen; may be repeated.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="forward, trainable, half or frozen; may be repeated.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Only these log-prob arms; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     budget: Annotated[float, typer.Option(help="Seconds after which a slow arm skips rounds beyond the third.")] = 60,

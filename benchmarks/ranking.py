@@ -17,6 +17,7 @@ from tuna_kernels import Group, PackedTree, linear_ranking_loss, pack_groups
 CANDIDATES = 5
 PROMPT = 4
 MARGIN = 0.1
+RANKING_MODES: tuple[Mode, ...] = ("trainable", "frozen")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class RankingCase:
 def make_ranking_case(shape: Shape, dtype: str, mode: Mode, *, seed: int = 0) -> RankingCase:
     """Groups of 5 candidates with together about ``shape.rows`` response tokens, and random hidden states for
     them."""
-    if mode == "forward":
-        raise ValueError("mode = 'forward' makes no ranking case; it has 'trainable' and 'frozen'")
+    if mode not in RANKING_MODES:
+        raise ValueError(f"mode = {mode!r} makes no ranking case; it has {RANKING_MODES}")
     maker = torch.Generator().manual_seed(seed)
     num_groups = max(1, shape.rows // 160)
     length = max(1, shape.rows // (num_groups * CANDIDATES))

@@ -69,12 +69,12 @@ class Report:
         self.console.print(rich_table(comparison))
         write_record(self.record, self.folder / f"{self.name}.json")
 
-    def finish(self) -> None:
-        """Write the tables and the pictures."""
+    def finish(self, *, pictures: bool = True) -> None:
+        """Write the tables and (unless the program draws its own) the pictures."""
         (self.folder / f"{self.name}.md").write_text(markdown(self.record), encoding="utf-8")
         figures: dict[str, list[Comparison]] = {}
         for comparison in self.record.comparisons:
-            if any(arm.samples for arm in comparison.arms):
+            if pictures and any(arm.samples for arm in comparison.arms):
                 figures.setdefault(str(comparison.setting.get("figure", "")), []).append(comparison)
         machine = describe(self.record.machine)
         for figure, comparisons in figures.items():
@@ -114,13 +114,16 @@ def markdown(record: Record) -> str:
     if record.options:
         lines += ["Options: " + ", ".join(f"{key} {value}" for key, value in record.options.items()), ""]
     for comparison in record.comparisons:
-        header, rows = table_cells(comparison)
-        lines += [f"## {comparison.title}", "", _caption(comparison), ""]
-        lines.append("| " + " | ".join(header) + " |")
-        lines.append("|" + "|".join(" --- " if c in ("arm", "remark") else " ---: " for c in header) + "|")
-        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-        lines.append("")
+        lines += [f"## {comparison.title}", "", _caption(comparison), "", *markdown_table(comparison), ""]
     return "\n".join(lines)
+
+
+def markdown_table(comparison: Comparison) -> list[str]:
+    """One comparison as the lines of a Markdown table."""
+    header, rows = table_cells(comparison)
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("|" + "|".join(" --- " if c in ("arm", "remark") else " ---: " for c in header) + "|")
+    return lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
 
 
 def table_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

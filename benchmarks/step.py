@@ -27,7 +27,6 @@ from tuna.memory import ResidentPeak
 from tuna.models import SMOLLM2, load_model, load_tokenizer
 from tuna.records import read_records
 from tuna.side_by_side import (
-    WAYS,
     LossSettings,
     Stepper,
     Way,
@@ -46,6 +45,7 @@ DRAWS = 25
 # log_softmax over 49,152 columns is off by 1e-5 nats, which alone moves single parameters' gradients by 1e-3.
 TOLERANCE = {"loss": 1e-4, "gradient": 1e-2}
 GIB = 2**30
+ARMS: tuple[Way, ...] = ("tuna", "naive", "plain tree")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class StepBench:
     def __post_init__(self) -> None:
         model, _ = load_model(self.name)
         model.train()
-        self.steppers = {way: Stepper(way, copy.deepcopy(model), self.settings) for way in WAYS}
+        self.steppers = {way: Stepper(way, copy.deepcopy(model), self.settings) for way in ARMS}
 
     def run(self, batch: Batch, *, exact: bool = True) -> list[Comparison]:
         """Agreement of the two ways on a batch, then their times and memory.
@@ -96,12 +96,12 @@ class StepBench:
         comparison = compare(
             f"training step, {self.name}, {_count(batch)}, {tokens.tree:,} tokens in the tree, "
             f"{tokens.unshared:,} in separate sequences, {tokens.padded:,} in padded copies; oracle: {source}",
-            [self.arm(way, too_large if way == "naive" else "") for way in WAYS],
+            [self.arm(way, too_large if way == "naive" else "") for way in ARMS],
             batch,
             oracle=oracle,
             tolerance=TOLERANCE,
             units={"AdamW alone": self.steppers["tuna"].optimizer.step},
-            bounds=[Bound("naive step", {"naive": 1})],
+            bounds=[Bound("naive step", {"naive": 1}), Bound("plain-torch tree", {"plain tree": 1})],
             plan=self.plan,
             resident=self.memory_meter(batch) if self.resident else None,
             setting=setting,
@@ -136,7 +136,11 @@ class StepBench:
         def loss_alone(batch: Batch) -> Tensor:
             return loss_and_gradients(way, stepper.model, batch, settings or self.settings)["loss"]
 
-        notes = {"tuna": "prefix tree, model_ranking_loss", "naive": "padded copies, full logits"}
+        notes = {
+            "tuna": "prefix tree, model_ranking_loss",
+            "naive": "padded copies, full logits",
+            "plain tree": "prefix tree in plain torch: SDPA with a [T, T] mask, logits of every slot",
+        }
         call = stepper if settings is None else loss_alone
         return Arm(way, call, f"{notes[way]}, backward, AdamW", refuses=lambda _: refusal, results=results)
 
@@ -185,7 +189,7 @@ def typical_batch(groups: Sequence[Group], size: int, seed: int) -> list[Group]:
 
 
 def _way(name: str) -> Way:
-    return "tuna" if name == "tuna" else "naive"
+    return next(way for way in ARMS if way == name)
 
 
 def _count(batch: Batch) -> str:

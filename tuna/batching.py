@@ -10,6 +10,10 @@ epoch can be resumed by skipping the first n batches. The rules:
 - By tokens: micro-batches of at most ``tokens_per_batch`` tree tokens, planned once over windows of shuffled
   groups; each epoch shuffles the micro-batches. (Planning anew would change their number, which the stock
   trainer takes to be fixed.)
+- Ranks wait for each other every round, so a round's micro-batches should be alike. By groups: those of a round
+  are dealt out so that the ranks' tokens come close; which groups stand in a round does not change. By tokens:
+  `ALIKE` micro-batches of like size follow each other. Neither depends on the number of ranks beyond that, so a run
+  that goes on with twice the ranks and half the accumulation has the same groups in every step.
 - Where the last round has fewer micro-batches than there are ranks, the others get an empty one. The collator
   puts the smallest group there, marked ``counted = False``: it keeps collectives in step, and its loss is
   multiplied by 0.
@@ -21,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -32,18 +37,25 @@ WINDOW = 512
 """Groups that a token plan looks at together: enough for full rows, few enough to keep long ones apart."""
 
 
+ALIKE = 8
+"""Micro-batches of like size that stay together when an epoch is shuffled: ranks up to this many are in balance."""
+BLOCK = 64
+"""Micro-batches among which those of like size are looked for: few, so that each epoch has other company."""
+
+
 class Batch(TypedDict):
     """One micro-batch as the trainer takes it.
 
     ``input_ids`` is the tree's own tensor, where the stock trainer counts tokens and FLOPs; ``padded_tokens``
     is what the same groups take as k padded copies; ``counted`` is False for a batch that only keeps ranks in
-    step.
+    step; ``ids`` are those of its records.
     """
 
     input_ids: torch.Tensor
     tree: PackedTree
     padded_tokens: int
     counted: bool
+    ids: list[str]
 
 
 class GroupBatchSampler(Sampler[list[int]]):
@@ -100,6 +112,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.num_groups, self.groups_per_batch = len(groups), groups_per_batch
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         self.rank, self.world_size = rank, world_size
+        self._tokens = tree_tokens(groups, share=share)
         self._token_rows: list[list[int]] = []
         if tokens_per_batch is not None:
             self._token_rows = self._plan_tokens(groups, tokens_per_batch, share, lone_groups)
@@ -130,20 +143,40 @@ class GroupBatchSampler(Sampler[list[int]]):
         step = self.groups_per_batch * self.world_size
         whole = self.num_groups - self.num_groups % step
         rows = order[:whole].reshape(-1, self.groups_per_batch).tolist()
+        if self.shuffle and self.groups_per_batch > 1 < self.world_size:
+            rows = [row for part in order[:whole].reshape(-1, step) for row in self._dealt(part)]
         if whole < self.num_groups:
             rows += [part.tolist() for part in np.array_split(order[whole:], self.world_size)]
+        return rows
+
+    def _dealt(self, groups: npt.NDArray[np.int64]) -> list[list[int]]:
+        """The groups of a round, the longest first, each to the rank with the fewest tokens that has room."""
+        rows: list[list[int]] = [[] for _ in range(self.world_size)]
+        tokens = [0] * self.world_size
+        for group in groups[np.argsort(-self._tokens[groups], kind="stable")].tolist():
+            rank = min(
+                (r for r, row in enumerate(rows) if len(row) < len(groups) // self.world_size), key=lambda r: tokens[r]
+            )
+            rows[rank].append(group)
+            tokens[rank] += int(self._tokens[group])
         return rows
 
     def _shuffled_token_rows(self) -> list[list[int]]:
         if not self.shuffle:
             return list(self._token_rows)
-        order = np.random.default_rng([self.seed, self.epoch, 1]).permutation(len(self._token_rows))
-        return [self._token_rows[row] for row in order]
+        rng = np.random.default_rng([self.seed, self.epoch, 1])
+        order = rng.permutation(len(self._token_rows))
+        size = np.array([self._tokens[row].sum() for row in self._token_rows])
+        whole = len(order) - len(order) % ALIKE
+        blocks = [order[start : min(start + BLOCK, whole)] for start in range(0, whole, BLOCK)]
+        alike = np.concatenate([np.empty(0, np.int64), *(block[np.argsort(size[block])] for block in blocks)])
+        chunks = rng.permutation(alike.reshape(-1, ALIKE)).ravel()  # permutes chunks, not what is in them
+        return [self._token_rows[row] for row in [*chunks, *order[whole:]]]
 
     def _plan_tokens(
         self, groups: Sequence[Group], tokens_per_batch: int, share: Share, lone_groups: bool
     ) -> list[list[int]]:
-        tokens = tree_tokens(groups, share=share)
+        tokens = self._tokens
         large = np.flatnonzero(tokens > tokens_per_batch)
         if large.size and not lone_groups:
             raise ValueError(
@@ -177,6 +210,7 @@ class GroupCollator:
             tree=tree,
             padded_tokens=tree.num_candidates * longest,
             counted=len(items) > 0,
+            ids=[item.id for item in items],
         )
 
 

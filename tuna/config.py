@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+import torch
 from transformers import TrainingArguments
 
+from tuna import zero
 from tuna.records import OnBad
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
@@ -108,10 +110,17 @@ class TunaConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: a batch is a tree, not columns."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: a loss that is no number stops the run (tuna.guards)."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps from one line of the log to the next."})
 
     def __post_init__(self) -> None:
         self._check_ours()
+        if self.deepspeed:
+            self.deepspeed = zero.prepare(zero.read_settings(self.deepspeed))
+            # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_parents()
 
@@ -149,6 +158,7 @@ class TunaConfig(TrainingArguments):
                 self.remove_unused_columns,
                 "a batch is a packed tree, it has no columns",
             ),
+            "logging_nan_inf_filter": (self.logging_nan_inf_filter, "a loss that is not finite stops the run"),
             "label_smoothing_factor": (self.label_smoothing_factor, "the Tuna loss has no smoothed form"),
             "dataloader_drop_last": (self.dataloader_drop_last, "every group is seen once per epoch"),
             "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),

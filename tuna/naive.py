@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuna_kernels import Group
+from tuna_kernels import Group, pack_groups
 from tuna_kernels.losses import Preset
 
 IGNORED = -100
@@ -92,6 +92,43 @@ def naive_step_loss(
     return NaiveOutput(loss, ranking.detach(), mle.detach(), scores.detach())
 
 
+def plain_tree_loss(
+    model: Any,
+    groups: Sequence[Group],
+    *,
+    preset: Preset = "released",
+    margin: float = 0.1,
+    length_penalty: float = 1.0,
+    mle_weight: float = 1.0,
+) -> NaiveOutput:
+    """The same loss from the packed tree by a few lines of plain torch: what the kernels are worth beyond the layout.
+
+    Attention is SDPA with a [T, T] mask, the head gives logits of every slot. Arguments as in `naive_step_loss`; the
+    model must have transformers' own attention (``sdpa``).
+    """
+    tree = pack_groups(groups, device=next(model.parameters()).device)
+    row = torch.arange(tree.num_tokens, device=tree.rows.device)
+    sees = (row[None, :] <= row[:, None]) & (row[:, None] < tree.subtree_end[None, :])
+    hidden = model.base_model(
+        input_ids=tree.input_ids[None],
+        position_ids=tree.position_ids[None],
+        attention_mask=sees[None, None],
+        use_cache=False,
+    )[0][0]
+    logits = model.get_output_embeddings()(hidden[tree.rows])
+    logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    token_logprobs = logprobs.gather(-1, tree.targets[:, None])[:, 0]
+    counts = tree.candidate_offsets.diff()
+    sums = torch.stack([part.sum() for part in token_logprobs.split(counts.tolist())])
+    lengths = counts.to(sums.dtype)
+    ranks = [_dense_ranks(group) for group in groups]
+    ranking = _ranking(sums / lengths**length_penalty, ranks, preset, margin)
+    mle = -token_logprobs.mean() if preset == "released" else -(sums / lengths)[_first_best(ranks)].mean()
+    return NaiveOutput(
+        ranking + mle_weight * mle, ranking.detach(), mle.detach(), (sums / lengths**length_penalty).detach()
+    )
+
+
 def padded_batch(groups: Sequence[Group], pad_token_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """``input_ids``, ``attention_mask`` and ``labels`` [N, L] int64 of all candidates, padded on the right.
 
@@ -156,4 +193,5 @@ def _ranking(scores: Tensor, ranks: Sequence[Sequence[int]], preset: Preset, mar
     hinge = (margin * lag.to(scores.dtype) - (scores[better] - scores[worse])).clamp(min=0)
     if preset == "paper":
         return hinge.sum() / len(ranks)
-    return torch.stack([hinge[lag == d].mean() for d in sorted(set(lags))]).sum()
+    of_lag = {d: [i for i, other in enumerate(lags) if other == d] for d in sorted(set(lags))}
+    return torch.stack([hinge[pairs].mean() for pairs in of_lag.values()]).sum()

@@ -16,16 +16,17 @@ Log = Sequence[Mapping[str, float]]
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, atomically; numbers that are not finite become null, which JSON can hold."""
     with replacing(path) as file:
-        file.write((json.dumps(_finite(content), ensure_ascii=False, indent=1) + "\n").encode())
+        file.write((json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n").encode())
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite replaced by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -1,7 +1,8 @@
 """Ours beside the textbook: the same training step both ways, how far they agree and what each takes.
 
 ``"tuna"`` packs the groups into a tree and calls `model_ranking_loss`; ``"naive"`` is `tuna.naive`: k padded copies of
-each prompt and full logits. Both are followed by the same AdamW.
+each prompt and full logits; ``"plain tree"`` is the tree in a few lines of plain torch. All are followed by the same
+AdamW.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tuna.agreement import Error, measure_errors
 from tuna.memory import ResidentPeak, in_fresh_process, resident_peak
 from tuna.models import load_model
-from tuna.naive import naive_step_loss
+from tuna.naive import naive_step_loss, plain_tree_loss
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss
 from tuna_kernels.losses import Preset
@@ -38,7 +39,7 @@ __all__ = [
     "step_memory",
 ]
 
-Way = Literal["tuna", "naive"]
+Way = Literal["tuna", "naive", "plain tree"]
 WAYS: tuple[Way, ...] = ("tuna", "naive")
 
 
@@ -62,9 +63,15 @@ def naive_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings
     return naive_step_loss(model, groups, **asdict(settings)).loss
 
 
+def plain_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings) -> Tensor:
+    """The plain-torch tree's loss of one batch of groups, packing included; scalar with gradient."""
+    return plain_tree_loss(model, groups, **asdict(settings)).loss
+
+
 LOSSES: Mapping[Way, Callable[[nn.Module, Sequence[Group], LossSettings], Tensor]] = {
     "tuna": tuna_loss,
     "naive": naive_loss,
+    "plain tree": plain_loss,
 }
 
 

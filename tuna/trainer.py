@@ -12,6 +12,7 @@ number.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -24,12 +25,14 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
 from tuna.config import TunaConfig
+from tuna.durable import DurableTrainer
 from tuna.evaluation import PendingScores, in_dataset_order
+from tuna.guards import FiniteLoss
 from tuna.meters import TrainingMeter
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
 from tuna.records import Record
@@ -48,7 +51,7 @@ T = TypeVar("T")
 GroupData = Sequence[TokenizedGroup] | Sequence[Record]
 
 
-class TunaTrainer(Trainer):
+class TunaTrainer(DurableTrainer):
     """Trains a causal language model to rank responses; see `tuna.config.TunaConfig` for every setting.
 
     Groups may have different numbers of responses. A group of one response has no pairs and trains on its
@@ -106,6 +109,8 @@ class TunaTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.deepspeed and optimizers != (None, None):
+            raise ValueError("optimizers must be left out under DeepSpeed: set optim, or an optimizer in its settings")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process means DataParallel, which cannot split a packed tree: "
@@ -117,6 +122,7 @@ class TunaTrainer(Trainer):
         # What says the same to versions of transformers without loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.meter = TrainingMeter()
+        self.finite = FiniteLoss()
 
     # Data
 
@@ -159,8 +165,12 @@ class TunaTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], LossCounts]:
         """This rank's micro-batches of an optimizer step, and what the whole step's loss is divided by."""
+        if self.state.global_step >= self.state.max_steps:  # gone on from its last step: the stock trainer adds one
+            self.control.should_training_stop = True
+            return [], LossCounts(0, (), 0)
         self.meter.start_step()
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.finite.start_step(len(batches))
         mine = [batch["tree"].loss_counts() for batch in batches if batch["counted"]]
         counts = functools.reduce(operator.add, mine, LossCounts(0, (), 0))
         return batches, functools.reduce(operator.add, gather_object([counts]))
@@ -190,6 +200,7 @@ class TunaTrainer(Trainer):
             backend=args.backend,
         )
         output: RankingLossOutput = self._run(model, inputs["tree"], loss_of)
+        self.finite.add(output.loss, inputs["ids"], self.state.global_step + 1)
         if counted:
             self.meter.add(inputs, output)
         loss = output.loss * (self.accelerator.num_processes if counted else 0)
@@ -208,8 +219,17 @@ class TunaTrainer(Trainer):
 
         if model is bare:
             return call(tree)
-        with _forward_replaced(bare, call):
-            return cast(T, model(tree))
+        results: list[T] = []
+
+        def forward(tree: PackedTree) -> dict[str, Any]:
+            results.append(call(tree))
+            return dict(vars(results[0]))
+
+        # ZeRO-3 looks into tuples, lists and dicts for the tensors whose backward it has to get ready for, and
+        # hands back its own copies; a dataclass it would pass by.
+        with _forward_replaced(bare, forward):
+            outputs = model(tree)
+        return cast(T, dataclasses.replace(cast(Any, results[0]), **outputs))
 
     # Evaluation
 

@@ -6,12 +6,13 @@ Needs torch and numpy only. Start at :func:`pack_groups` and :func:`linear_ranki
 
 from . import ops
 from .attention import tree_attention
-from .config import available_backends, show_config, workspace_bytes
+from .config import available_backends, show_config
 from .logprobs import linear_logprobs, selective_logprobs
 from .losses import LossCounts, ranking_loss
 from .ranking import RankingLossOutput, linear_ranking_loss
 from .scores import sequence_scores
 from .tree import Group, PackedTree, pack_groups, plan_rows, tree_tokens
+from .workspace import workspace_bytes
 
 __version__ = "0.1.0"
 

@@ -2,9 +2,10 @@
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-Backends: `triton` (kernels for GPUs), `torch` (block by block, any device, never T × T across groups or branches),
-`reference` (the whole mask, the oracle), and `flex` and `flash` for who has those; see docs/attention.md. A group's
-attention comes out in the same bits alone and packed with others on `torch`.
+Backends: `triton` (kernels for GPUs), `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16),
+`torch` (block by block, any device and dtype), `reference` (the whole mask, the oracle), and `flex` and `flash` for who
+has those; see docs/attention.md. None but the oracle computes T × T across groups or branches; on `cpu` and `torch` a
+group's attention comes out in the same bits alone and packed with others.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
 separate ones), additive biases and sinks (no model among the tested families trains with them).
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from tuna_kernels import attention_ops
 from tuna_kernels.backends import attention_flash, attention_flex, attention_reference, attention_triton
-from tuna_kernels.config import ENVIRONMENT_VARIABLE
+from tuna_kernels.config import ENVIRONMENT_VARIABLE, resolve_backend
 
 __all__ = ["tree_attention"]
 
@@ -93,8 +94,9 @@ def tree_attention(
         scale: factor on the scores; default ``1 / sqrt(d)``.
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
         return_lse: also the log-sum-exp of the scores, differentiable.
-        backend: `"triton"` (what `"auto"` takes on CUDA where it serves the inputs), `"torch"` (what it takes
-            elsewhere), `"reference"`, `"flex"` (PyTorch's FlexAttention) or `"flash"` (flash-attn).
+        backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"triton"` on CUDA or `"cpu"`
+            on CPU where they serve the inputs, else `"torch"`), one of those, `"reference"`, `"flex"` (PyTorch's
+            FlexAttention) or `"flash"` (flash-attn).
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
@@ -178,22 +180,6 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError(f"softcap = {softcap} is not above 0")
 
 
-def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
-    """The backend of a call. ``auto``: the environment's where it names one with tree attention, else `triton` on CUDA
-    where it serves the inputs, else `torch`. `TUNA_KERNELS_BACKEND=cpu` speaks of ops that have native code."""
-    asked, origin = backend, "backend"
-    if backend == "auto":
-        asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
-        if asked in ("auto", "cpu"):
-            return "triton" if q.device.type == "cuda" and not attention_triton.why_not(q, v) else "torch"
-    if asked == "cpu":
-        raise RuntimeError("backend = 'cpu' cannot serve tree_attention: it has no native code yet, use 'torch'")
-    check_backend(asked, origin)
-    if reason := _why_not(asked, q, k, v, query_rows):
-        raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
-    return asked
-
-
 def check_backend(name: str, argument: str = "backend") -> None:
     """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
     known = ("auto", *_AUTOGRAD, *attention_ops.BACKENDS)
@@ -201,11 +187,20 @@ def check_backend(name: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument} = {name!r} is not one of {known}")
 
 
-def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
-    if backend == "triton":
-        return attention_triton.why_not(q, v)
-    if backend == "flex":
-        return attention_flex.why_not(q, k, v)
-    if backend == "flash":
-        return attention_flash.why_not(q, v, query_rows)
-    return ""
+def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
+    """The backend of a call; those that only attention has, or that look at more than dtypes, are judged here."""
+    asked, origin = backend, "backend"
+    if backend == "auto":
+        asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+        if asked == "auto" and q.device.type == "cuda":
+            return "torch" if attention_triton.why_not(q, v) else "triton"
+    check_backend(asked, origin)
+    if asked not in ("triton", "flex", "flash"):
+        return resolve_backend(backend, q.device, q.dtype)
+    if asked == "triton":
+        reason = attention_triton.why_not(q, v)
+    else:
+        reason = attention_flex.why_not(q, k, v) if asked == "flex" else attention_flash.why_not(q, v, query_rows)
+    if reason:
+        raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
+    return asked

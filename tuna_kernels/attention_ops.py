@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuna_kernels.backends import attention_flash, attention_torch, attention_triton
+from tuna_kernels.backends import attention_cpu, attention_flash, attention_torch, attention_triton
 
-BACKENDS: dict[str, ModuleType] = {"torch": attention_torch, "triton": attention_triton, "flash": attention_flash}
+BACKENDS: dict[str, ModuleType] = {
+    "torch": attention_torch,
+    "cpu": attention_cpu,
+    "triton": attention_triton,
+    "flash": attention_flash,
+}
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention", mutates_args=())
@@ -32,10 +37,10 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; see `tuna_kernels.attention.tree_attention`."""
     with torch.autocast(q.device.type, enabled=False):  # or it would take the float32 products for its own
-        result: tuple[Tensor, Tensor] = BACKENDS[backend].forward(
+        results: tuple[Tensor, Tensor] = BACKENDS[backend].forward(
             q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap
         )
-    return result
+    return results
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention_backward", mutates_args=())
@@ -57,7 +62,7 @@ def tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` for the gradients of both outputs."""
     with torch.autocast(q.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
+        gradients: tuple[Tensor, Tensor, Tensor] = BACKENDS[backend].backward(
             grad_out,
             grad_lse,
             q,
@@ -72,7 +77,7 @@ def tree_attention_backward(
             scale,
             softcap,
         )
-    return result
+    return gradients
 
 
 @tree_attention.register_fake

@@ -8,8 +8,7 @@ import platform
 import torch
 
 from .backends import cpu as _cpu_backend
-from .backends.reference import compute_dtype
-from .backends.tiled import MIN_ROWS, TileOps, TilePlan
+from .backends.tiled import TileOps
 from .backends.torch import TorchTileOps
 
 BACKENDS = ("reference", "torch", "cpu")
@@ -77,33 +76,3 @@ def show_config() -> str:
             + ("" if chosen == device else f" ({why_not('cpu', torch.device(device), torch.float32)})")
         )
     return "\n".join(lines)
-
-
-def workspace_bytes(op: str, shape: dict[str, int], dtype: torch.dtype, backend: str = "auto") -> int:
-    """Bytes an op takes at its peak beyond its inputs and results.
-
-    Args:
-        op: ``"linear_logprobs"`` (forward or backward) or ``"linear_ranking_loss"``.
-        shape: ``rows`` (distinct hidden rows that are scored), ``width`` (D), ``vocabulary`` (V) and, for the
-            ranking loss, ``logits_budget`` in bytes.
-        dtype: dtype of hidden states and weight.
-        backend: as in the op.
-
-    Raises:
-        ValueError: an unknown op, or a missing entry of ``shape``.
-    """
-    sizes = ("rows", "width", "vocabulary")
-    needed = {"linear_logprobs": sizes, "linear_ranking_loss": (*sizes, "logits_budget")}
-    if op not in needed:
-        raise ValueError(f"op = {op!r} is not one of {tuple(needed)}")
-    if missing := [key for key in needed[op] if key not in shape]:
-        raise ValueError(f"shape lacks {missing} for {op}")
-    compute = compute_dtype(dtype)
-    rows, width, vocabulary = shape["rows"], shape["width"], shape["vocabulary"]
-    if resolve_backend(backend, torch.device("cpu"), dtype) == "reference":
-        return 3 * rows * vocabulary * compute.itemsize
-    tiles = TilePlan.choose(dtype, width, compute).workspace(dtype, width, compute, rows)
-    if op == "linear_logprobs":
-        return tiles
-    block = min(shape["logits_budget"], max(rows, MIN_ROWS) * vocabulary * compute.itemsize)
-    return tiles + block

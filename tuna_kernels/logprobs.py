@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import reference
 from .config import resolve_backend
@@ -242,8 +243,8 @@ def check_index(name: str, index: Tensor, device: torch.device) -> None:
 
 
 def should_validate(validate: bool | None, tensor: Tensor) -> bool:
-    """Whether to look at values: never inside a compiled graph."""
-    if torch.compiler.is_compiling():
+    """Whether to look at values: never inside a compiled graph, nor where a fake tensor has none."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
     return tensor.device.type == "cpu" if validate is None else validate
 

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import linear, ranking, selective
 from .backends.linear import LinearCall, Saved
@@ -339,9 +340,9 @@ def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None)
             softcap, needs, backend,
         )  # fmt: skip
         return (*_or_none(gradients, needs), *none)
-    if type(scale) is not Tensor:  # being traced: the graph's compiler decides what happens in place
+    if type(scale) not in (Tensor, FakeTensor):  # being traced: the graph's compiler decides what happens in place
         ready = [g * scale for g in ready]
-    elif scale.device.type != "cpu" or scale.item() != 1.0:  # reading it is free on CPU, a wait elsewhere
+    elif type(scale) is FakeTensor or scale.device.type != "cpu" or scale.item() != 1.0:  # free to read on CPU alone
         ready = [g.mul_(scale) for g in ready]
     gradients = [
         g if t is None or not wanted else g.to(t.dtype) for g, t, wanted in zip(ready, call, needs, strict=True)

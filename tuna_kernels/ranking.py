@@ -88,10 +88,7 @@ def linear_ranking_loss(
         ValueError, TypeError, IndexError, RuntimeError: as :func:`tuna_kernels.linear_logprobs`; also an unknown
             ``kind`` or ``preset``, a tree of another length than ``hidden``, counts that miss a pair.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")
-    if preset not in get_args(Preset):
-        raise ValueError(f"preset = {preset!r} is not one of {get_args(Preset)}")
+    check_choices(kind, preset)
     check_head(hidden, weight, bias, lora, logit_scale, softcap)
     if tree.num_tokens != hidden.shape[0]:
         raise ValueError(
@@ -156,11 +153,20 @@ def _fused(
         needs,
         backend,
     )
-    active = _active(upstream.detach(), tree)
+    active = active_candidates(upstream.detach(), tree)
     return RankingLossOutput(loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active)
 
 
-def _active(upstream: Tensor, tree: PackedTree) -> Tensor:
+def check_choices(kind: str, preset: str) -> None:
+    """A loss and a preset that exist."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")
+    if preset not in get_args(Preset):
+        raise ValueError(f"preset = {preset!r} is not one of {get_args(Preset)}")
+
+
+def active_candidates(upstream: Tensor, tree: PackedTree) -> Tensor:
+    """[C] bool: whether any slot of the candidate has a gradient, of ``upstream`` [M]."""
     slots = torch.arange(upstream.numel(), device=upstream.device)
     candidate = torch.bucketize(slots, tree.candidate_offsets[1:], right=True)
     counted = torch.zeros(tree.ranks.shape, dtype=torch.int64, device=upstream.device)
@@ -208,5 +214,5 @@ def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s:
     ).upstream
     loss = ranking + s.mle_weight * mle
     return RankingLossOutput(
-        loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), _active(upstream, tree)
+        loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active_candidates(upstream, tree)
     )

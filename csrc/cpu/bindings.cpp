@@ -27,8 +27,11 @@ struct TileArguments {
 
 }  // namespace
 
+void bind_attention(py::module_& m);  // attention_bindings.cpp
+
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "Tile operations of tuna_kernels' cpu backend; see csrc/cpu/tiles.h";
+  m.doc() = "What tuna_kernels' cpu backend computes: tiles of logits (csrc/cpu/tiles.h), tree attention (attention.h)";
+  bind_attention(m);
 
   py::class_<TileArguments>(m, "Tile")
       .def(py::init([](uintptr_t x, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, float scale,

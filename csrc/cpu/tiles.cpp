@@ -157,19 +157,11 @@ TUNA_CLONES void capped_gradient_row(float* x, int64_t n, float scale, float cap
 }
 
 TUNA_CLONES void convert_bfloat16(float* out, const uint16_t* in, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) out[j] = bits_to_float(static_cast<uint32_t>(in[j]) << 16);
+  for (int64_t j = 0; j < n; ++j) out[j] = from_bfloat16(in[j]);
 }
 
-// Shift exponent and mantissa into place and rescale by 2^112: right for subnormals too; infinity and NaN apart.
 TUNA_CLONES void convert_float16(float* out, const uint16_t* in, int64_t n) {
-  const float rescale = bits_to_float(0x77800000u);  // 2^112
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t magnitude = (static_cast<uint32_t>(in[j]) & 0x7fffu) << 13;
-    const uint32_t sign = (static_cast<uint32_t>(in[j]) & 0x8000u) << 16;
-    const uint32_t finite = float_to_bits(bits_to_float(magnitude) * rescale);
-    const uint32_t special = magnitude | 0x7f800000u;
-    out[j] = bits_to_float(sign | (magnitude >= 0x0f800000u ? special : finite));
-  }
+  for (int64_t j = 0; j < n; ++j) out[j] = from_float16(in[j]);
 }
 
 void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlots& slots, const SoftmaxState& state,

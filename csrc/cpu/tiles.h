@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace tuna {
 
 // z = softcap(scale * (x + bias)); softcap(x) = cap * tanh(x / cap); cap 0: none; bias null: none (bias of this tile).
@@ -53,8 +55,6 @@ struct GradientInputs {
 };
 void gradient_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const GradientInputs& inputs,
                    bool is_capped, int threads);
-
-enum class Element : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // destination[i, :] = float(source[index[i], :]) (index null: i). Strides in elements; rows are dense.
 void load_rows(float* destination, int64_t destination_stride, const void* source, Element element,

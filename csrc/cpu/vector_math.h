@@ -12,6 +12,7 @@
 #define TUNA_CLONES
 #endif
 #define TUNA_INLINE static inline __attribute__((always_inline))
+#define TUNA_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace tuna {
 

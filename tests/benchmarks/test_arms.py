@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from benchmarks import ranking
 from benchmarks.arms import (
     MODES,
+    TRAINABLE,
     Case,
     Mode,
     Shape,
@@ -27,16 +28,17 @@ from benchmarks.arms import (
     tolerance,
 )
 from benchmarks.harness import Arm, check_arm
-from benchmarks.kernels import bounds_of
+from benchmarks.kernels import HALF, bounds_of, units_of
 from benchmarks.record import read_record, write_record
+from tuna_kernels.config import available_backends
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(24, 16, 300)
-SLOW_TO_COMPILE = "CCE compiled"
+SLOW_TO_COMPILE = ("CCE compiled", "naive compiled")
 
 
 def arms(*, slow: bool) -> list[Arm[Case]]:
-    return [arm for arm in logprob_arms() if (arm.name == SLOW_TO_COMPILE) == slow]
+    return [arm for arm in logprob_arms() if (arm.name in SLOW_TO_COMPILE) == slow]
 
 
 @settings(max_examples=20, deadline=None)
@@ -46,7 +48,7 @@ def test_the_oracle_equals_autograd_in_float64(rows: int, width: int, vocab: int
     wide = dataclasses.replace(
         case,
         hidden=case.hidden.detach().double().requires_grad_(mode != "forward"),
-        weight=case.weight.detach().double().requires_grad_(mode == "trainable"),
+        weight=case.weight.detach().double().requires_grad_(mode in TRAINABLE),
         upstream=case.upstream.double(),
     )
     textbook = run_case(wide, lambda x, w, t: torch.log_softmax(x @ w.T, -1)[torch.arange(len(t)), t])
@@ -102,9 +104,21 @@ def test_the_ranking_arms_agree_with_their_oracle(mode: Mode) -> None:
 def test_the_bounds_count_the_products_they_are_named_after() -> None:
     for mode in MODES:
         for bound in bounds_of(TINY, "float32", mode):
-            assert sum(bound.units.values()) == int(bound.name.split()[0])
+            products = sum(n * (0.5 if name.endswith(HALF) else 1) for name, n in bound.units.items())
+            assert products == (float(bound.name.split()[0]) if "mm" in bound.name else 1)
     trainable = bounds_of(TINY, "float32", "trainable")[0]
     assert trainable.bytes == 4 * (24 * 300 + 24 * 16 + 300 * 16)
+
+
+def test_half_of_the_upstreams_zero_brings_its_own_units() -> None:
+    case = make_case(TINY, "float32", "half")
+    assert case.upstream[::2].abs().max() == 0 and bool((case.upstream[1::2] != 0).all())
+    named = {name for bound in bounds_of(TINY, "float32", "half") for name in bound.units}
+    units = units_of(case)
+    if not available_backends()["cpu"]:
+        assert named <= set(units)
+    for unit in units.values():
+        unit()
 
 
 @pytest.mark.parametrize("text", ["1x2", "axbxc", "0x4x4", "1x2x3x4"])

@@ -26,7 +26,7 @@ def test_the_program_leaves_a_record_of_both_ways(tmp_path: Path) -> None:
     agreement, step = read_record(tmp_path / "step.json").comparisons
     assert [arm.name for arm in agreement.arms][::3] == ["tuna, paper", "tuna, released"]
     assert all(arm.status == "ok" and not arm.samples for arm in agreement.arms)
-    assert [arm.name for arm in step.arms] == ["tuna", "naive"]
+    assert [arm.name for arm in step.arms] == ["tuna", "naive", "plain tree"]
     assert step.arm("naive").ratios["naive step"].cpu.median == 1.0
     assert 0 < (step.arm("tuna").ratios["naive step"].memory or 0) < 1
     assert step.setting["tree"] < step.setting["unshared"] <= step.setting["padded"]  # type: ignore[operator]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tuna.naive import naive_step_loss, padded_batch
+from tuna.naive import naive_step_loss, padded_batch, plain_tree_loss
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
 from tuna_kernels.losses import Preset
@@ -158,3 +158,16 @@ def test_bad_arguments_are_named() -> None:
         naive_step_loss(tiny_gpt2(), [])
     with pytest.raises(ValueError, match="preset = 'rrhf'"):
         naive_step_loss(tiny_gpt2(), ragged_groups(), preset="rrhf")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_plain_torch_tree_gives_the_same_loss_and_gradients(preset: Preset) -> None:
+    model, groups = tiny_gpt2(), ragged_groups()
+    found = []
+    for loss_of in (naive_step_loss, plain_tree_loss):
+        model.zero_grad()
+        out = loss_of(model, groups, preset=preset, margin=0.3, length_penalty=1.2, mle_weight=0.7)
+        out.loss.backward()
+        found.append([out.loss.detach(), out.ranking, out.mle, out.scores, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=ROUNDINGS, atol=ROUNDINGS)

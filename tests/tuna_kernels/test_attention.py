@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tuna_kernels import available_backends
 from tuna_kernels.attention import tree_attention
 from tuna_kernels.backends import attention_blocks, attention_plan, attention_torch
 from tuna_kernels.tree import Group, PackedTree, Share, pack_groups
@@ -26,6 +27,9 @@ TREE = pack_groups(
         Group(prompt=[5, 6], responses=[[1, 2], [3, 4, 5, 6, 7, 8], [3, 4, 1]]),
     ]
 )
+
+NO_NATIVE_CODE = available_backends()["cpu"]
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(bool(NO_NATIVE_CODE), reason=NO_NATIVE_CODE))
 
 
 @contextmanager
@@ -109,6 +113,7 @@ def test_reference_equals_plain_causal_attention_of_every_sequence(
         assert_near(out[:, :, path], F.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", CPU])
 @given(
     forest=groups,
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]),
@@ -120,7 +125,8 @@ def test_reference_equals_plain_causal_attention_of_every_sequence(
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
 @settings(max_examples=100, deadline=None)
-def test_torch_equals_reference(
+def test_backends_equal_reference(
+    backend: str,
     forest: list[Group],
     heads: tuple[int, int],
     window: int | None,
@@ -132,7 +138,7 @@ def test_torch_equals_reference(
 ) -> None:
     """Output, log-sum-exp and all gradients, for trees, windows, caps and any choice and order of queries."""
     tree = pack_groups(forest)
-    q, k, v = inputs(tree, heads, batch=batch, dtype=dtype)
+    q, k, v = inputs(tree, heads, batch=batch, dtype=torch.float32 if backend == "cpu" else dtype)
     chosen = None
     if rows is not None:
         chosen = torch.tensor([int(x * tree.num_tokens) for x in rows], dtype=torch.int64)
@@ -155,17 +161,20 @@ def test_torch_equals_reference(
         return (*outputs, *gradients(outputs, [q, k, v]))
 
     with small_blocks():
-        found = results("torch")
+        found = results(backend)
     for a, b in zip(found, results("reference"), strict=True):
         assert a.shape == b.shape
         assert_near(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_may_have_another_head_size(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float64), ("torch", torch.float32), pytest.param("cpu", torch.float32, marks=CPU.marks)],
+)
+def test_values_may_have_another_head_size(backend: str, dtype: torch.dtype) -> None:
     q, k, _ = inputs(TREE, size=4, dtype=dtype)
     _, _, v = inputs(TREE, size=7, dtype=dtype)
-    found, expected = (tree_attention(q, k, v, TREE.subtree_end, backend=b) for b in ("torch", "reference"))
+    found, expected = (tree_attention(q, k, v, TREE.subtree_end, backend=b) for b in (backend, "reference"))
     assert found.shape == (1, 4, TREE.num_tokens, 7)
     assert_near(found, expected)
     for a, b in zip(gradients((found,), [q, k, v]), gradients((expected,), [q, k, v]), strict=True):
@@ -178,7 +187,7 @@ def test_both_routes_agree(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = inputs(TREE, (6, 2), size, torch.float32)
 
     def results() -> tuple[Tensor, ...]:
-        out, lse = tree_attention(*leaves, TREE.subtree_end, return_lse=True)
+        out, lse = tree_attention(*leaves, TREE.subtree_end, return_lse=True, backend="torch")
         return (out, lse, *gradients((out,), leaves))
 
     assert attention_blocks.choose(leaves[0], leaves[2], None) is attention_blocks.FLASH
@@ -210,7 +219,7 @@ def test_gradcheck(backend: str, window: int | None, softcap: float | None) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", CPU])
 def test_precision_follows_the_dtype(dtype: torch.dtype, backend: str) -> None:
     """Half inputs are computed in float32: what is lost is the rounding of inputs and results, no more."""
     leaves = inputs(TREE, dtype=dtype)
@@ -273,7 +282,8 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
             assert_near(a, b)
 
 
-def test_a_group_gets_the_same_bits_alone_and_in_company() -> None:
+@pytest.mark.parametrize("backend", ["torch", CPU])
+def test_a_group_gets_the_same_bits_alone_and_in_company(backend: str) -> None:
     """Blocks never cross a group and do not depend on what is packed beside it."""
     generator = torch.Generator().manual_seed(0)
     lengths = [(40, [150, 30, 300]), (90, [20, 20, 20]), (7, [3, 2])]
@@ -288,18 +298,19 @@ def test_a_group_gets_the_same_bits_alone_and_in_company() -> None:
     leaves = inputs(packed, (3, 1), 16, torch.float32)
     upstream = torch.randn(leaves[0].shape, generator=generator)
     together = [
-        (out := tree_attention(*leaves, packed.subtree_end)),
+        (out := tree_attention(*leaves, packed.subtree_end, backend=backend)),
         *torch.autograd.grad(out, leaves, upstream),
     ]
     for g, group in enumerate(forest):
         part = slice(*packed.group_rows_host[g : g + 2].tolist())
         own = [x.detach()[:, :, part].requires_grad_() for x in leaves]
-        out = tree_attention(*own, pack_groups([group]).subtree_end)
+        out = tree_attention(*own, pack_groups([group]).subtree_end, backend=backend)
         for alone, all_of_it in zip([out, *torch.autograd.grad(out, own, upstream[:, :, part])], together, strict=True):
             assert torch.equal(alone, all_of_it[:, :, part])
 
 
-def test_keys_hidden_tile_by_tile() -> None:
+@pytest.mark.parametrize("backend", ["torch", CPU])
+def test_keys_hidden_tile_by_tile(backend: str) -> None:
     """A window over two merged branches, one 600 tokens deeper: for the deep one a whole first tile of 512 keys,
     the unit of the CPU flash kernel, is hidden."""
     deep = [1] * 600
@@ -309,7 +320,7 @@ def test_keys_hidden_tile_by_tile() -> None:
     leaves = inputs(tree, (2, 1), 4, torch.float32)
     arguments = {"position_ids": tree.position_ids, "window": 520, "return_lse": True}
     found, expected = (
-        tree_attention(*leaves, tree.subtree_end, **arguments, backend=backend) for backend in ("torch", "reference")
+        tree_attention(*leaves, tree.subtree_end, **arguments, backend=b) for b in (backend, "reference")
     )
     for a, b in zip(
         (*found, *gradients(found[:1], leaves)), (*expected, *gradients(expected[:1], leaves)), strict=True
@@ -343,8 +354,8 @@ def test_tiny_branches_are_merged() -> None:
 
 def test_a_window_of_one_sees_only_itself() -> None:
     """The narrowest window: out is v, lse the row's own score. No row can see nothing."""
-    q, k, v = inputs(TREE, (2, 2))
-    for backend in ("reference", "torch"):
+    q, k, v = inputs(TREE, (2, 2), dtype=torch.float32)
+    for backend in ("reference", "torch", *([] if NO_NATIVE_CODE else ["cpu"])):
         out, lse = tree_attention(
             q,
             k,
@@ -395,14 +406,14 @@ def test_strided_and_expanded_inputs() -> None:
     assert torch.equal(batch, plain.expand(3, -1, -1, -1))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", CPU])
 def test_empty_trees_and_no_queries(backend: str) -> None:
     nothing = torch.zeros(1, 2, 0, 3, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
     out, lse = tree_attention(nothing, nothing, nothing, none, return_lse=True, backend=backend)
     assert out.shape == (1, 2, 0, 3) and lse.shape == (1, 2, 0)
     out.sum().backward()
-    q, k, v = inputs(TREE)
+    q, k, v = inputs(TREE, dtype=torch.float32)
     out = tree_attention(q[:, :, :0], k, v, TREE.subtree_end, query_rows=none, backend=backend)
     assert out.shape == (1, 4, 0, 3)
     assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), [k, v]))

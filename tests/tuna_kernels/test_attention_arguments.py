@@ -16,6 +16,7 @@ import tuna_kernels.attention
 from tests.tuna_kernels.test_attention import TREE, inputs
 from tuna_kernels.attention import tree_attention
 from tuna_kernels.backends import attention_triton
+from tuna_kernels.config import why_not
 
 
 def _qkv() -> dict[str, Tensor]:
@@ -53,7 +54,7 @@ BAD = {
     "window alone": ({"window": 3}, ValueError, "window needs position_ids"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
     "backend": ({"backend": "turbo"}, ValueError, "backend = 'turbo'"),
-    "no native code": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve tree_attention"),
+    "native float64": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve this call"),
     "device": ({"subtree_end": END.to("meta")}, ValueError, "subtree_end is on meta"),
 }
 
@@ -66,24 +67,28 @@ def test_bad_arguments_are_named(case: str, backend: str) -> None:
         tree_attention(**{**_qkv(), "backend": backend, **changes})  # type: ignore[arg-type]
 
 
-def test_environment_may_ask_for_the_oracle_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`TUNA_KERNELS_BACKEND=cpu` speaks of the ops that have native code; attention stays on torch."""
-    arguments = _qkv()
-    for name in ("torch", "reference", "cpu"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_is_native_code_where_it_serves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on `cpu`, float64 on `torch`; the environment overrides, and must then be able to serve."""
+    qkv = {name: x.to(dtype) for name, x in _qkv().items() if name != "subtree_end"} | {"subtree_end": END}
+    serves = not why_not("cpu", END.device, dtype)
+    assert torch.equal(tree_attention(**qkv), tree_attention(**qkv, backend="cpu" if serves else "torch"))
+    for name in ("torch", "reference"):
         monkeypatch.setenv("TUNA_KERNELS_BACKEND", name)
-        expected = tree_attention(**arguments, backend="torch" if name == "cpu" else name)
-        assert torch.equal(tree_attention(**arguments), expected)
+        assert torch.equal(tree_attention(**qkv), tree_attention(**qkv, backend=name))
+    if not serves:
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "cpu")
+        with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'cpu' cannot serve"):
+            tree_attention(**qkv)
 
 
 def test_auto_on_cuda_is_triton_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no GPU here: the choice is asked for inputs that only say that they lie on one."""
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     choose = functools.partial(tuna_kernels.attention._resolve, "auto", on_gpu, on_gpu, on_gpu, None)
     for reason, chosen in (("", "triton"), ("no", "torch")):
         monkeypatch.setattr(attention_triton, "why_not", lambda *_, reason=reason: reason)
         monkeypatch.delenv("TUNA_KERNELS_BACKEND", raising=False)
-        assert choose() == chosen
-        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "cpu")
         assert choose() == chosen
         monkeypatch.setenv("TUNA_KERNELS_BACKEND", "reference")
         assert choose() == "reference"

@@ -223,29 +223,39 @@ def test_float32_parts_are_where_we_say() -> None:
         assert bound(family) < 1e-9
 
 
-def test_the_attention_backend_is_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`attention=` reaches every layer, apart from the head's `backend=`; an unknown or unable one is named."""
+def test_a_model_keeps_the_attention_backend_chosen_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare_model(attention=)` reaches every layer, apart from the head's `backend=`; an unknown or unable one is
+    named."""
     asked: list[str] = []
-    monkeypatch.setattr(
-        _attention, "tree_attention", lambda *args, **kw: asked.append(kw["backend"]) or tree_attention(*args, **kw)
-    )
-    model = tiny("llama")
+
+    def listening(*args: Any, **keywords: Any) -> Any:
+        asked.append(keywords["backend"])
+        return tree_attention(*args, **keywords)
+
+    monkeypatch.setattr(_attention, "tree_attention", listening)
+    model, other = tiny("llama"), tiny("llama")
     tree = pack_groups(GROUPS)
     expected = score_groups(model, tree).scores
     for attention, backend, reached in (
-        ("auto", "auto", "auto"),
-        ("auto", "reference", "reference"),
+        (None, "auto", "auto"),
+        (None, "reference", "reference"),
         ("torch", "reference", "torch"),
+        (None, "reference", "torch"),
         ("reference", "auto", "reference"),
     ):
+        prepare_model(model, attention=attention)
         asked.clear()
-        found = score_groups(model, tree, attention=attention, backend=backend).scores
+        found = score_groups(model, tree, backend=backend).scores
         assert set(asked) == {reached}
         assert_close(found, expected, bound("llama"))
         asked.clear()
-        model_ranking_loss(model, tree, attention=attention, backend=backend)
+        model_ranking_loss(model, tree, backend=backend)
         assert set(asked) == {reached}
+    asked.clear()
+    score_groups(other, tree)
+    assert set(asked) == {"auto"}
     with pytest.raises(ValueError, match="attention = 'turbo' is not one of"):
-        score_groups(model, tree, attention="turbo")
+        prepare_model(model, attention="turbo")
+    prepare_model(model, attention="flash")
     with pytest.raises(RuntimeError, match="backend = 'flash' cannot serve this call: flash-attn is not installed"):
-        model_ranking_loss(model, tree, attention="flash")
+        model_ranking_loss(model, tree)

@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("train", "score", "info", "demo")
-USER_ERRORS = (ValueError, OSError, ImportError)
+COMMANDS = ("train", "export", "score", "plan", "info", "demo")
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
     name="tuna",
@@ -47,6 +47,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,  # deepspeed's launcher
 ) -> None:
     """Tune language models on ranked responses."""
 
@@ -56,6 +57,8 @@ def _assemble() -> None:
         if find_spec(f"tuna.cli.{name}") is not None:
             app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
     app.add_typer(import_module("tuna.cli.data").app, name="data")
+    bench = import_module("tuna.cli.bench")
+    app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from tuna.cli.data import best_and_worst
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
 from tuna.config import TunaConfig
+from tuna.export import merged_from
+from tuna.logs import LOG_FILE, JsonLines, default_reports
 from tuna.models import load_model
 from tuna.records import Problem, Record, read_records
 from tuna.report import plot_log, write_json
@@ -58,11 +61,14 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TrainingProgress(console))
+    trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
     console.print(_summary(trainer, stats, held_out))
 
-    before = trainer.evaluate() if held_out and run.eval_first else None
+    before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
     trainer.train(resume_from_checkpoint=run.resume or None)
+    if config.eval_on_start:
+        before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
     after = trainer.evaluate() if held_out else None
     _save(trainer, output, tokenizer)
     metrics = {
@@ -95,7 +101,10 @@ def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
         settings.setdefault("eval_strategy", "steps")
     if not held_out and settings.get("eval_strategy", "no") != "no":
         raise ValueError("eval_strategy needs held-out data: give eval_data or eval_fraction")
-    return TunaConfig(**{**settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+    # Sharded weights are there to evaluate only once DeepSpeed has started, which training does.
+    on_start = bool(settings.get("deepspeed")) and held_out and run.eval_first
+    defaults = {"report_to": default_reports(), "eval_on_start": on_start}
+    return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
 
 
 def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[Record], list[Record]]:
@@ -157,9 +166,14 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
         trainer.save_model(str(output))
         return
     trainer.save_model(str(output / ADAPTER_FOLDER))
+    model = cast(Any, trainer.model)
+    if trainer.shape.zero_stage == 3:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
+        merge: Callable[[], Any] = functools.partial(merged_from, model, weights)
+    else:
+        merge = model.merge_and_unload
     if trainer.is_world_process_zero():
-        model: Any = trainer.model
-        model.merge_and_unload().save_pretrained(output)
+        merge().save_pretrained(output)
         tokenizer.save_pretrained(output)
 
 

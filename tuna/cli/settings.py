@@ -73,6 +73,8 @@ def merge_settings(
         FileNotFoundError: no such file.
     """
     values = _read_yaml(file) if file else {}
+    if file and isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(file.parent / values["deepspeed"])  # named beside the file, wherever one stands
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:

@@ -79,6 +79,7 @@ def train(
     dtype: Annotated[
         Text, _flag(help="Of the weights: float32, bfloat16, float16. Default: float32.", panel=RUN)
     ] = None,
+    deepspeed: Annotated[Text, _flag(help="DeepSpeed settings: a JSON or YAML file.", panel=RUN)] = None,
     eval_first: Annotated[
         bool | None,
         _flag("--eval-first/--no-eval-first", help="Evaluate before training too. Default: yes.", panel=RUN),

@@ -20,18 +20,25 @@ except ImportError as error:
     _cpu = None
     WHY_NOT = f"the native extension _cpu is not there ({error}); was there a C++ compiler at install?"
 
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How csrc/cpu/element.h numbers the types it takes."""
 
 
 def supports(*dtypes: torch.dtype) -> str:
     """ "" if the native code takes these types, else the reason why not."""
     if WHY_NOT:
         return WHY_NOT
-    bad = [str(d) for d in dtypes if d not in _ELEMENTS]
+    bad = [str(d) for d in dtypes if d not in ELEMENTS]
     return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
 
 
-def _address(tensor: Tensor | None) -> int:
+def native() -> Any:
+    """The extension. Only for inputs that `supports` takes."""
+    return _cpu
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -43,9 +50,9 @@ class NativeTileOps:
             destination=out.data_ptr(),
             destination_stride=out.stride(0),
             source=source.data_ptr(),
-            element=_ELEMENTS[source.dtype],
+            element=ELEMENTS[source.dtype],
             source_stride=source.stride(0),
-            index=_address(index),
+            index=address(index),
             rows=out.shape[0],
             columns=out.shape[1],
             threads=torch.get_num_threads(),
@@ -56,8 +63,8 @@ class NativeTileOps:
             _native_tile(tile, head.logit_scale, head.softcap),
             maximum=state.maximum.data_ptr(),
             sum=state.sum.data_ptr(),
-            weighted=_address(state.weighted),
-            shrink=_address(state.shrink),
+            weighted=address(state.weighted),
+            shrink=address(state.shrink),
             chosen=state.chosen.data_ptr(),
             threads=torch.get_num_threads(),
         )
@@ -67,8 +74,8 @@ class NativeTileOps:
             _native_tile(tile, head.logit_scale, head.softcap),
             lse=gradient.lse.data_ptr(),
             softmax_weight=gradient.softmax_weight.data_ptr(),
-            entropy_weight=_address(gradient.entropy_weight),
-            entropy=_address(gradient.entropy),
+            entropy_weight=address(gradient.entropy_weight),
+            entropy=address(gradient.entropy),
             slot_gradient=gradient.slot_gradient.data_ptr(),
             is_capped=is_capped,
             threads=torch.get_num_threads(),
@@ -94,7 +101,7 @@ def _native_tile(tile: Tile, scale: float, softcap: float | None) -> Any:
         first_column=tile.first_column,
         scale=scale,
         cap=softcap or 0.0,
-        bias=_address(tile.bias),
+        bias=address(tile.bias),
         slot_offsets=tile.offsets.data_ptr(),
         slot_targets=tile.targets.data_ptr(),
     )

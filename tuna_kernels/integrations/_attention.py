@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tuna_kernels.attention import check_backend, tree_attention
+from tuna_kernels.attention import tree_attention
+from tuna_kernels.integrations._shared_keys import KeyRole
 
 NAME = "tuna_tree"
 """What the attention implementation is called in `model.set_attn_implementation`."""
@@ -51,21 +53,23 @@ class TreePass:
         backend: for `tree_attention`.
         asked: windows of the masks the model asked for (None: no window, or one longer than every sequence).
         applied: windows that attention layers asked us to apply.
+        query_rows: [Tq] rows that this pass computes, the last ones of the tree; None: all.
+        role: what to do with each layer's keys and values; None: nothing.
     """
 
     subtree_end: Tensor
     position_ids: Tensor
     backend: str
+    query_rows: Tensor | None = None
+    role: KeyRole | None = None
     asked: set[int | None] = field(default_factory=set)
     applied: set[int | None] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        check_backend(self.backend, "attention")
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence in the tree."""
-        return int(self.position_ids.max()) + 1
+        with _disable_current_modes():  # the tree is real where the model is simulated with fake tensors
+            return int(self.position_ids.max()) + 1
 
     def window(self, window: int | None) -> int | None:
         """The window, or None where no sequence is long enough to notice it."""
@@ -140,13 +144,18 @@ def tuna_tree_attention(
         )
     _refuse(module, attention_mask, dropout, is_causal, kwargs)
     window = tuna_tree.window(sliding_window)
-    if _current.get() is tuna_tree:
+    first_run = _current.get() is tuna_tree  # else checkpointing computes the layer again
+    if first_run:
         tuna_tree.applied.add(window)
+    if tuna_tree.role is not None:
+        key, value = tuna_tree.role(module, key, value, first_run)
+    query_rows = tuna_tree.query_rows
     out = tree_attention(
         query,
         key,
         value,
         tuna_tree.subtree_end.to(query.device),
+        query_rows=None if query_rows is None else query_rows.to(query.device),
         position_ids=tuna_tree.position_ids.to(query.device),
         window=window,
         scale=scaling,
@@ -203,15 +212,16 @@ def _window_asked(mask_function: Callable[..., Tensor], total: int) -> int | Non
         zero = torch.tensor(0)
         return mask_function(zero, zero, torch.tensor(i), torch.arange(total)).expand(total)
 
-    window = int(row(total - 1).sum())
-    probes = {0, 1, total // 3, total // 2, window - 1, window, window + 1, total - 1}
-    keys = torch.arange(total)
-    for i in sorted(p for p in probes if 0 <= p < total):
-        if not torch.equal(row(i), (keys <= i) & (keys > i - window)):
-            raise ValueError(
-                "the model asks for a mask that is neither causal nor causal within a sliding window (chunked, "
-                f"bidirectional or its own): its row {i} of {total} differs; tuna_tree does not compute it"
-            )
+    with _disable_current_modes():  # values are needed, also where the model is simulated with fake tensors
+        window = int(row(total - 1).sum())
+        probes = {0, 1, total // 3, total // 2, window - 1, window, window + 1, total - 1}
+        keys = torch.arange(total)
+        for i in sorted(p for p in probes if 0 <= p < total):
+            if not torch.equal(row(i), (keys <= i) & (keys > i - window)):
+                raise ValueError(
+                    "the model asks for a mask that is neither causal nor causal within a sliding window (chunked, "
+                    f"bidirectional or its own): its row {i} of {total} differs; tuna_tree does not compute it"
+                )
     return None if window >= total else window
 
 

@@ -60,8 +60,12 @@ class Head:
         }
 
 
-def read_head(model: PreTrainedModel) -> Head:
+def read_head(model: PreTrainedModel, *, ahead: bool = False) -> Head:
     """The head of a causal LM, with what peft has put on it.
+
+    Args:
+        model: the causal LM.
+        ahead: looked at before the pass that uses it, when ZeRO-3 may still hold the weights in shards.
 
     Raises:
         ValueError: no head, a head that is more than a linear layer, a sharded or missing weight, or an
@@ -75,7 +79,9 @@ def read_head(model: PreTrainedModel) -> Head:
         raise ValueError(f"the head of {type(model).__name__} is {type(linear).__name__}, not a linear layer")
     for name, weight in (("weight", linear.weight), ("bias", linear.bias)):
         if weight is not None:
-            _check_whole(name, weight)
+            _check_whole(name, weight, ahead)
+    for name, weight in () if lora is None else (("LoRA A", lora[0]), ("LoRA B", lora[1])):
+        _check_whole(name, weight, ahead)
     config = model.config.get_text_config()
     return Head(linear.weight, linear.bias, lora, _logit_scale(config), _softcap(config))
 
@@ -94,8 +100,13 @@ def _softcap(config: Any) -> float | None:
     return None if softcap is None else float(softcap)
 
 
-def _check_whole(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that another library keeps elsewhere: its values here would be nothing, or a part."""
+def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
+    """Refuse a tensor that another library keeps elsewhere: its values here would be nothing, or a part.
+
+    ``ahead``: let ZeRO-3's shards pass, which its hooks will have gathered by the time they are used.
+    """
+    if ahead and hasattr(tensor, "ds_id"):
+        return
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import DTensor
 
@@ -110,8 +121,9 @@ def _check_whole(name: str, tensor: Tensor) -> None:
 
 
 _REMEDY = (
-    "this functional form reads the weight outside the model's own forward, where no hook gathers it; use DDP, "
-    "ZeRO-1 or ZeRO-2, or gather the head first (deepspeed.zero.GatheredParameters, summon_full_params)"
+    "no hook gathers a weight that is read outside the forward of the wrapped module; give FSDP or DeepSpeed "
+    "tuna_kernels.integrations.RankingModel(model) to wrap, with the head in the outermost unit, and pass the wrapper "
+    "instead of the model"
 )
 
 
@@ -164,8 +176,6 @@ def _lora_factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
     a, b = layer.lora_A[name], layer.lora_B[name]
     if a.bias is not None or b.bias is not None:
         raise ValueError(f"adapter {name!r} on the head has a LoRA bias (lora_bias=True), which is not served")
-    for factor, weight in (("LoRA A", a.weight), ("LoRA B", b.weight)):
-        _check_whole(factor, weight)
     return a.weight, b.weight, float(layer.scaling[name])
 
 
@@ -192,8 +202,8 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
             if isinstance(inner, PreTrainedModel):
                 return inner
     raise TypeError(
-        f"model is {type(model).__name__}, not a transformers or peft model; where a wrapper such as DDP must see the "
-        "forward, let it wrap a module whose own forward calls this with the model inside"
+        f"model is {type(model).__name__}, not a transformers or peft model; where a wrapper such as DDP, FSDP or "
+        "DeepSpeed must see the forward, let it wrap tuna_kernels.integrations.RankingModel(model)"
     )
 
 

@@ -22,25 +22,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tuna_kernels.attention import check_backend
 from tuna_kernels.integrations import _attention, _selfcheck
 from tuna_kernels.integrations._heads import base_causal_lm, compute_device, read_head
+from tuna_kernels.integrations.ranking_model import Carrier, RankingModel, carrier
 from tuna_kernels.logprobs import linear_logprobs
 from tuna_kernels.losses import Kind, LossCounts, Preset
 from tuna_kernels.ranking import RankingLossOutput, linear_ranking_loss
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import PackedTree
 
-__all__ = ["GroupScores", "model_ranking_loss", "prepare_model", "score_groups"]
+__all__ = ["GroupScores", "LossSettings", "RankingModel", "model_ranking_loss", "prepare_model", "score_groups"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _checked: WeakSet[nn.Module] = WeakSet()
+_chosen_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ class GroupScores:
     entropy: Tensor | None
 
 
-def prepare_model(model: Model, *, attention: str = "auto") -> Model:
+def prepare_model(model: Model, *, attention: str | None = None) -> Model:
     """Switch a causal LM's attention to ``"tuna_tree"``, for good, and return the same model.
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
@@ -68,19 +71,24 @@ def prepare_model(model: Model, *, attention: str = "auto") -> Model:
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
-        attention: backend of `tree_attention` for the check below.
+        attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None: the one chosen
+            before, at first `"auto"`.
 
     A model type that the test suite does not cover is checked once: a tiny tree against separate sequences
     through the model's own forward.
 
     Raises:
         TypeError: not a transformers or peft model.
-        ValueError: a model this cannot serve: attention outside the registry (ALiBi families), sinks, chunked
+        ValueError: an unknown ``attention``; a model this cannot serve: attention outside the registry (ALiBi
+            families), sinks, chunked
             or bidirectional masks, a head that is more than scaled, capped linear, a sharded head, or a
             failed check. The model then has the attention it came with.
     """
     _attention.register()
     base = base_causal_lm(model)
+    if attention is not None:
+        check_backend(attention, "attention")
+        _chosen_attention[base] = attention
     if base in _checked and _is_switched_on(base):
         return model
     if not type(base)._can_set_attn_implementation():
@@ -88,7 +96,7 @@ def prepare_model(model: Model, *, attention: str = "auto") -> Model:
             f"{type(base).__name__} does not take its attention from transformers' registry (families with ALiBi or "
             "an attention of their own do not), so the tree cannot reach it"
         )
-    read_head(base)
+    read_head(base, ahead=True)
     unknown = base.config.model_type not in _selfcheck.TESTED_FAMILIES and base not in _checked
     before = _implementations(base.config)
     with _selfcheck.quiet(model):
@@ -96,7 +104,7 @@ def prepare_model(model: Model, *, attention: str = "auto") -> Model:
         base.set_attn_implementation(_attention.NAME)
         try:
             if stock is not None:
-                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto", attention).logprobs)
+                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
         except Exception as error:
             base.set_attn_implementation(before)
             if isinstance(error, ValueError):
@@ -106,37 +114,80 @@ def prepare_model(model: Model, *, attention: str = "auto") -> Model:
     return model
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss and its kernels, as in `linear_ranking_loss`."""
+
+    kind: Kind = "tuna"
+    preset: Preset = "paper"
+    margin: float = 0.1
+    length_penalty: float = 1.0
+    mle_weight: float = 1.0
+    counts: LossCounts | None = None
+    logits_budget: int | None = None
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """`score_groups` as a request: (scores, logprobs) or (scores, logprobs, entropy)."""
+
+    tree: PackedTree
+    length_penalty: float
+    return_entropy: bool
+    backend: str
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        prepare_model(model)
+        found = _score(base_causal_lm(model), self.tree, self.length_penalty, self.return_entropy, self.backend)
+        return (found.scores, found.logprobs, *([] if found.entropy is None else [found.entropy]))
+
+
+@dataclass(frozen=True, eq=False)
+class LossRequest:
+    """`model_ranking_loss` as a request: the fields of `RankingLossOutput`."""
+
+    tree: PackedTree
+    settings: LossSettings
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        prepare_model(model)
+        base = base_causal_lm(model)
+        hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
+        head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
+        found = linear_ranking_loss(hidden, head.weight, tree, **vars(self.settings), **head.options())
+        return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
+
+
 def score_groups(
-    model: nn.Module,
+    model: nn.Module | Carrier,
     tree: PackedTree,
     *,
     length_penalty: float = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
-    attention: str = "auto",
 ) -> GroupScores:
     """Scores of all candidates of a packed tree under a causal LM, in one pass, differentiable.
 
     Args:
-        model: a transformers causal LM or one wrapped by peft; prepared by `prepare_model` if it is not yet.
+        model: a transformers causal LM or one wrapped by peft, prepared by `prepare_model` if it is not yet; or a
+            `RankingModel`, or a wrapper (DDP, FSDP, DeepSpeed) around one.
         tree: from `pack_groups`; moved to the model's device where it is elsewhere.
         length_penalty: exponent of the length that a candidate's log-probability is divided by.
         return_entropy: also the entropy at every response token.
-        backend: of the head (and `"reference"` of the attention too, where that is left to `"auto"`).
-        attention: backend of `tree_attention` (docs/attention.md says which serves what).
+        backend: of the head (and `"reference"` of the attention too, unless `prepare_model` chose one).
 
     Raises:
         ValueError: an empty tree, or a model or setting that cannot be served (see `prepare_model`):
-            attention dropout in training mode, positions beyond the model's range, an unknown ``attention``.
-        RuntimeError: a backend that cannot serve the model here, with the reason.
+            attention dropout in training mode, positions beyond the model's range.
         IndexError: a token outside the vocabulary.
     """
-    prepare_model(model, attention=attention)
-    return _score(base_causal_lm(model), tree, length_penalty, return_entropy, backend, attention)
+    scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend))
+    return GroupScores(scores, logprobs, entropy[0] if entropy else None)
 
 
 def model_ranking_loss(
-    model: nn.Module,
+    model: nn.Module | Carrier,
     tree: PackedTree,
     *,
     kind: Kind = "tuna",
@@ -147,47 +198,25 @@ def model_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
-    attention: str = "auto",
 ) -> RankingLossOutput:
     """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
 
     Args:
-        model, tree, backend, attention: as in `score_groups`.
+        model, tree, backend: as in `score_groups`.
         kind, preset, margin, length_penalty, mle_weight, counts, logits_budget: as in `linear_ranking_loss`.
 
     Raises:
         As `score_groups` and `linear_ranking_loss`.
     """
-    prepare_model(model, attention=attention)
-    base = base_causal_lm(model)
-    head = read_head(base)
-    hidden, tree = _hidden_states(base, tree, backend, attention)
-    return linear_ranking_loss(
-        hidden,
-        head.weight,
-        tree,
-        kind=kind,
-        preset=preset,
-        margin=margin,
-        length_penalty=length_penalty,
-        mle_weight=mle_weight,
-        counts=counts,
-        logits_budget=logits_budget,
-        backend=backend,
-        **head.options(),
-    )
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    return RankingLossOutput(*carrier(model)(LossRequest(tree, settings)))
 
 
 def _score(
-    base: PreTrainedModel,
-    tree: PackedTree,
-    length_penalty: float,
-    return_entropy: bool,
-    backend: str,
-    attention: str,
+    base: PreTrainedModel, tree: PackedTree, length_penalty: float, return_entropy: bool, backend: str
 ) -> GroupScores:
-    head = read_head(base)
-    hidden, tree = _hidden_states(base, tree, backend, attention)
+    hidden, tree = _hidden_states(base, tree, backend)
+    head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
     found = linear_logprobs(
         hidden,
         head.weight,
@@ -202,29 +231,41 @@ def _score(
     return GroupScores(scores, logprobs, entropy)
 
 
-def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str, attention: str) -> tuple[Tensor, PackedTree]:
+def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tuple[Tensor, PackedTree]:
     """Last hidden states [T, D] of the packed rows, and the tree on their device."""
     if tree.num_tokens == 0:
         raise ValueError("tree holds no groups: there is nothing to run the model on")
     device = compute_device(base)
     if tree.input_ids.device != device:
         tree = tree.to(device)
-    if attention == "auto" and backend == "reference":
-        attention = "reference"
-    tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention)
+    tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention_backend(base, backend))
+    hidden = run_backbone(base, tree.input_ids, tree_pass)
+    return hidden, tree.to(hidden.device) if hidden.device != device else tree
+
+
+def attention_backend(base: PreTrainedModel, backend: str) -> str:
+    """The model's choice of tree attention; where it made none, the oracle goes with the oracle of the head."""
+    chosen = _chosen_attention.get(base, "auto")
+    return "reference" if chosen == "auto" and backend == "reference" else chosen
+
+
+def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: _attention.TreePass) -> Tensor:
+    """Last hidden states [Tq, D] of the pass's rows, with tokens ``input_ids`` [Tq]."""
     _selfcheck.check_positions(base, lambda: tree_pass.longest)
+    rows = tree_pass.query_rows
+    positions = tree_pass.position_ids if rows is None else tree_pass.position_ids[rows]
     backbone = _backbone(base)
     with tree_pass.under_way():
         # A mask of ones keeps transformers from guessing packed documents from positions that start again.
         output = backbone(
-            input_ids=tree.input_ids.unsqueeze(0),
-            position_ids=tree.position_ids.unsqueeze(0),
-            attention_mask=torch.ones_like(tree.input_ids).unsqueeze(0),
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=torch.ones_like(input_ids).unsqueeze(0),
             use_cache=False,
             tuna_tree=tree_pass,
         )
     hidden: Tensor = output[0].squeeze(0)  # the last hidden state, in tuples and in model outputs alike
-    return hidden, tree.to(hidden.device) if hidden.device != device else tree
+    return hidden
 
 
 def _backbone(base: PreTrainedModel) -> nn.Module:

@@ -1,0 +1,106 @@
+// Tree attention forward and backward on plain pointers: what a call is made of, and the plan that its tasks follow.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace tuna {
+
+constexpr int64_t kKeyRows = 64;    // of a key block at most: a tile of keys and of scores stay in the first-level cache
+constexpr int64_t kQueryRows = 32;  // of a query block: on the diagonal half of what they compute is hidden
+constexpr int64_t kPadding = 16;  // key blocks take a multiple of this many rows in buffers: whole vectors
+
+TUNA_INLINE int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+
+// Rows [start, stop) of the tree.
+struct KeyBlock {
+  int64_t start, stop;
+};
+
+// The first `width` (padded) keys of the chunk's key block number `key`: those after them lie below all the queries.
+// `open`: every query sees all of them, and no padding is among them.
+struct Seen {
+  int32_t key;
+  int16_t width;
+  bool open;
+};
+
+// Queries [start, stop) in row order; they see seen[first:last], of ascending rows.
+struct QueryBlock {
+  int64_t start, stop;
+  int64_t first, last;
+};
+
+// A key block of a chunk, from row `offset` of the chunk's buffers on.
+struct ChunkKey {
+  int64_t block, offset;
+};
+
+// Query blocks [first_query, last_query) and chunk_keys[first_key:last_key], which take `rows` rows.
+struct Chunk {
+  int64_t first_query, last_query;
+  int64_t first_key, last_key;
+  int64_t rows;
+  int64_t offset;  // rows of the chunks before
+  int64_t cost;    // scores computed
+};
+
+// An AttentionPlan as plain pointers: code for one instruction set must not instantiate std::vector (attention_*.cpp).
+struct PlanView {
+  const KeyBlock* keys;
+  const QueryBlock* queries;
+  const Seen* seen;
+  const Chunk* chunks;  // the most costly first
+  const ChunkKey* chunk_keys;
+  const int64_t* order;         // [queries] the caller's number of the queries in row order
+  const int64_t* rows;          // [queries] their rows, ascending
+  const int64_t* share_bounds;  // [key_blocks + 1] shares of a key block: shares[share_bounds[b]:share_bounds[b + 1]]
+  const int64_t* shares;        // first rows in the buffer of all chunks
+  int64_t key_blocks, chunk_count;
+  int64_t total_rows;  // of all chunks' buffers
+  int64_t chunk_rows;  // of the largest
+};
+
+struct Tree {
+  const int64_t* end;    // [rows]
+  const int64_t* depth;  // [rows], null without a window
+  int64_t rows;
+  int64_t window;  // 0: none
+};
+
+// A tensor [batch, heads, rows, size]: strides in elements, entries of a row side by side.
+struct Strided {
+  void* data;
+  int64_t batch, head, row;
+};
+
+struct Attention {
+  Tree tree;
+  int64_t batch, heads, key_heads, queries;
+  int64_t size, value_size;  // of a query and key, of a value
+  float scale, cap;          // z = cap * tanh(scale * q.k / cap); cap 0: none
+  Element element;           // of all tensors but lse
+  Strided q, k, v, out;
+  float* lse;  // [batch, heads, queries]
+};
+
+struct AttentionGradients {
+  Strided grad_out, dq, dk, dv;
+  const float* grad_lse;  // [batch, heads, queries], null: none
+};
+
+// Floats of working memory that the functions below need.
+struct Workspace {
+  static int64_t forward(const PlanView& plan, const Attention& call, int threads);
+  static int64_t backward(const PlanView& plan, const Attention& call, int threads);
+};
+
+enum class InstructionSet : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+InstructionSet best_instruction_set();
+
+void attention_forward(const PlanView& plan, const Attention& call, float* workspace, int threads, InstructionSet set);
+void attention_backward(const PlanView& plan, const Attention& call, const AttentionGradients& gradients,
+                        float* workspace, int threads, InstructionSet set);
+
+}  // namespace tuna

@@ -1,0 +1,26 @@
+// The copies of attention_kernel.h, one per instruction set.
+#pragma once
+
+#include "attention.h"
+
+// As TUNA_CLONES (vector_math.h); but these are files of their own, since a register block must know its width.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TUNA_HAS_X86_SETS 1
+#else
+#define TUNA_HAS_X86_SETS 0
+#endif
+
+#define TUNA_DECLARE_SET(name)                                                                          \
+  namespace name {                                                                                      \
+  void forward(const PlanView& plan, const Attention& call, float* workspace, int threads);             \
+  void backward(const PlanView& plan, const Attention& call, const AttentionGradients& gradients,       \
+                float* workspace, int threads);                                                         \
+  }
+
+namespace tuna {
+TUNA_DECLARE_SET(generic)
+#if TUNA_HAS_X86_SETS
+TUNA_DECLARE_SET(avx2)
+TUNA_DECLARE_SET(avx512)
+#endif
+}  // namespace tuna

@@ -1,0 +1,131 @@
+// C += A B for blocks that stay in the cache: float32, registers blocked by hand.
+//
+// Included by one translation unit per instruction set (attention_*.cpp), which sets TUNA_ISA, a namespace of its own
+// so that the linker never mixes them, and TUNA_LANES, the floats of a vector register. A register block needs to know
+// that width; compiler clones of one function (vector_math.h) all see the same.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "vector_math.h"
+
+namespace tuna::TUNA_ISA {
+
+constexpr int kLanes = TUNA_LANES;
+
+#if defined(__GNUC__)
+typedef float Vector __attribute__((vector_size(4 * TUNA_LANES)));
+#else
+struct Vector {
+  float x[TUNA_LANES];
+  Vector& operator+=(const Vector& other) {
+    for (int i = 0; i < kLanes; ++i) x[i] += other.x[i];
+    return *this;
+  }
+  friend Vector operator*(Vector a, const Vector& b) {
+    for (int i = 0; i < kLanes; ++i) a.x[i] *= b.x[i];
+    return a;
+  }
+};
+#endif
+
+TUNA_INLINE Vector load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+TUNA_INLINE Vector broadcast(float value) {
+#if defined(__GNUC__)
+  return value - Vector{};
+#else
+  Vector v;
+  for (float& x : v.x) x = value;
+  return v;
+#endif
+}
+
+// A [rows, inner] at a + i * row + k * column; B [inner, columns] and C [rows, columns] with unit stride along columns,
+// which count whole vectors.
+struct Product {
+  float* c;
+  int64_t c_row;
+  const float* a;
+  int64_t a_row, a_column;
+  const float* b;
+  int64_t b_row;
+  int64_t rows, columns, inner;
+};
+
+// Accumulators of a block fill the registers: 6 x 4 vectors of 32 (AVX-512, Arm), 6 x 2 of 16.
+#if defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = TUNA_LANES >= 16 ? 32 : 16;
+#endif
+constexpr int kBlockRows = 6;
+constexpr int kBlockVectors = kVectorRegisters >= 32 ? 4 : 2;
+
+template <int kRows, int kVectors, bool kAdd>
+TUNA_INLINE void multiply_block(const Product& p, int64_t row, int64_t column) {
+  Vector sum[kRows][kVectors];
+  float* c = p.c + row * p.c_row + column;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = broadcast(0.f);
+  }
+  const float* a = p.a + row * p.a_row;
+  const float* b = p.b + column;
+  for (int64_t k = 0; k < p.inner; ++k, a += p.a_column, b += p.b_row) {
+    Vector right[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vector left = broadcast(a[i * p.a_row]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * p.c_row + j * kLanes;
+      if (kAdd) sum[i][j] += load(to);
+      std::memcpy(to, &sum[i][j], sizeof(Vector));
+    }
+  }
+}
+
+template <int kVectors, bool kAdd>
+TUNA_INLINE void multiply_panel(const Product& p, int64_t column) {
+  int64_t row = 0;
+  for (; row + kBlockRows <= p.rows; row += kBlockRows) multiply_block<kBlockRows, kVectors, kAdd>(p, row, column);
+  for (; row + 2 <= p.rows; row += 2) multiply_block<2, kVectors, kAdd>(p, row, column);
+  if (row < p.rows) multiply_block<1, kVectors, kAdd>(p, row, column);
+}
+
+// C = A B, or C += A B. An entry of A B is summed over `inner` in order, whatever the block it falls into, and then added
+// to C: a long sum is made of short ones, whose rounding errors are smaller.
+template <bool kAdd>
+void multiply(const Product& p) {
+  int64_t vectors = p.columns / kLanes, column = 0;
+  while (vectors > 0) {
+    // Two panels of 3 rather than 4 and 2, or of 3 and 2 rather than 4 and 1.
+    const int64_t panels = (vectors + kBlockVectors - 1) / kBlockVectors;
+    const int64_t width = (vectors + panels - 1) / panels;
+    if constexpr (kBlockVectors > 2) {
+      if (width == 4) multiply_panel<4, kAdd>(p, column);
+      if (width == 3) multiply_panel<3, kAdd>(p, column);
+    }
+    if (width == 2) multiply_panel<2, kAdd>(p, column);
+    if (width == 1) multiply_panel<1, kAdd>(p, column);
+    vectors -= width;
+    column += width * kLanes;
+  }
+}
+
+}  // namespace tuna::TUNA_ISA

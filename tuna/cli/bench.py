@@ -1,0 +1,40 @@
+"""`tuna bench PROGRAM …`: the benchmark programs under one command. Each is also ``python -m benchmarks.PROGRAM``."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["bench"]
+
+PROGRAMS = ("kernels", "step", "attention", "sharing", "growth", "diff", "document")
+CONTEXT = {"help_option_names": [], "ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def bench(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(help="Which program; without one they are listed.")] = "",
+) -> None:
+    """Measure ours beside its peers on this machine: kernels, attention, sharing, a whole step."""
+    found = {name: spec.origin for name in PROGRAMS if (spec := find_spec(f"benchmarks.{name}")) and spec.origin}
+    if program in ("", "-h", "--help"):
+        typer.echo("tuna bench PROGRAM [options]; `tuna bench PROGRAM --help` shows its options\n")
+        for name, origin in found.items():
+            typer.echo(f"  {name:<10} {_summary(Path(origin))}")
+        return
+    if program not in found:
+        raise ValueError(f"program {program!r} is not one of {', '.join(found)}")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(import_module(f"benchmarks.{program}").main)
+    app(args=context.args, prog_name=f"tuna bench {program}")
+
+
+def _summary(source: Path) -> str:
+    """First line of a module's docstring behind its command, without importing it."""
+    text = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return " ".join(text.partition(": ")[2].split())

@@ -1,0 +1,1 @@
+"""What a training step takes and where it fits, before any GPU is rented."""

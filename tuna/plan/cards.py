@@ -1,0 +1,79 @@
+"""GPUs: what they hold and how fast they are, from public data sheets.
+
+Memory is what the driver reports (`nvidia-smi`, with ECC on where that is the default), which is less than the
+round number on the box: a "24 GB" card has 24 GiB, an "80 GB" A100 has 80 GiB less 0.7 that ECC and page tables
+take, a "192 GB" B200 has 179 GiB. Products are dense (no sparsity), with float32 accumulation. ``link`` is one
+direction between two GPUs of a node: NVLink where the card has it, else the PCIe slot. ``pcie`` is one direction
+between host and card.
+
+Sources (NVIDIA): V100 data sheet (2020); A100 data sheet (2021); H100 SXM data sheet; DGX B200 data sheet (per
+GPU, half of the sparse figure); RTX A6000 and L40S data sheets; GA102, Ada and RTX Blackwell architecture white
+papers (GeForce: tensor FP16 with FP32 accumulate, which GeForce cards run at half the rate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CARDS", "Card", "find_card"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU.
+
+    Attributes:
+        name: how it is called here; label: with its nominal memory.
+        memory_gib: GiB the driver reports.
+        half_tflops: dense matrix products in bfloat16 (float16 on cards without it), 1e12 FLOP/s.
+        float32_tflops: float32 products: TF32 where the card has it, else plain float32.
+        memory_gbs: bandwidth of its memory, 1e9 B/s.
+        pcie_gbs, link_gbs: to the host, to another GPU; one direction, 1e9 B/s.
+        bfloat16: whether it multiplies bfloat16.
+    """
+
+    name: str
+    label: str
+    memory_gib: float
+    half_tflops: float
+    float32_tflops: float
+    memory_gbs: float
+    pcie_gbs: float
+    link_gbs: float
+    bfloat16: bool = True
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return int(self.memory_gib * 2**30)
+
+
+_TABLE = (
+    Card("rtx3090", "24 GB RTX 3090", 24.0, 71.0, 35.6, 936, 32, 32),
+    Card("rtx4090", "24 GB RTX 4090", 24.0, 165.2, 82.6, 1008, 32, 32),
+    Card("v100", "32 GB V100", 31.7, 125.0, 15.7, 900, 16, 150, bfloat16=False),
+    Card("rtx5090", "32 GB RTX 5090", 31.8, 209.5, 104.8, 1792, 64, 64),
+    Card("a100-40", "40 GB A100", 39.5, 312.0, 156.0, 1555, 32, 300),
+    Card("a6000", "48 GB RTX A6000", 47.5, 154.8, 77.4, 768, 32, 56),
+    Card("l40s", "48 GB L40S", 44.5, 362.0, 183.0, 864, 32, 32),
+    Card("a100-80", "80 GB A100", 79.3, 312.0, 156.0, 2039, 32, 300),
+    Card("h100-80", "80 GB H100", 79.2, 989.0, 494.0, 3350, 64, 450),
+    Card("b200-192", "192 GB B200", 178.4, 2250.0, 1125.0, 8000, 64, 900),
+)
+
+CARDS: dict[str, Card] = {card.name: card for card in _TABLE}
+
+
+def find_card(name: str) -> Card:
+    """A card by name, in any case.
+
+    Raises:
+        ValueError: a name that is not in the table.
+
+    >>> find_card("A100-80").memory_gbs
+    2039
+    """
+    card = CARDS.get(name.lower())
+    if card is None:
+        raise ValueError(f"gpu = {name!r} is not one of {', '.join(CARDS)}")
+    return card

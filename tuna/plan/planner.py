@@ -1,0 +1,270 @@
+"""From a step and a sharding to a plan: what each GPU holds, what fits, how few GPUs will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tuna.plan.cards import Card
+from tuna.plan.settings import StepSettings
+from tuna.plan.simulate import Simulator, StepMemory
+from tuna.plan.states import Offload, Optimizer, Sharding, StateMemory, model_states
+from tuna.plan.timing import StepTime, step_time
+from tuna.plan.workload import Workload
+
+__all__ = ["Plan", "Planner", "Request", "fewest_gpus", "largest_batch"]
+
+GIB = 2**30
+CONTEXT = int(0.6 * GIB)
+"""CUDA context, cuBLAS workspaces and the allocator's own tables of one process."""
+COMMUNICATOR = int(0.4 * GIB)
+"""NCCL's buffers, where there is more than one GPU."""
+FRAGMENTATION = 0.05
+"""Of all that PyTorch's caching allocator holds; 0.02 to 0.1 is seen with expandable segments."""
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be trained, and on what.
+
+    Attributes:
+        card: the GPU.
+        workload: lengths of the groups.
+        groups: groups of a micro-batch on each GPU.
+        settings: how the step is computed.
+        sharding: GPUs, stage, offload.
+        optimizer: see `tuna.plan.states`.
+        host_memory: bytes of each node's memory; None: whatever it takes.
+    """
+
+    card: Card
+    workload: Workload
+    groups: int = 1
+    settings: StepSettings = field(default_factory=StepSettings)
+    sharding: Sharding = field(default_factory=Sharding)
+    optimizer: Optimizer = "adamw"
+    host_memory: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a request takes. All sizes in bytes, on each GPU unless said otherwise.
+
+    Attributes:
+        request: what was asked.
+        states: model states and buffers.
+        step: the simulated micro-batch.
+        time: of one optimizer step of one micro-batch.
+        allowance: context, communicator and fragmentation: fixed figures, see the module.
+        peak, peak_at: the most a GPU holds, allowance included, and when.
+    """
+
+    request: Request
+    states: StateMemory
+    step: StepMemory
+    time: StepTime
+    allowance: int
+    peak: int
+    peak_at: str
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the card."""
+        return self.request.card.memory
+
+    @property
+    def fits(self) -> bool:
+        """On the card, and in the host's memory where that is known."""
+        return not self.why_not
+
+    @property
+    def why_not(self) -> str:
+        """Why it does not fit; empty if it does."""
+        if self.peak > self.capacity:
+            largest = max(self.parts().items(), key=lambda part: part[1])
+            return (
+                f"needs {self.peak / GIB:.1f} GiB of the {self.capacity / GIB:.1f} GiB of {self.request.card.label} "
+                f"({self.peak_at}); the largest part is {largest[0]}, {largest[1] / GIB:.1f} GiB"
+            )
+        limit = self.request.host_memory
+        if limit is not None and self.states.host > limit:
+            needed, there = self.states.host / GIB, limit / GIB
+            return f"needs {needed:.0f} GiB of host memory for offloaded states, {there:.0f} are there"
+        return ""
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part at the peak; they add up to ``peak``."""
+        states, step = self.states, self.step
+        parts = {
+            "weights": states.weights,
+            "gradients": states.gradients,
+            "optimizer": states.optimizer,
+            "buffers": states.buffers,
+        }
+        if self.peak_at == "optimizer step":
+            parts |= {"float32 gradients": states.gradient_copy}
+        else:
+            more = "head" if step.peak_at.startswith("head") else "layer at work"
+            parts |= {"activations": step.saved, more: step.peak - step.saved}
+        return {**parts, "allowance": self.allowance}
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        request = self.request
+        settings = {**asdict(request.settings), "dtype": str(request.settings.dtype).removeprefix("torch.")}
+        return {
+            "gpu": request.card.name,
+            "capacity_bytes": self.capacity,
+            "groups": request.groups,
+            "workload": request.workload.describe(),
+            "settings": settings,
+            "sharding": asdict(request.sharding),
+            "optimizer": request.optimizer,
+            "fits": self.fits,
+            "why_not": self.why_not,
+            "peak_bytes": self.peak,
+            "peak_at": self.peak_at,
+            "parts_bytes": self.parts(),
+            "step": asdict(self.step),
+            "host_bytes": self.states.host,
+            "seconds": asdict(self.time),
+        }
+
+
+class Planner:
+    """Plans for one model.
+
+    Args:
+        simulator: of the model.
+    """
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.simulator = simulator
+
+    def plan(self, request: Request) -> Plan:
+        """What ``request`` takes, whether it fits or not.
+
+        Raises:
+            ValueError: settings that contradict each other.
+        """
+        settings = request.settings
+        if settings.dtype == torch.bfloat16 and not request.card.bfloat16:
+            raise ValueError(
+                f"precision = 'bf16' on {request.card.label}, which has no bfloat16: use fp16 (with loss scaling) "
+                "or fp32"
+            )
+        counts = self.simulator.counts(settings.lora_rank)
+        states = model_states(
+            counts,
+            request.sharding,
+            dtype=settings.dtype,
+            optimizer=request.optimizer,
+            width=int(self.simulator.config.get_text_config().hidden_size),
+            trainable_dtype=torch.float32 if settings.lora_rank is not None else None,
+        )
+        step = self.simulator.step(request.workload, request.groups, settings)
+        held, at = states.held + step.peak, step.peak_at
+        if states.at_update > held:
+            held, at = states.at_update, "optimizer step"
+        allowance = CONTEXT + (COMMUNICATOR if request.sharding.gpus > 1 else 0) + int(FRAGMENTATION * held)
+        time = step_time(request.card, step, counts, states, request.sharding, settings, request.optimizer)
+        return Plan(request, states, step, time, allowance, held + allowance, at)
+
+    def checked(self, request: Request) -> Plan:
+        """A plan that fits.
+
+        Raises:
+            ValueError: it does not; the message has the reason and the nearest plan that does.
+        """
+        plan = self.plan(request)
+        if plan.fits:
+            return plan
+        nearest = next((other for other in self._near(request) if other.fits), None)
+        advice = f"nearest plan that fits: {describe(nearest)}" if nearest else "no plan with up to 64 GPUs fits"
+        raise ValueError(f"this plan does not fit: {plan.why_not}; {advice}")
+
+    def _near(self, request: Request) -> Iterator[Plan]:
+        """Other plans, the least change first: a smaller micro-batch, sharding, offload, more GPUs."""
+        largest = largest_batch(self, request)
+        if largest is not None:
+            yield largest
+        one = replace(request, groups=1)
+        for candidate in shardings(one.sharding, one.sharding.gpus):
+            yield self.plan(replace(one, sharding=candidate))
+        for gpus in GPU_COUNTS:
+            if gpus > one.sharding.gpus:
+                for candidate in shardings(one.sharding, gpus):
+                    yield self.plan(replace(one, sharding=candidate))
+
+
+def shardings(
+    like: Sharding, gpus: int, offloads: tuple[Offload, ...] = ("none", "optimizer", "all")
+) -> Iterator[Sharding]:
+    """Every stage and offload on ``gpus`` GPUs, the quickest first: no offload before offload, low stages first."""
+    for offload in offloads:
+        for stage in (0, 1, 2, 3):
+            useless = gpus == 1 and stage in (1, 3) and offload == "none"
+            impossible = (offload == "optimizer" and stage < 2) or (offload == "all" and stage < 3)
+            if not (useless or impossible):
+                yield replace(like, gpus=gpus, stage=stage, offload=offload)
+
+
+def fewest_gpus(planner: Planner, request: Request, offloads: tuple[Offload, ...] = ("none",)) -> Plan | None:
+    """The plan with the fewest GPUs (of 1, 2, 4 … 64) that fits, at the lowest stage that does; None if none does."""
+    for gpus in GPU_COUNTS:
+        for sharding in shardings(request.sharding, gpus, offloads):
+            plan = planner.plan(replace(request, sharding=sharding))
+            if plan.fits:
+                return plan
+    return None
+
+
+def largest_batch(planner: Planner, request: Request, limit: int = 512) -> Plan | None:
+    """The plan with the most groups in a micro-batch that fits, at most ``limit``; None if not even one does.
+
+    Memory grows with the batch, so the largest is found by doubling and halving; each size is simulated.
+    """
+    limit = min(limit, request.workload.largest_batch())
+
+    def tried(groups: int) -> Plan:
+        return planner.plan(replace(request, groups=groups))
+
+    best = tried(1)
+    if not best.fits:
+        return None
+    too_many = limit + 1
+    while best.request.groups + 1 < too_many:
+        now = best.request.groups
+        guess = _guess(best, tried(1)) if now > 1 else 2
+        groups = min(max(now + 1, guess), too_many - 1)
+        plan = tried(groups)
+        if plan.fits:
+            best = plan
+        else:
+            too_many = groups
+            middle = tried((now + too_many) // 2) if too_many - now > 1 else None
+            if middle is not None and middle.fits:
+                best = middle
+            elif middle is not None:
+                too_many = middle.request.groups
+    return best
+
+
+def _guess(now: Plan, one: Plan) -> int:
+    """Groups that would just fit if memory went on as from one group to now."""
+    slope = (now.peak - one.peak) / (now.request.groups - one.request.groups)
+    return now.request.groups + int((now.capacity - now.peak) / slope) if slope > 0 else 2 * now.request.groups
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a few words, as the options that ask for it."""
+    new, sharding = plan.request, plan.request.sharding
+    words = [f"--gpus {sharding.gpus} --zero {sharding.stage} --offload {sharding.offload} --groups {new.groups}"]
+    words.append(f"({plan.peak / GIB:.1f} GiB on each GPU")
+    if plan.states.host:
+        words.append(f"and {plan.states.host / GIB:.0f} GiB of host memory on each node")
+    return " ".join(words) + ")"

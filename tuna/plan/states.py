@@ -1,0 +1,187 @@
+"""Model states on each GPU and in host memory: weights, gradients, optimizer, under ZeRO and offload.
+
+With P parameters (T trainable), n GPUs and bytes per parameter w (weight), g (gradient), o (optimizer):
+
+    stage          weights   gradients   optimizer
+    0              wP        gT          oT
+    1              wP        gT          oT/n
+    2              wP        gT/n        oT/n
+    3              wP/n      gT/n        oT/n
+
+o: float32 masters, momentum and variance 12 (8 for float32 weights, which are their own masters); `kahan`:
+momentum, variance and the compensation in bfloat16, 6; `adamw8bit`: float32 masters, and both moments in 8 bits
+with a float32 scale for 256, 6.03.
+
+At the optimizer step DeepSpeed makes a float32 copy of the half-precision gradients it owns, 4T/n (in stage 3 for a
+sub-group of 1e9 parameters at a time): no activations are held then, so the step is a moment of its own. With the
+copy the sum is 2P + 18P/n in stage 2, which is what DeepSpeed's own estimator says; its 18P/n in stage 3 knows no
+sub-groups and leaves out the half-precision gradients.
+
+Offload of the optimizer moves o, and the float32 gradient, to the host, where DeepSpeed's estimators allow half as
+much again for its pinned buffers; gradients leave the GPU bucket by bucket. Offload of the parameters (stage 3)
+leaves only those in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+from tuna.plan.simulate import ModelCounts
+
+__all__ = ["Offload", "Optimizer", "Sharding", "StateMemory", "model_states"]
+
+Optimizer: TypeAlias = Literal["adamw", "kahan", "adamw8bit"]
+Offload: TypeAlias = Literal["none", "optimizer", "all"]
+
+SUB_GROUP = 10**9
+"""DeepSpeed's default of zero_optimization.sub_group_size, in parameters."""
+HOST_FACTOR = 1.5
+"""Host memory of offloaded states over the states themselves, as DeepSpeed's estimators have it."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How model states are spread.
+
+    Attributes:
+        gpus: data-parallel GPUs, all nodes together.
+        gpus_per_node: of which so many share a host.
+        stage: ZeRO stage, 0 for none.
+        offload: what lives in host memory: nothing, the optimizer, or (stage 3) parameters too.
+        bucket: parameters of a communication bucket (reduce_bucket_size); None: width squared, as the transformers
+            integration sets it for "auto".
+    """
+
+    gpus: int = 1
+    gpus_per_node: int = 8
+    stage: int = 0
+    offload: Offload = "none"
+    bucket: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero = {self.stage} is not one of 0, 1, 2, 3")
+        if self.offload not in get_args(Offload):
+            raise ValueError(f"offload = {self.offload!r} is not one of {get_args(Offload)}")
+        if self.offload == "optimizer" and self.stage < 1:
+            raise ValueError("offload = 'optimizer' needs zero = 1, 2 or 3: it is DeepSpeed that moves the states")
+        if self.offload == "all" and self.stage != 3:
+            raise ValueError(f"offload = 'all' needs zero = 3 (given: {self.stage}): only it can part with weights")
+
+    @property
+    def on_host(self) -> int:
+        """GPUs that share one host."""
+        return min(self.gpus, self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes on each GPU, except ``host`` (of one node).
+
+    ``gradient_copy`` is there at the optimizer step alone; ``buffers`` are communication buckets and, in stage 3,
+    the gathered weights in use.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gradient_copy: int
+    buffers: int
+    host: int
+
+    @property
+    def held(self) -> int:
+        """Throughout the step."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+    @property
+    def at_update(self) -> int:
+        """At the optimizer step."""
+        return self.held + self.gradient_copy
+
+
+def optimizer_bytes(optimizer: Optimizer, dtype: torch.dtype) -> float:
+    """Bytes of optimizer state per trainable parameter.
+
+    Raises:
+        ValueError: an unknown optimizer, or `kahan` for another dtype than bfloat16.
+    """
+    masters = 0 if dtype == torch.float32 else 4
+    if optimizer == "adamw":
+        return masters + 8
+    if optimizer == "adamw8bit":
+        return masters + 2 * (1 + 4 / 256)
+    if optimizer == "kahan":
+        if dtype != torch.bfloat16:
+            raise ValueError(f"optimizer = 'kahan' keeps bfloat16 states; weights are {dtype}, not torch.bfloat16")
+        return 6
+    raise ValueError(f"optimizer = {optimizer!r} is not one of {get_args(Optimizer)}")
+
+
+def model_states(
+    counts: ModelCounts,
+    sharding: Sharding,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    optimizer: Optimizer = "adamw",
+    width: int = 0,
+    trainable_dtype: torch.dtype | None = None,
+    sub_group: int = SUB_GROUP,
+) -> StateMemory:
+    """States of a model under a sharding.
+
+    Args:
+        counts: of the model.
+        sharding: GPUs, stage, offload.
+        dtype: of the weights.
+        optimizer: see the module.
+        width: hidden size, for the default bucket.
+        trainable_dtype: of what is trained, where it differs from the rest (float32 adapters).
+        sub_group: parameters whose gradients stage 3 converts at once.
+    """
+    trained = trainable_dtype or dtype
+    frozen, own = counts.parameters - counts.trainable, counts.trainable
+    weights = frozen * dtype.itemsize + own * trained.itemsize
+    stage, n = sharding.stage, sharding.gpus
+    offloaded = sharding.offload != "none"
+    states = optimizer_bytes(optimizer, trained) * own
+    copied = own if trained != torch.float32 and optimizer != "kahan" else 0
+    gradients = own * trained.itemsize / (n if stage >= 2 else 1)
+    if offloaded and stage >= 2:
+        gradients = 0
+    copy = 4 * min(copied / n, sub_group) if stage == 3 else 4 * copied / (n if stage else 1)
+    on_gpu = weights / (n if stage == 3 else 1) if sharding.offload != "all" else 0
+    host = 0.0
+    if offloaded:
+        host = HOST_FACTOR * (states + 4 * copied) * sharding.on_host / n
+    if sharding.offload == "all":
+        host += HOST_FACTOR * weights * sharding.on_host / n
+    return StateMemory(
+        weights=int(on_gpu),
+        gradients=int(gradients),
+        optimizer=0 if offloaded else int(states / (n if stage else 1)),
+        gradient_copy=0 if offloaded else int(copy),
+        buffers=_buffers(counts, sharding, dtype, trained, width),
+        host=int(host),
+    )
+
+
+def _buffers(counts: ModelCounts, sharding: Sharding, dtype: torch.dtype, trained: torch.dtype, width: int) -> int:
+    """Two gradient buckets (one fills while the other is reduced or moved); in stage 3 gathered weights.
+
+    Gathered at once are, at most, a layer and the next one, which is fetched ahead, or a layer beside the head or
+    the embedding; ``stage3_max_live_parameters`` must be set to that, its default is 1e9 parameters.
+    """
+    if sharding.stage == 0 and sharding.gpus == 1:
+        return 0
+    bucket = max(sharding.bucket or width * width, 0)
+    # A tensor larger than the bucket is sent by itself, and has its own.
+    buckets = min(2 * bucket, counts.trainable) * trained.itemsize
+    live = (counts.layer + max(counts.layer, counts.head)) * dtype.itemsize if sharding.stage == 3 else 0
+    return buckets + live

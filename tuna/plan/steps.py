@@ -1,0 +1,112 @@
+"""The step of each method, ready to run on a model, real or fake."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tuna.naive import naive_step_loss
+from tuna.plan.settings import StepSettings
+from tuna.plan.workload import share_of
+from tuna_kernels import Group, PackedTree, pack_groups
+from tuna_kernels.integrations._passes import TreeGroups
+from tuna_kernels.integrations.ranking_model import Request
+from tuna_kernels.integrations.transformers import model_ranking_loss
+from tuna_kernels.integrations.two_phase import _Schedule, _ScoringPass, two_phase_ranking_loss
+
+__all__ = ["make_trainable", "prepared_step"]
+
+LORA_TARGETS = "all-linear"
+Repeated = Callable[[int], None]
+"""Hears how often what comes next happens in a step, where it is run once for several times."""
+
+
+def prepared_step(batch: list[Group], settings: StepSettings) -> Callable[[nn.Module, Repeated | None], None]:
+    """Forward and backward of a micro-batch, as the trainer (or the released code) runs them on a model.
+
+    What a data loader makes on the host, the packed tree and its counts, is made here: it is never simulated.
+
+    Returns:
+        A function of the model, and of None for a real step. A `Repeated` means that tensors are fake: two-phase
+        then has no scores to choose candidates by and takes all, and of groups of the same lengths it runs the first
+        alone, beside which the others' shared keys are held too.
+    """
+    if settings.method == "released":
+        return lambda model, repeated: _backward(naive_step_loss(model, batch, preset=settings.preset).loss)
+    tree = pack_groups(batch, share=share_of(settings.method))
+    options: dict[str, Any] = {"preset": settings.preset, "counts": tree.loss_counts()}
+    if settings.method != "two_phase":
+        options["logits_budget"] = settings.logits_budget
+        return lambda model, repeated: _backward(model_ranking_loss(model, tree, **options).loss)
+
+    def two_phase(model: nn.Module, repeated: Repeated | None) -> None:
+        if repeated is None:
+            two_phase_ranking_loss(model, tree, candidates_per_pass=settings.candidates_per_pass, **options)
+        else:
+            _fake_two_phase(model, tree, [_lengths(group) for group in batch], settings, repeated)
+
+    return two_phase
+
+
+def make_trainable(model: nn.Module, settings: StepSettings) -> nn.Module:
+    """Adapters, activation checkpointing and training mode, as settings say; used on real models too."""
+    if settings.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        rank = settings.lora_rank
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters)
+    if settings.checkpointing:
+        inner: Any = model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+            # Dropout is off, so there is no random state to keep; reading it would need a real generator.
+            inner.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return model.train()
+
+
+def _fake_two_phase(
+    model: nn.Module, tree: PackedTree, lengths: list[tuple[int, ...]], settings: StepSettings, repeated: Repeated
+) -> None:
+    """The passes of `two_phase_ranking_loss` on fake tensors."""
+    with _disable_current_modes():
+        groups = TreeGroups(tree)
+        upstream = torch.zeros(tree.num_slots)
+    scoring = _ScoringPass(tree, groups, "auto")
+    with torch.no_grad():
+        scoring(model)
+    schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+    number = {id(keys): g for g, keys in enumerate(scoring.prompts)}
+    first = {shape: g for g, shape in reversed(list(enumerate(lengths)))}
+    times = Counter(lengths)
+    for request in _on_host(schedule.requests(scoring.prompts, upstream, "auto", schedule.passes)):
+        g = number[id(request.prompt)]
+        if first[lengths[g]] == g:
+            repeated(times[lengths[g]])
+            (loss,) = request(model)
+            _backward(loss)
+    repeated(1)
+
+
+def _on_host(requests: Iterator[Request]) -> Iterator[Any]:
+    """Each request, its index arithmetic done on real tensors."""
+    while True:
+        with _disable_current_modes():
+            request = next(requests, None)
+        if request is None:
+            return
+        yield request
+
+
+def _lengths(group: Group) -> tuple[int, ...]:
+    return (len(group.prompt), *(len(response) for response in group.responses))
+
+
+def _backward(loss: Tensor) -> None:
+    torch.autograd.backward(loss)

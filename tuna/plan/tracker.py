@@ -1,0 +1,211 @@
+"""Peak memory and FLOPs of a simulated step, moment by moment.
+
+`MemTracker` of torch follows every storage that an operation makes until it is freed. It sees an op of
+``tuna_kernels`` from outside: its results are counted, what it takes in between is not. That is what
+`tuna_kernels.workspace_bytes` states, and it is added here for as long as the op runs.
+
+A step is cut into moments, so that each grows linearly with the number of layers (`tuna.plan.simulate`):
+per call of the backbone `forward`, `head` (from the last hidden states through the loss to their gradient),
+`top` (backward of the last layer), `middle`, `bottom` (the first layer) and `embedding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+from tuna_kernels import workspace_bytes
+
+__all__ = ["StepTracker"]
+
+Moment = tuple[int, str]
+"""(call of the backbone, counted from 1; part of the step)."""
+
+# FLOPs of an attention, in units of visible pairs · query heads · head size: two products forward, five backward.
+_ATTENTION_FLOPS = {"tree_attention": 4, "tree_attention_backward": 10}
+_FLASH_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 4,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 10,
+}
+
+
+class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
+    """Follows one micro-batch of a model under fake tensors.
+
+    Attributes:
+        peaks: bytes above the start, the largest at each moment.
+        saved: bytes above the start when each call of the backbone ended: what it keeps for the backward.
+        flops: products of the step (a multiplication and an addition count two).
+    """
+
+    def __init__(self, attention_backend: str = "auto", head_backend: str = "auto") -> None:
+        super().__init__()
+        self.peaks: dict[Moment, int] = {}
+        self.saved: dict[int, int] = {}
+        self.flops = 0
+        self._moment: Moment = (0, "forward")
+        self._times = 1
+        self._start = 0
+        self._backends = {"attention": attention_backend, "head": head_backend}
+
+    @contextmanager
+    def follow(self, model: nn.Module, backbone: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+        """Track what happens inside; the model's parameters, buffers and gradients are the start."""
+        self.track_external(model)
+        self._start = self.held()
+        hooks = [
+            backbone.register_forward_pre_hook(self._backbone_begins),
+            backbone.register_forward_hook(self._backbone_ends),
+            *(
+                layer.register_forward_pre_hook(self._layer_begins(i, len(layers)), with_kwargs=True)
+                for i, layer in enumerate(layers)
+            ),
+        ]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def repeat(self, times: int) -> None:
+        """What comes next happens so often in the step, though it is run once."""
+        self._times = times
+
+    def held(self) -> int:
+        """Bytes held now on all devices."""
+        return sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
+
+    # What torch calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        extra = 0
+        if func.namespace == "tuna_kernels":
+            extra = self._workspace(func._opname, args)
+            self.flops += self._times * self._kernel_flops(func._opname, args)
+        elif (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += self._times * formula(*args, **(kwargs or {}), out_val=result)
+        elif func.overloadpacket in _FLASH_FLOPS:
+            self.flops += self._times * _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
+        self._note(extra)
+        return result
+
+    # The parent's statistics by module are not wanted, and would refuse frozen weights and a second call.
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None: ...
+
+    def _post_fw_hook(self, module: nn.Module, inputs: Any, outputs: Any) -> None: ...
+
+    def _pre_bw_hook(self, module: nn.Module, args: Any) -> None: ...
+
+    def _post_bw_hook(self, module: nn.Module, args: Any) -> None: ...
+
+    # Moments
+
+    def _note(self, extra: int) -> None:
+        now = self.held() - self._start + extra
+        if now > self.peaks.get(self._moment, 0):
+            self.peaks[self._moment] = now
+
+    def _backbone_begins(self, *_: Any) -> None:
+        self._moment = (self._moment[0] + 1, "forward")
+
+    def _backbone_ends(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        call = self._moment[0]
+        self.saved[call] = self.held() - self._start
+        self._moment = (call, "head")
+        hidden: Tensor = output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self._enter((call, "top")))  # type: ignore[no-untyped-call]
+
+    def _layer_begins(self, index: int, count: int) -> Any:
+        # When the gradient of a layer's input is there, the layer is done and the one below begins.
+        below = "embedding" if index == 0 else "bottom" if index == 1 else "middle"
+
+        def hook(module: nn.Module, inputs: Any, kwargs: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:  # the layer is computed again in the backward
+                return
+            call, hidden = self._moment[0], inputs[0] if inputs else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self._enter((call, below)))
+
+        return hook
+
+    def _enter(self, moment: Moment) -> None:
+        self._moment = moment
+
+    # Ops of tuna_kernels
+
+    def _workspace(self, op: str, args: Any) -> int:
+        if op.startswith("tree_attention"):
+            first = 2 if op.endswith("backward") else 0
+            q, k = args[first : first + 2]
+            shape = {
+                "batch": q.shape[0],
+                "heads": q.shape[1],
+                "kv_heads": k.shape[1],
+                "queries": q.shape[2],
+                "rows": k.shape[2],
+                "head_size": q.shape[3],
+                "longest": _depths(args, op)[0],
+            }
+            return workspace_bytes("tree_attention", shape, q.dtype, self._backends["attention"])
+        hidden, weight = args[0], args[1]
+        slots = args[6 if op == "linear_ranking_loss" else 5].shape[0]
+        shape = {"rows": min(hidden.shape[0], slots), "width": hidden.shape[1], "vocabulary": weight.shape[0]}
+        if op == "linear_ranking_loss":
+            # under "released" the likelihood of every response counts, so every row has a gradient
+            shape |= {"logits_budget": args[19], "skips": int(args[12] == "paper"), "group_rows": _largest_group(args)}
+            return workspace_bytes(op, shape, weight.dtype, self._backends["head"])
+        return workspace_bytes("linear_logprobs", shape, weight.dtype, self._backends["head"])
+
+    def _kernel_flops(self, op: str, args: Any) -> int:
+        """Products of our ops, which `flop_registry` does not know."""
+        if op.startswith("tree_attention"):
+            first = 2 if op.endswith("backward") else 0
+            q: Tensor = args[first]
+            return _ATTENTION_FLOPS[op] * q.shape[0] * q.shape[1] * q.shape[3] * _depths(args, op)[1]
+        hidden: Tensor = args[0]
+        weight: Tensor = args[1]
+        slots: int = args[6 if op == "linear_ranking_loss" else 5].shape[0]
+        product = 2 * min(hidden.shape[0], slots) * weight.numel()
+        if op == "linear_logprobs":
+            return product * (2 if args[-2] else 1)  # with the unit gradient of a frozen weight
+        if op == "linear_logprobs_backward" and args[10].numel():
+            return 0
+        wanted: list[bool] = args[-2][:2]
+        return product * (1 + sum(wanted))  # logits, then the gradients of hidden states and weight
+
+
+def _depths(args: Any, op: str) -> tuple[int, int]:
+    """Longest sequence, and pairs of a row and a row it sees, of an attention call; the tree itself is real."""
+    first = 2 if op.endswith("backward") else 0
+    rows, positions = args[first + 1].shape[2], args[9 if first else 5]
+    if positions is None or isinstance(positions, FakeTensor):
+        return rows, args[first].shape[2] * rows
+    with _disable_current_modes():
+        return int(positions.max()) + 1, int(positions.sum()) + rows
+
+
+def _largest_group(args: Any) -> int:
+    """Slots of the largest group of a call of `linear_ranking_loss`."""
+    candidate_offsets, group_offsets = args[7], args[9]
+    if isinstance(candidate_offsets, FakeTensor):
+        return int(args[6].shape[0])
+    with _disable_current_modes():
+        return int(candidate_offsets[group_offsets].diff().max())
+
+
+def _flash_flops(units: int, args: Any) -> int:
+    """Of PyTorch's CPU flash attention, under a full mask; q is the first argument of four dimensions."""
+    q, k = [x for x in args if isinstance(x, Tensor) and x.ndim == 4][units // 10 :][:2]
+    return units * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]

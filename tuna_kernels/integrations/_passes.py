@@ -1,0 +1,115 @@
+"""The passes of the two-phase schedule, cut out of a packed tree. Integers on the host; no model.
+
+A group's rows are cut before the *last* prompt token: what stands above it is shared by all passes, and every pass
+computes the last prompt token again, on top of its own responses::
+
+    tree     a b c | d e f     three prompt tokens, responses d e and f
+    prompt   a b               its keys and values are shared
+    pass 1       c   d e       rows of c and d predict d and e
+    pass 2       c   f         the row of c predicts f
+
+So the row that predicts a response's first token lies in the pass of that response, and no slot hangs on the
+prompt. That costs one row a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuna_kernels.tree import Group, PackedTree, pack_groups
+
+__all__ = ["Layout", "TreeGroups", "dummy_layout", "prompt_layout"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One pass over the last Tq of a tree's T rows.
+
+    Attributes:
+        input_ids: [Tq] tokens of the rows computed.
+        position_ids: [T] depth of all rows.
+        subtree_end: [T] as in `PackedTree`.
+        query_rows: [Tq] the rows computed: T - Tq, …, T - 1.
+        rows: [m] which of the Tq rows predicts each slot.
+        targets: [m] the slots' tokens.
+        slots: [m] where the slots stand in the whole tree.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    subtree_end: Tensor
+    query_rows: Tensor
+    rows: Tensor
+    targets: Tensor
+    slots: Tensor
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on ``device``."""
+        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return replace(self, **moved)
+
+
+class TreeGroups:
+    """The groups of a packed tree as tokens again, whatever it shares."""
+
+    def __init__(self, tree: PackedTree) -> None:
+        self._offsets, self._groups = tree.candidate_offsets_host, tree.group_offsets_host
+        self._ids, self._targets = tree.input_ids.cpu(), tree.targets.cpu()
+        first = torch.from_numpy(self._offsets[self._groups[:-1]])  # the first slot of each group
+        depth = tree.position_ids.cpu()[tree.rows.cpu()[first]]  # of the last prompt token, which predicts it
+        starts = torch.from_numpy(tree.group_rows_host[:-1])
+        self.prompt_rows: list[tuple[int, int]] = [
+            (start, start + length) for start, length in zip(starts.tolist(), (depth + 1).tolist(), strict=True)
+        ]
+        """Packed rows ``start:stop`` of each group's prompt."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_rows)
+
+    def candidates(self, group: int) -> range:
+        """Numbers of the group's candidates in the tree."""
+        return range(int(self._groups[group]), int(self._groups[group + 1]))
+
+    def prompt(self, group: int) -> Tensor:
+        """Its tokens."""
+        return self._ids[slice(*self.prompt_rows[group])]
+
+    def response(self, candidate: int) -> Tensor:
+        """Its tokens."""
+        return self._targets[slice(*self._offsets[candidate : candidate + 2].tolist())]
+
+    def branches(self, group: int, candidates: Sequence[int]) -> Layout:
+        """The pass of some candidates of a group; common beginnings among them are shared."""
+        prompt = self.prompt(group)
+        tree = pack_groups([Group(prompt, [self.response(c) for c in candidates])])
+        slots = [torch.arange(*self._offsets[c : c + 2].tolist()) for c in candidates]
+        return _cut(tree, len(prompt) - 1, torch.cat(slots))
+
+
+def prompt_layout(prompt: Tensor) -> Layout:
+    """The pass of the shared prompt rows. Its one slot has no place in the tree and weighs nothing."""
+    return _cut(pack_groups([Group(prompt[:-1], [prompt[-1:]])]), 0, torch.empty(0, dtype=torch.int64), stop=-1)
+
+
+def dummy_layout(prompt: Tensor, response: Tensor) -> Layout:
+    """The smallest pass there is: one row, one slot that weighs nothing."""
+    return prompt_layout(torch.cat([prompt[-1:], response[:1]]))
+
+
+def _cut(tree: PackedTree, shared: int, slots: Tensor, stop: int | None = None) -> Layout:
+    """The rows of a tree from ``shared`` on, without the last ``-stop``."""
+    total = len(tree.input_ids[:stop])
+    return Layout(
+        input_ids=tree.input_ids[shared:stop],
+        position_ids=tree.position_ids[:stop],
+        subtree_end=tree.subtree_end[:stop].clamp(max=total),
+        query_rows=torch.arange(shared, total),
+        rows=tree.rows - shared,
+        targets=tree.targets,
+        slots=slots,
+    )

@@ -1,0 +1,64 @@
+"""A module that owns a causal LM, so that what wraps modules sees every use of its weights.
+
+DDP, FSDP and DeepSpeed do their work when the module they wrap is *called*: they gather the weights, set up the
+reduction of gradients, and hang hooks on the tensors that come back. The losses here use the LM head's weight
+outside its own forward and never call the model's forward at all, so they have to run inside the wrapped call::
+
+    engine, *_ = deepspeed.initialize(model=RankingModel(llm), ...)
+    engine.backward(model_ranking_loss(engine, tree).loss)
+
+`score_groups`, `model_ranking_loss` and `two_phase_ranking_loss` take a `RankingModel`, or any wrapper around one,
+wherever they take a model. What travels is a `Request`; what comes back is a plain tuple of tensors, the only form
+in which every wrapper finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+__all__ = ["RankingModel", "Request"]
+
+
+class Request(Protocol):
+    """Something to compute with a bare causal LM, in one call."""
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """Compute it. ``model`` is a transformers or peft model whose weights are whole."""
+        ...
+
+
+Carrier: TypeAlias = Callable[[Request], tuple[Tensor, ...]]
+"""Carries requests out, through whatever surrounds the model."""
+
+
+class RankingModel(nn.Module):
+    """Owns a causal LM and carries out requests on it.
+
+    Args:
+        model: a transformers causal LM, or a peft model around one. Its parameters appear as ``model.…``; save it by
+            ``ranking_model.model.save_pretrained(folder)``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:
+        """The LM's configuration, where engines look for sizes."""
+        return self.model.config
+
+    def forward(self, request: Request) -> tuple[Tensor, ...]:
+        """The tensors that the request computes with the LM."""
+        return request(self.model)
+
+
+def carrier(model: nn.Module | Carrier) -> Carrier:
+    """What carries out requests: the module itself where a `RankingModel` is inside, else a direct call."""
+    if not isinstance(model, nn.Module) or any(isinstance(part, RankingModel) for part in model.modules()):
+        return model
+    bare = model
+    return lambda request: request(bare)

@@ -1,0 +1,373 @@
+"""The ranking loss in two phases: the gradient of all k candidates in the memory of a few.
+
+    1. Score all candidates in one pass without a graph. The gradient of the loss with respect to every
+       log-probability is a closed form of the scores (`losses.preset_upstream`); the keys and values of each
+       prompt are kept.
+    2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
+       values as constants; their gradients are summed in float32. Then once forward through the prompt, and
+       backward from that sum.
+
+The chain rule in another order: exact up to rounding. At no time is the graph of more than one pass alive. The
+price is one more forward, and the last prompt token once a pass (`_passes`).
+
+Separable losses have been trained on shared prompts in this order (arXiv 2606.01143, arXiv 2602.00482); scoring
+first, for a loss that couples its candidates, is gradient caching (arXiv 2101.06983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuna_kernels.integrations._attention import TreePass
+from tuna_kernels.integrations._heads import base_causal_lm, compute_device, read_head
+from tuna_kernels.integrations._passes import Layout, TreeGroups, dummy_layout, prompt_layout
+from tuna_kernels.integrations._shared_keys import AttendToPrompt, CollectRoots, KeepPrompts, KeyRole, PromptKeys
+from tuna_kernels.integrations.ranking_model import Carrier, Request, carrier
+from tuna_kernels.integrations.transformers import LossSettings, attention_backend, prepare_model, run_backbone
+from tuna_kernels.logprobs import linear_logprobs
+from tuna_kernels.losses import Kind, LossCounts, Preset, PresetResult, preset_upstream
+from tuna_kernels.ranking import RankingLossOutput, active_candidates, check_choices
+from tuna_kernels.tree import PackedTree
+
+__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss"]
+
+
+class Backward(Protocol):
+    """How a pass goes backward."""
+
+    def __call__(self, loss: Tensor, last: bool) -> None:
+        """Go backward from the scalar ``loss``; ``last``: no pass of this call comes after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TwoPhaseOutput(RankingLossOutput):
+    """As `RankingLossOutput`, all of it detached: the gradient is in the parameters already.
+
+    Attributes:
+        passes: forward and backward passes made, those that only keep ranks in step included.
+        skipped: candidates left out since no slot of theirs has a gradient.
+        rows_alive: packed rows of the largest pass: what `rows` of the one-pass graph are to be compared with.
+        shared_bytes: keys and values of prompts, and the sums of their gradients, at their most.
+    """
+
+    passes: int
+    skipped: int
+    rows_alive: int
+    shared_bytes: int
+
+
+def two_phase_ranking_loss(
+    model: nn.Module | Carrier,
+    tree: PackedTree,
+    *,
+    kind: Kind = "tuna",
+    preset: Preset = "paper",
+    margin: float = 0.1,
+    length_penalty: float = 1.0,
+    mle_weight: float = 1.0,
+    counts: LossCounts | None = None,
+    logits_budget: int | None = None,
+    backend: str = "auto",
+    candidates_per_pass: int = 1,
+    skip_inactive: bool = True,
+    scale: float = 1.0,
+    backward: Backward | None = None,
+    most_passes: Callable[[int], int] | None = None,
+) -> TwoPhaseOutput:
+    """`model_ranking_loss` and its backward in one call, a few candidates at a time.
+
+    The gradients are added to the parameters' ``.grad`` (or go wherever ``backward`` takes them); do not call
+    ``loss.backward()``. Sharing beyond the prompt holds within a pass, however the tree was packed.
+
+    What an engine has to know: ``backward(loss, last)`` is called several times, each time on a scalar whose forward
+    just ran. It may multiply ``loss`` by any constant (loss scaling, accumulation), the same for all passes of
+    a call; gradients have to add up, and may be reduced over ranks where ``last`` says so. The value of ``loss`` is
+    not that of the ranking loss. Under DeepSpeed::
+
+        def backward(loss, last):
+            engine.set_gradient_accumulation_boundary(last and this_is_the_last_micro_batch)
+            engine.backward(loss)
+
+    Args:
+        model, tree, kind, preset, margin, length_penalty, mle_weight, counts, backend: as in `model_ranking_loss`.
+        logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
+        candidates_per_pass: candidates whose graph is alive at once, at least 1.
+        skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
+            ``released`` with an MLE term there are none.
+        scale: factor on the gradients, not on the loss returned; 0 makes only a pass that keeps ranks in step.
+        backward: default ``loss.backward()``.
+        most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
+            fewer make up for it by passes of one token that weigh nothing. Default: `largest_over_ranks` where
+            ``model`` is wrapped and torch.distributed is initialised, else the number itself.
+
+    Raises:
+        ValueError: ``candidates_per_pass`` below 1; dropout in training mode (the phases would draw it apart);
+            reentrant activation checkpointing (its layers are no part of a graph); layers that share keys; or as
+            `model_ranking_loss`.
+        RuntimeError: gradients are switched off.
+    """
+    check_choices(kind, preset)
+    if candidates_per_pass < 1:
+        raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    carry = carrier(model)
+    groups = TreeGroups(tree)
+    scoring = _ScoringPass(tree, groups, backend)
+    with torch.no_grad(), _nothing_random(tree):
+        (logprobs,) = carry(scoring)
+    tree = tree.to(logprobs.device)
+    result = _upstream(logprobs, tree, settings)
+    active = active_candidates(result.upstream, tree)
+    taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
+    schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
+    if most_passes is None:
+        most_passes = largest_over_ranks if carry is model else int
+    passes = most_passes(max(schedule.passes, 1))
+    upstream = result.upstream.to(logprobs.dtype) * scale
+    for number, request in enumerate(schedule.requests(scoring.prompts, upstream, backend, passes), start=1):
+        (loss,) = carry(request)
+        (backward or _plain_backward)(loss, number == passes)
+    return TwoPhaseOutput(
+        loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
+        ranking=result.ranking.to(logprobs.dtype),
+        mle=result.mle.to(logprobs.dtype),
+        scores=result.scores,
+        logprobs=logprobs,
+        active=active,
+        passes=passes,
+        skipped=taken.count(False),
+        rows_alive=schedule.rows_alive,
+        shared_bytes=schedule.shared_bytes,
+    )
+
+
+def largest_over_ranks(number: int) -> int:
+    """The largest ``number`` of all ranks of the default process group; itself where there is none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+class _Schedule:
+    """The gradient passes of a tree, group by group: its candidates, then its prompt."""
+
+    def __init__(self, groups: TreeGroups, taken: list[bool], candidates_per_pass: int) -> None:
+        self._groups = groups
+        self._chunks: list[list[list[int]]] = []
+        self.passes = self.rows_alive = self.shared_bytes = 0
+        for g in range(len(groups)):
+            members = [c for c in groups.candidates(g) if taken[c]]
+            chunks = [members[i : i + candidates_per_pass] for i in range(0, len(members), candidates_per_pass)]
+            self._chunks.append(chunks)
+            self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
+
+    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
+        """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
+        self._count(prompts)
+        for g, chunks in enumerate(self._chunks):
+            keys = prompts[g]
+            for chunk in chunks:
+                layout = self._alive(self._groups.branches(g, chunk))
+                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
+            self._count(prompts)
+            keys.kept.clear()
+            if chunks and len(self._groups.prompt(g)) > 1:
+                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
+        dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
+        for _ in range(self.passes, passes):
+            yield _PromptPass(self._alive(dummy), PromptKeys(), backend)
+
+    def _alive(self, layout: Layout) -> Layout:
+        self.rows_alive = max(self.rows_alive, len(layout.input_ids))
+        return layout
+
+    def _count(self, prompts: list[PromptKeys]) -> None:
+        self.shared_bytes = max(self.shared_bytes, sum(keys.nbytes() for keys in prompts))
+
+
+@dataclass(eq=False)
+class _ScoringPass:
+    """All candidates of the tree, without a graph: (logprobs [M],). Leaves the prompts' keys in ``prompts``."""
+
+    tree: PackedTree
+    groups: TreeGroups
+    backend: str
+    prompts: list[PromptKeys] = field(default_factory=list)
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        if self.tree.num_tokens == 0:
+            raise ValueError("tree holds no groups: there is nothing to run the model on")
+        prepare_model(model)
+        base = base_causal_lm(model)
+        _check_trainable(base)
+        tree = self.tree.to(compute_device(base))
+        # the last prompt token is computed again by every pass: its keys are not shared
+        role = KeepPrompts([(start, stop - 1) for start, stop in self.groups.prompt_rows])
+        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention_backend(base, self.backend), role=role)
+        hidden = run_backbone(base, tree.input_ids, tree_pass)
+        self.prompts = role.groups
+        return (_logprobs(base, hidden, tree.rows, tree.targets, self.backend),)
+
+
+@dataclass(frozen=True, eq=False)
+class _BranchPass:
+    """Some candidates of a group on top of its prompt: (sum of upstream [m] times log-probability,)."""
+
+    layout: Layout
+    prompt: PromptKeys
+    upstream: Tensor
+    backend: str
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        base = base_causal_lm(model)
+        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), self.backend)
+        logprobs = _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend)
+        return ((logprobs * self.upstream.to(logprobs.device)).sum(),)
+
+
+@dataclass(frozen=True, eq=False)
+class _PromptPass:
+    """The shared prompt rows: (a scalar whose backward starts at their keys and values,).
+
+    It goes on to the head, with weight 0, so that every parameter takes part as in any other pass: that is what
+    the hooks of DDP, FSDP and ZeRO wait for.
+    """
+
+    layout: Layout
+    prompt: PromptKeys
+    backend: str
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        base = base_causal_lm(model)
+        role = CollectRoots()
+        hidden = _run(base, self.layout, role, self.backend)
+        nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
+        roots, gradients = self._known(role)
+        return (nothing + _KnownGradients.apply(gradients, *roots) if roots else nothing,)  # type: ignore[no-untyped-call]
+
+    def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
+        """Roots and their gradients, which are taken from ``prompt.sums``."""
+        roots: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for layer, sums in self.prompt.sums.items():
+            for root, total in zip(role.roots[layer], sums, strict=True):
+                if total is None:
+                    continue
+                if not root.requires_grad:
+                    raise ValueError(
+                        f"the prompt's keys in {type(layer).__name__} are outside the graph, as under reentrant "
+                        "activation checkpointing: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    )
+                roots.append(root)
+                gradients.append(total.to(root.dtype))
+        self.prompt.sums.clear()
+        return roots, gradients
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A scalar 0 whose backward hands each root the gradient that is known for it.
+
+    The gradient that arrives is not multiplied in: the known ones come from backwards of the same call, which had it
+    in them already (loss scaling, accumulation).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *roots: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return roots[0].new_zeros((), dtype=torch.promote_types(roots[0].dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, []
+        return None, *gradients
+
+
+def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, backend: str) -> Tensor:
+    layout = layout.to(compute_device(base))
+    tree_pass = TreePass(
+        layout.subtree_end,
+        layout.position_ids,
+        attention_backend(base, backend),
+        query_rows=layout.query_rows,
+        role=role,
+    )
+    return run_backbone(base, layout.input_ids, tree_pass)
+
+
+def _logprobs(base: PreTrainedModel, hidden: Tensor, rows: Tensor, targets: Tensor, backend: str) -> Tensor:
+    head = read_head(base)
+    rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+    found = linear_logprobs(hidden, head.weight, targets, rows=rows, backend=backend, **head.options())
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _upstream(logprobs: Tensor, tree: PackedTree, settings: LossSettings) -> PresetResult:
+    return preset_upstream(
+        logprobs,
+        tree.candidate_offsets,
+        tree.ranks,
+        tree.group_offsets,
+        preset=settings.preset,
+        margin=settings.margin,
+        length_penalty=settings.length_penalty,
+        mle_weight=settings.mle_weight,
+        counts=settings.counts or tree.loss_counts(),
+    )
+
+
+def _plain_backward(loss: Tensor, last: bool) -> None:
+    torch.autograd.backward(loss)
+
+
+def _check_trainable(base: PreTrainedModel) -> None:
+    """Refuse what the phases would compute differently."""
+    for name, module in base.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(
+                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set "
+                "it to 0 (also lora_dropout) or use the one-pass loss"
+            )
+        # transformers leaves the checkpointing function on every module that checkpoints
+        checkpointing = getattr(module, "_gradient_checkpointing_func", None)
+        in_use = checkpointing is not None and getattr(module, "gradient_checkpointing", False)
+        if in_use and getattr(checkpointing, "keywords", {}).get("use_reentrant", True):
+            raise ValueError(
+                "reentrant activation checkpointing keeps the prompt's keys out of the graph: enable it with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+class _nothing_random:
+    """Refuses a scoring pass that drew random numbers: the gradient passes would draw others."""
+
+    def __init__(self, tree: PackedTree) -> None:
+        self._device = tree.input_ids.device
+
+    def _states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return states + ([torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self._before = self._states()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None and not all(map(torch.equal, self._before, self._states())):
+            raise ValueError(
+                "the model draws random numbers in its forward (dropout, layer drop or router noise in training "
+                "mode): scores and gradients would draw them apart; switch it off or use the one-pass loss"
+            )

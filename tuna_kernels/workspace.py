@@ -1,0 +1,153 @@
+"""What an op takes beyond its inputs and results, as a formula: for planners, which cannot look inside an op.
+
+Every formula is an upper bound of what PyTorch's allocator is asked for, held to it by
+``tests/tuna_kernels/test_workspace.py``; b is the bytes of an element of the computing type (float32, float64
+for float64), R the rows that are scored, V the vocabulary, D the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .backends.attention_plan import MAX_ROWS
+from .backends.linear import UNIT_SLOTS
+from .backends.reference import compute_dtype
+from .backends.selective import CHUNK_BYTES
+from .backends.tiled import MIN_ROWS, TilePlan
+from .config import resolve_backend
+
+__all__ = ["workspace_bytes"]
+
+Shape = Mapping[str, int]
+
+_HEAD = ("rows", "width", "vocabulary")
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "linear_logprobs": _HEAD,
+    "linear_ranking_loss": (*_HEAD, "logits_budget"),
+    "selective_logprobs": ("rows", "vocabulary"),
+    "tree_attention": ("rows", "heads", "kv_heads", "head_size", "longest"),
+}
+_PER_SLOT = 128
+"""Bytes of indices, statistics and float64 sums a scored row takes, whatever the width."""
+
+
+def workspace_bytes(op: str, shape: Shape, dtype: torch.dtype, backend: str = "auto") -> int:
+    """Bytes an op takes at its peak, forward or backward, beyond its inputs and results.
+
+    Args:
+        op: ``"linear_logprobs"``, ``"linear_ranking_loss"``, ``"selective_logprobs"`` or ``"tree_attention"``.
+        shape: for the head ``rows`` (hidden rows that are scored; a row of several slots counts for each, at
+            most), ``width`` (D), ``vocabulary`` (V); for the ranking loss also ``logits_budget`` in bytes and, if
+            known, ``group_rows``, those of the largest group, and ``skips``, 0 where every row has a gradient.
+            For the attention ``rows`` (T), ``heads``, ``kv_heads``, ``head_size``, ``longest`` (tokens of the
+            longest sequence), and where they differ from 1 and T, ``batch`` and ``queries``.
+        dtype: dtype of hidden states and weight, of logits, or of queries, keys and values.
+        backend: as in the op.
+
+    Raises:
+        ValueError: an unknown op or backend, or a missing entry of ``shape``.
+
+    >>> workspace_bytes("linear_logprobs", {"rows": 1, "width": 8, "vocabulary": 9}, torch.float32, "torch")
+    525024
+    """
+    if op not in _NEEDED:
+        raise ValueError(f"op = {op!r} is not one of {tuple(_NEEDED)}")
+    if missing := [key for key in _NEEDED[op] if key not in shape]:
+        raise ValueError(f"shape lacks {missing} for {op}")
+    if op == "tree_attention":
+        of_backend = _ATTENTION.get("torch" if backend in ("auto", "cpu") else backend)
+        if of_backend is None:
+            raise ValueError(f"backend = {backend!r} is not one of {('auto', *_ATTENTION)}")
+        return of_backend(shape, dtype)
+    return _HEADS[op](shape, dtype, resolve_backend(backend, torch.device("cpu"), dtype))
+
+
+def _linear_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
+    b, rows, width = compute_dtype(dtype).itemsize, shape["rows"], shape["width"]
+    if backend == "reference":
+        return _full_logits(shape, dtype)
+    # Row gradients in the computing type; with a frozen weight the kept unit gradient twice, and gathered weight rows.
+    return _tiles(shape, dtype, backend) + b * width * (2 * rows + min(rows, UNIT_SLOTS)) + _PER_SLOT * rows
+
+
+def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
+    b, rows, vocabulary = compute_dtype(dtype).itemsize, shape["rows"], shape["vocabulary"]
+    if backend == "reference":
+        return _full_logits(shape, dtype)
+    capacity = shape["logits_budget"] // (b * vocabulary)
+    group = shape.get("group_rows", rows)
+    part = min(rows, max(capacity, group))  # rows that are worked on at once
+    block = b * vocabulary * min(capacity, max(rows, MIN_ROWS))
+    tiles = _tiles(shape, dtype, backend)
+    if max(group, MIN_ROWS) <= capacity and not shape.get("skips", 1):
+        # All logits are kept, none are made in a tile; nor are rows of a kept block taken out into one.
+        tiles -= _logits_tile(shape, dtype) * (2 if backend == "cpu" else 1)
+    return tiles + block + b * shape["width"] * part + _PER_SLOT * rows
+
+
+def _selective_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
+    b, rows, vocabulary = compute_dtype(dtype).itemsize, shape["rows"], shape["vocabulary"]
+    if backend == "reference":
+        return 5 * b * rows * vocabulary
+    chunk = min(rows, max(1, CHUNK_BYTES // (b * vocabulary)))
+    return (2 if backend == "cpu" else 4) * b * chunk * vocabulary + _PER_SLOT * rows
+
+
+def _full_logits(shape: Shape, dtype: torch.dtype) -> int:
+    """The textbook: logits, their log-softmax and its gradient, and both operands in the computing type."""
+    b, rows, width, vocabulary = compute_dtype(dtype).itemsize, shape["rows"], shape["width"], shape["vocabulary"]
+    return b * (5 * rows * vocabulary + 2 * width * (rows + vocabulary)) + _PER_SLOT * rows
+
+
+def _tiles(shape: Shape, dtype: torch.dtype, backend: str) -> int:
+    """Buffers of one walk over the tiles; in half precision also a tile of the weight's gradient.
+
+    Rows taken out of a kept block are one more tile; torch operations take up to three for a gradient.
+    """
+    compute, width = compute_dtype(dtype), shape["width"]
+    plan = TilePlan.choose(dtype, width, compute)
+    gradient = plan.columns * width if dtype != compute else 0
+    more = (1 if backend == "cpu" else 3) * _logits_tile(shape, dtype)
+    return plan.workspace(dtype, width, compute, shape["rows"]) + compute.itemsize * gradient + more
+
+
+def _logits_tile(shape: Shape, dtype: torch.dtype) -> int:
+    compute = compute_dtype(dtype)
+    plan = TilePlan.choose(dtype, shape["width"], compute)
+    return compute.itemsize * min(plan.rows, max(shape["rows"], MIN_ROWS)) * plan.columns
+
+
+def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:
+    """One block (see `attention_plan`): at most MAX_ROWS queries of all heads, and the longest path of keys.
+
+    Scores and their gradient; queries, outputs and gradients of the block; keys, values, their gradients and the
+    runs they are joined from. Half precision sums dK and dV of all rows in float32.
+    """
+    compute = compute_dtype(dtype)
+    batch, heads, kv, size = shape.get("batch", 1), shape["heads"], shape["kv_heads"], shape["head_size"]
+    keys = min(shape["longest"] + MAX_ROWS, shape["rows"])
+    queries = min(MAX_ROWS, shape.get("queries", shape["rows"]))
+    block = 3 * heads * queries * keys + 6 * heads * queries * size + 6 * kv * keys * size
+    sums = 0 if dtype == compute else 2 * kv * shape["rows"] * size
+    return batch * compute.itemsize * (block + sums)
+
+
+def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
+    """The textbook: scores of all rows against all rows in the computing type, kept for the backward."""
+    b = compute_dtype(dtype).itemsize
+    batch, heads, rows, size = shape.get("batch", 1), shape["heads"], shape["rows"], shape["head_size"]
+    queries = shape.get("queries", rows)
+    return batch * b * (5 * heads * queries * rows + 4 * heads * size * (queries + 2 * rows)) + queries * rows * 4
+
+
+_HEADS: dict[str, Callable[[Shape, torch.dtype, str], int]] = {
+    "linear_logprobs": _linear_logprobs,
+    "linear_ranking_loss": _linear_ranking_loss,
+    "selective_logprobs": _selective_logprobs,
+}
+_ATTENTION: dict[str, Callable[[Shape, torch.dtype], int]] = {
+    "reference": _attention_reference,
+    "torch": _attention_torch,
+}
