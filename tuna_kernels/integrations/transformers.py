@@ -80,9 +80,8 @@ def prepare_model(model: Model, *, attention: str | None = None) -> Model:
     Raises:
         TypeError: not a transformers or peft model.
         ValueError: an unknown ``attention``; a model this cannot serve: attention outside the registry (ALiBi
-            families), sinks, chunked
-            or bidirectional masks, a head that is more than scaled, capped linear, a sharded head, or a
-            failed check. The model then has the attention it came with.
+            families), sinks, chunked or bidirectional masks, a head that is more than scaled, capped linear, a
+            sharded head, or a failed check. The model then has the attention it came with.
     """
     _attention.register()
     base = base_causal_lm(model)
