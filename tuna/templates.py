@@ -27,15 +27,15 @@ ALPACA = (
 PLACE = "{prompt}"
 
 
-def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template that no record could be rendered with.
+def check_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a template that no record could be rendered with; without a tokenizer "chat" is one.
 
     Raises:
         ValueError: neither a known name nor a text with `{prompt}`; "chat", but the tokenizer has no chat
             template.
     """
     if template == "chat":
-        if tokenizer.chat_template is None:
+        if tokenizer is None or tokenizer.chat_template is None:
             name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
             others = f"use 'alpaca', 'none' or a text with {PLACE}"
             raise ValueError(f"template = 'chat', but {name} has no chat template; {others}")
@@ -43,20 +43,20 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"template = {template!r} is none of 'none', 'chat', 'alpaca' and has no {PLACE} in it")
 
 
-def render_prompt(record: Record, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_prompt(record: Record, template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The text that stands before the response.
 
     Args:
         record: a record with a prompt or messages.
         template: "none", "chat", "alpaca" or any text that contains `{prompt}` (other braces are just text).
-        tokenizer: used by "chat" only; a plain prompt is then the one turn of a user.
+        tokenizer: needed by "chat" only; a plain prompt is then the one turn of a user.
 
     Raises:
         ValueError: a bad template, messages without "chat", a prompt that ends as the template does (it would
             be applied twice), a chat template that refuses the messages.
     """
     check_template(template, tokenizer)
-    if template == "chat":
+    if template == "chat" and tokenizer is not None:
         return _render_chat(_turns(record), tokenizer, f"record {record.id!r}")
     if record.prompt is None:
         raise ValueError(f"record {record.id!r} has messages; they need template = 'chat', not {template!r}")

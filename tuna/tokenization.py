@@ -26,7 +26,7 @@ from tuna_kernels.tree import Group, pack_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenStats", "TokenizedGroup", "token_stats", "tokenize_records"]
+__all__ = ["TokenStats", "TokenizedGroup", "encode_prompts", "token_stats", "tokenize_records"]
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -88,8 +88,7 @@ def tokenize_records(
         else:
             kept.append(record)
             texts.append(text)
-    bos = own_bos(tokenizer)
-    prompts = [_with_bos(ids, bos) for ids in _encode(tokenizer, texts, special=True)]
+    prompts = encode_prompts(tokenizer, texts)
     fits = [_room_problem(record, len(ids), max_length) for record, ids in zip(kept, prompts, strict=True)]
     problems += [problem for problem in fits if problem is not None]
     settle_problems(problems, on_bad)
@@ -123,6 +122,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
         )
         ids += batch["input_ids"]
     return ids
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts: text that spells a special token is that token, one beginning in front."""
+    bos = own_bos(tokenizer)
+    return [_with_bos(ids, bos) for ids in _encode(tokenizer, texts, special=True)]
 
 
 def own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -8,10 +8,11 @@ import platform
 import torch
 
 from .backends import cpu as _cpu_backend
-from .backends.tiled import TileOps
+from .backends import triton as _triton_backend
+from .backends.head import HeadBackend, tiled_backend
 from .backends.torch import TorchTileOps
 
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_BACKEND"
 
 
@@ -21,11 +22,13 @@ def available_backends() -> dict[str, str]:
     >>> available_backends()["reference"]
     ''
     """
-    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT}
+    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT, "triton": _triton_backend.why_not()}
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """ "" if ``backend`` serves these inputs, else the reason why not."""
+    if backend == "triton":
+        return _triton_backend.supports(device, *dtypes)
     if backend != "cpu":
         return ""
     if device.type != "cpu":
@@ -36,8 +39,8 @@ def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
 def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """The backend that serves a call.
 
-    ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` where it
-    serves the inputs, else ``torch``.
+    ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` or, on
+    CUDA tensors, ``triton`` where it serves the inputs, else ``torch``.
 
     Raises:
         ValueError: unknown backend.
@@ -47,7 +50,8 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
     if backend == "auto":
         asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
     if asked == "auto":
-        return "torch" if why_not("cpu", device, *dtypes) else "cpu"
+        first = "triton" if device.type == "cuda" else "cpu"
+        return "torch" if why_not(first, device, *dtypes) else first
     if asked not in BACKENDS:
         raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *BACKENDS)}")
     reason = why_not(asked, device, *dtypes)
@@ -56,9 +60,20 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
     return asked
 
 
-def tile_ops(backend: str) -> TileOps:
-    """The tile operations of a resolved backend other than ``reference``."""
-    return _cpu_backend.NativeTileOps() if backend == "cpu" else TorchTileOps()
+def head_backend(backend: str) -> HeadBackend:
+    """What a resolved backend other than ``reference`` does with the LM head."""
+    if backend == "triton":
+        from .backends.triton import head  # imports triton
+
+        return head.BACKEND
+    return tiled_backend(_cpu_backend.NativeTileOps() if backend == "cpu" else TorchTileOps())
+
+
+def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
+    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
+    if backend != "triton":
+        return True
+    return _triton_backend.unit_gradient_pays(width, *dtypes)
 
 
 def show_config() -> str:
@@ -71,8 +86,6 @@ def show_config() -> str:
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         chosen = resolve_backend("auto", torch.device(device), torch.float32)
-        lines.append(
-            f"auto on {device}: {chosen}"
-            + ("" if chosen == device else f" ({why_not('cpu', torch.device(device), torch.float32)})")
-        )
+        reason = why_not("triton" if device == "cuda" else "cpu", torch.device(device), torch.float32)
+        lines.append(f"auto on {device}: {chosen}" + (f" ({reason})" if reason else ""))
     return "\n".join(lines)

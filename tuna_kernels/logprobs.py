@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import parallel
 from .backends import reference
-from .config import resolve_backend
+from .backends.reference import compute_dtype
+from .config import resolve_backend, unit_gradient_pays
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +37,10 @@ def linear_logprobs(
     softcap: float | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
+    valid_vocab: int | None = None,
+    process_group: Any = None,
+    accumulate_into: Tensor | None = None,
+    filter_eps: float = 0.0,
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -62,9 +68,21 @@ def linear_logprobs(
         softcap: c in ``c * tanh(z / c)``, after the scale; None: none.
         return_lse: also the log-sum-exp of each slot's row, [M].
         return_entropy: also the entropy (nats) of each slot's row, [M].
+        valid_vocab: entries of a padded vocabulary that count, the first ones; default: all.
+        process_group: a ``torch.distributed`` group (or its ``group_name``) of which each rank holds V rows of the
+            head, in rank order; targets and ``valid_vocab`` count over all ranks, results are the same on all.
+            The gradient of hidden is summed over the group here; that of the head is of the rank's own rows
+            (:mod:`tuna_kernels.parallel` says who reduces what).
+        accumulate_into: [V, D] float32 (float64 for float64 inputs) to which the backward adds the weight's
+            gradient, such as ``weight.main_grad``; ``weight.grad`` is left alone and no hook of it fires. Not
+            under torch.compile.
+        filter_eps: the backward may leave out a vocabulary entry whose dL/dlogit, upstream included, is below this
+            in every row. A hidden row's gradient is then wrong by at most ``filter_eps`` times the sum of the
+            left-out rows' norms, ``filter_eps * sum_v |w_v|``; a left-out row of the weight's gradient, which
+            becomes 0, by ``filter_eps * sum_t |h_t|``. 0: exact. Only ``triton`` makes use of it.
         validate: whether to check the values of targets and rows; default: on CPU yes, elsewhere no (that would
             wait for the device; an out-of-range target then gives NaN).
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         logprobs [M], or the tuple (logprobs, lse, entropy) of those asked for; float64 if hidden or weight is,
@@ -84,49 +102,123 @@ def linear_logprobs(
         check_index("rows", rows, hidden.device)
         if rows.shape != targets.shape:
             raise ValueError(f"rows {list(rows.shape)} and targets {list(targets.shape)} must both be [M]")
+    check_accumulation(weight, accumulate_into, compute_dtype(hidden.dtype, weight.dtype), filter_eps)
+    shard = None if process_group is None else parallel.Shard.of(process_group, weight.shape[0], valid_vocab)
+    vocabulary = shard.vocabulary if shard else parallel.check_valid_vocab(valid_vocab, weight.shape[0])
     if should_validate(validate, hidden):
-        check_range("targets", targets, weight.shape[0], "the vocabulary", ignore_index)
+        check_range("targets", targets, vocabulary, "the vocabulary", ignore_index)
         if rows is not None:
             check_range("rows", rows, hidden.shape[0], "the rows of hidden")
     chosen = resolve_backend(backend, hidden.device, hidden.dtype, weight.dtype)
     low_rank = low_rank_pair(hidden, lora)
-    if chosen == "reference":
-        logprobs, lse, entropy = reference.linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            rows,
-            bias,
-            low_rank,
-            ignore_index=ignore_index,
-            logit_scale=logit_scale,
-            softcap=softcap,
-        )
+    call = _Call(
+        rows, ignore_index, float(logit_scale), None if softcap is None else float(softcap), return_entropy,
+        filter_eps, chosen,
+    )  # fmt: skip
+    if shard is None:
+        head = _Head(weight, bias, low_rank, accumulate_into).first(vocabulary)
+        logprobs, lse, entropy = _compute(hidden, head, targets, call)
     else:
-        keep_unit = (
-            torch.is_grad_enabled()
-            and hidden.requires_grad
-            and low_rank is None
-            and not (weight.requires_grad or return_entropy or (bias is not None and bias.requires_grad))
-        )
-        low_hidden, low_weight = low_rank or (None, None)
-        logprobs, lse, entropy, _ = torch.ops.tuna_kernels.linear_logprobs(
-            hidden,
-            weight,
-            bias,
-            low_hidden,
-            low_weight,
-            targets,
-            rows,
-            ignore_index,
-            float(logit_scale),
-            None if softcap is None else float(softcap),
-            return_entropy,
-            keep_unit,
-            chosen,
-        )
+        head = _Head(weight, bias, low_rank, accumulate_into)
+        logprobs, lse, entropy = _compute_sharded(hidden, head, targets, call, shard)
     wanted = (logprobs, *([lse] if return_lse else []), *([entropy] if return_entropy else []))
     return wanted if len(wanted) > 1 else logprobs
+
+
+class _Call(NamedTuple):
+    """What a call is besides its tensors."""
+
+    rows: Tensor | None
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    return_entropy: bool
+    filter_eps: float
+    backend: str
+
+
+class _Head(NamedTuple):
+    """A head's tensors along the vocabulary; ``low_rank`` is (scale * h A^T [T, r], B [V, r])."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
+    main_grad: Tensor | None
+
+    def first(self, entries: int) -> _Head:
+        """The first ``entries`` of the vocabulary."""
+        if entries == self.weight.shape[0]:
+            return self
+        return _Head(
+            self.weight[:entries],
+            None if self.bias is None else self.bias[:entries],
+            None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:entries]),
+            None if self.main_grad is None else self.main_grad[:entries],
+        )
+
+
+def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, entropy)`` over the whole of ``head``."""
+    if call.backend == "reference":
+        if head.main_grad is not None:
+            raise RuntimeError("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
+        return reference.linear_logprobs(
+            hidden,
+            head.weight,
+            targets,
+            call.rows,
+            head.bias,
+            head.low_rank,
+            ignore_index=call.ignore_index,
+            logit_scale=call.logit_scale,
+            softcap=call.softcap,
+        )
+    keep_unit = (
+        torch.is_grad_enabled()
+        and hidden.requires_grad
+        and head.low_rank is None
+        and not (head.weight.requires_grad or call.return_entropy)
+        and not (head.bias is not None and head.bias.requires_grad)
+        and unit_gradient_pays(call.backend, hidden.shape[1], hidden.dtype, head.weight.dtype)
+    )
+    low_hidden, low_weight = head.low_rank or (None, None)
+    logprobs, lse, entropy, _ = torch.ops.tuna_kernels.linear_logprobs(
+        hidden,
+        head.weight,
+        head.bias,
+        low_hidden,
+        low_weight,
+        targets,
+        call.rows,
+        call.ignore_index,
+        call.logit_scale,
+        call.softcap,
+        call.return_entropy,
+        keep_unit,
+        call.backend,
+        head.main_grad,
+        call.filter_eps,
+    )
+    return logprobs, lse, entropy
+
+
+def _compute_sharded(
+    hidden: Tensor, head: _Head, targets: Tensor, call: _Call, shard: parallel.Shard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over the shards of a process group."""
+    hidden = parallel.copy_to_group(hidden, shard.group)
+    if head.low_rank is not None:
+        head = head._replace(low_rank=(parallel.copy_to_group(head.low_rank[0], shard.group), head.low_rank[1]))
+    local, mine, counted = shard.local(targets, call.ignore_index)
+    logprobs, lse, entropy = _compute(hidden, head.first(max(shard.valid, 1)), local, call)
+    if shard.valid == 0:  # nothing but padding: still connected to the graph, so that all ranks run one backward
+        lse = torch.where(counted, -torch.inf, lse)
+    if not call.return_entropy:
+        entropy = entropy[:0]
+    combined: tuple[Tensor, Tensor, Tensor] = torch.ops.tuna_kernels.combine_shards(
+        logprobs, lse, entropy, mine, counted, shard.group
+    )
+    return combined
 
 
 def selective_logprobs(
@@ -135,6 +227,7 @@ def selective_logprobs(
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -147,6 +240,8 @@ def selective_logprobs(
         logits: [..., V] floating point.
         targets: [...] int64 in ``[0, V)`` or ``ignore_index`` (gives 0, zero gradient).
         temperature: positive.
+        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves as much memory again.
+            For logits that nobody reads afterwards (a second backward is an error); the reference backend does not.
         validate: as in :func:`linear_logprobs`.
         backend: as in :func:`linear_logprobs`.
 
@@ -174,7 +269,7 @@ def selective_logprobs(
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     logprobs: Tensor = torch.ops.tuna_kernels.selective_logprobs(
-        flat, flat_targets, float(temperature), ignore_index, chosen
+        flat, flat_targets, float(temperature), ignore_index, chosen, inplace_backward
     )[0]
     return logprobs.view(targets.shape)
 
@@ -230,6 +325,26 @@ def check_head(
         raise ValueError(f"softcap = {softcap} must be positive, or None for no cap")
     if not abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale = {logit_scale} must be finite")
+
+
+def check_accumulation(weight: Tensor, accumulate_into: Tensor | None, compute: torch.dtype, filter_eps: float) -> None:
+    """Where the weight's gradient is to be added, and what may be left out of it."""
+    if not 0 <= filter_eps < float("inf"):
+        raise ValueError(f"filter_eps = {filter_eps} must be 0 or a small positive number")
+    if accumulate_into is None:
+        return
+    if accumulate_into.shape != weight.shape or accumulate_into.device != weight.device:
+        raise ValueError(
+            f"accumulate_into {list(accumulate_into.shape)} on {accumulate_into.device} must be as weight, "
+            f"{list(weight.shape)} on {weight.device}"
+        )
+    if accumulate_into.dtype != compute or accumulate_into.requires_grad or accumulate_into.stride(-1) != 1:
+        raise TypeError(
+            f"accumulate_into must be {compute} with dense rows and no gradient of its own, got {accumulate_into.dtype}"
+            f", strides {accumulate_into.stride()}, requires_grad={accumulate_into.requires_grad}"
+        )
+    if not weight.requires_grad:
+        raise ValueError("accumulate_into is given, but weight does not require a gradient")
 
 
 def check_index(name: str, index: Tensor, device: torch.device) -> None:

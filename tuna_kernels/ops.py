@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backends import linear, ranking, selective
+from .backends import linear, ranking
 from .backends.linear import LinearCall, Saved
 from .backends.ranking import Candidates, LossSettings
 from .backends.reference import compute_dtype
-from .config import tile_ops
+from .config import head_backend
 from .losses import LossCounts, Preset, Reduction, tuna_hinge
 
 P = ParamSpec("P")
@@ -68,16 +68,19 @@ def linear_logprobs(
     want_entropy: bool,
     keep_unit: bool,
     backend: str,
+    main_grad: Tensor | None = None,
+    filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``main_grad`` and ``filter_eps`` are for the backward."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     return linear.forward(
-        tile_ops(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
+        head_backend(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
     )
 
 
 @linear_logprobs.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    targets, (want_entropy, keep_unit, _backend) = rest[3], rest[-3:]
+    targets, want_entropy, keep_unit = rest[3], rest[8], rest[9]
     slots = targets.shape[0]
     new = partial(hidden.new_empty, dtype=compute_dtype(hidden.dtype, weight.dtype))
     unit_rows = torch.sym_min(hidden.shape[0], slots) if keep_unit else 0  # type: ignore[no-untyped-call]
@@ -106,11 +109,49 @@ def linear_logprobs_backward(
     softcap: float | None,
     needs: Sequence[bool],
     backend: str,
+    filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     saved = Saved(logprobs, lse, entropy, unit, upstream, upstream_lse, upstream_entropy)
     a, b, c, d, e = needs
-    return linear.backward(tile_ops(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e))
+    return linear.backward(
+        head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e), filter_eps=filter_eps
+    )
+
+
+@torch.library.custom_op("tuna_kernels::linear_logprobs_backward_into", mutates_args=("main_grad",))
+@_outside_autocast
+def linear_logprobs_backward_into(
+    main_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank_hidden: Tensor | None,
+    low_rank_weight: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    unit: Tensor,
+    upstream: Tensor | None,
+    upstream_lse: Tensor | None,
+    upstream_entropy: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    needs: Sequence[bool],
+    backend: str,
+    filter_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``linear_logprobs_backward`` that adds the weight's gradient to ``main_grad`` and returns an empty one."""
+    call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
+    saved = Saved(logprobs, lse, entropy, unit, upstream, upstream_lse, upstream_entropy)
+    a, b, c, d, e = needs
+    return linear.backward(
+        head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e),
+        filter_eps=filter_eps, main_grad=main_grad,
+    )  # fmt: skip
 
 
 def _fake_gradients(sources: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype | None) -> FiveTensors:
@@ -126,22 +167,32 @@ def _fake_gradients(sources: Sequence[Tensor | None], needs: Sequence[bool], dty
 
 @linear_logprobs_backward.register_fake
 def _(*arguments: Any) -> FiveTensors:
-    return _fake_gradients(arguments[:5], needs=arguments[-2], dtype=None)
+    return _fake_gradients(arguments[:5], needs=arguments[17], dtype=None)
+
+
+@linear_logprobs_backward_into.register_fake
+def _(main_grad: Tensor, *arguments: Any) -> FiveTensors:
+    hidden, _, *others = arguments[17]
+    return _fake_gradients(arguments[:5], needs=[hidden, False, *others], dtype=None)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7], *output)
-    ctx.settings = inputs[7], inputs[8], inputs[9], inputs[12]
+    ctx.settings = inputs[7], inputs[8], inputs[9], inputs[12], inputs[14]
+    ctx.main_grad = inputs[13]  # not saved: other micro-batches add to it before this backward runs
 
 
 def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = _five_needed(ctx)
-    ignore_index, logit_scale, softcap, backend = ctx.settings
-    gradients = torch.ops.tuna_kernels.linear_logprobs_backward(
-        *ctx.saved_tensors, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend
-    )
-    return (*_or_none(gradients, needs), *[None] * 8)
+    ignore_index, logit_scale, softcap, backend, filter_eps = ctx.settings
+    arguments = (*ctx.saved_tensors, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
+    if ctx.main_grad is None or not needs[1]:
+        gradients = torch.ops.tuna_kernels.linear_logprobs_backward(*arguments)
+    else:
+        gradients = torch.ops.tuna_kernels.linear_logprobs_backward_into(ctx.main_grad, *arguments)
+        needs = [needs[0], False, *needs[2:]]
+    return (*_or_none(gradients, needs), *[None] * 10)
 
 
 linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
@@ -153,9 +204,15 @@ linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
 @torch.library.custom_op("tuna_kernels::selective_logprobs", mutates_args=())
 @_outside_autocast
 def selective_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, backend: str
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return selective.forward(tile_ops(backend), logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
+    forward = head_backend(backend).selective_forward
+    return forward(logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
 
 
 @selective_logprobs.register_fake
@@ -175,7 +232,10 @@ def selective_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    return selective.backward(tile_ops(backend), upstream, logits, targets, lse, temperature, ignore_index)
+    gradient = logits.new_empty(logits.shape)
+    backward = head_backend(backend).selective_backward
+    backward(upstream, logits, targets, lse, temperature, ignore_index, gradient)
+    return gradient
 
 
 @selective_logprobs_backward.register_fake
@@ -183,15 +243,40 @@ def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("tuna_kernels::selective_logprobs_backward_", mutates_args=("logits",))
+@_outside_autocast
+def selective_logprobs_backward_(
+    upstream: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> None:
+    """``logits`` become their gradient."""
+    backward = head_backend(backend).selective_backward
+    backward(upstream, logits, targets, lse, temperature, ignore_index, logits)
+
+
+@selective_logprobs_backward_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
 def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.settings = inputs[2:]
+    ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
 
 
 def _selective_gradients(ctx: Any, upstream: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, lse = ctx.saved_tensors
+    if ctx.inplace:
+        gradient = logits.detach()
+        torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, targets, lse, *ctx.settings)
+        return gradient, *[None] * 5
     gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, targets, lse, *ctx.settings)
-    return gradient, None, None, None, None
+    return gradient, *[None] * 5
 
 
 selective_logprobs.register_autograd(_selective_gradients, setup_context=_save_selective)
@@ -280,7 +365,7 @@ def linear_ranking_loss(
     kind: Preset = "paper" if preset == "paper" else "released"
     a, b, c, d, e = needs
     result = ranking.linear_ranking(
-        tile_ops(backend),
+        head_backend(backend),
         call,
         Candidates(rows, targets, candidate_offsets, ranks, group_offsets),
         LossSettings(kind, margin, length_penalty, mle_weight, counts),

@@ -15,7 +15,9 @@ from .losses import REDUCTION_OF, Kind, LossCounts, Preset, first_best, preset_u
 from .scores import sequence_scores
 from .tree import PackedTree
 
-LOGITS_BUDGET = 128 << 20
+# Keeping logits saves a quarter of the flops and costs one pass more over vocabulary-sized float32 gradients for every
+# part of the batch that fits. On a GPU that pays from about 1200 rows a part (docs/gpu.md): 1 GiB is 2000 at V = 128k.
+LOGITS_BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def linear_ranking_loss(
         mle_weight: weight of the MLE term.
         counts: denominators of the whole optimizer step; by default those of this tree.
         bias, lora, logit_scale, softcap: as in :func:`tuna_kernels.linear_logprobs`.
-        logits_budget: bytes of logits to keep at most; default 128 MiB; 0 always recomputes.
+        logits_budget: bytes of logits to keep at most; default 128 MiB, on CUDA 1 GiB; 0 always recomputes.
         backend: as in :func:`tuna_kernels.linear_logprobs`.
 
     Raises:
@@ -97,7 +99,8 @@ def linear_ranking_loss(
     check_index("tree.targets", tree.targets, hidden.device)
     if should_validate(None, hidden):
         check_range("tree.targets", tree.targets, weight.shape[0], "the vocabulary")
-    budget = LOGITS_BUDGET if logits_budget is None else logits_budget
+    default = LOGITS_BUDGET.get(hidden.device.type, LOGITS_BUDGET["cpu"])
+    budget = default if logits_budget is None else logits_budget
     if budget < 0:
         raise ValueError(f"logits_budget = {budget} must not be negative")
     settings = _Settings(preset, margin, length_penalty, mle_weight, counts)

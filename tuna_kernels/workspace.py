@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .backends.attention_plan import MAX_ROWS
-from .backends.linear import UNIT_SLOTS
 from .backends.reference import compute_dtype
 from .backends.selective import CHUNK_BYTES
-from .backends.tiled import MIN_ROWS, TilePlan
+from .backends.tiled import MIN_ROWS, UNIT_SLOTS, TilePlan
 from .config import resolve_backend
 
 __all__ = ["workspace_bytes"]

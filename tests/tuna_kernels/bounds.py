@@ -8,10 +8,13 @@ from torch import Tensor
 FACTOR = 4.0
 
 
-def assert_as_good_as_textbook(got: Tensor, textbook: Tensor, truth: Tensor, name: str = "") -> None:
+def assert_as_good_as_textbook(
+    got: Tensor, textbook: Tensor, truth: Tensor, name: str = "", *, rounded: torch.dtype = torch.float32
+) -> None:
     """``max |got - truth| <= FACTOR * max |textbook - truth| + 16 eps max |truth|``.
 
-    ``truth`` is float64, ``textbook`` the reference backend on the very inputs of ``got``.
+    ``truth`` is float64, ``textbook`` the reference backend on the very inputs of ``got``. ``rounded``: the type in
+    which gradients of logits are multiplied; where that is half precision, one rounding of it comes on top.
     """
     assert got.dtype == textbook.dtype and got.shape == truth.shape, name
     if truth.numel() == 0:
@@ -19,6 +22,8 @@ def assert_as_good_as_textbook(got: Tensor, textbook: Tensor, truth: Tensor, nam
     error = (got.double() - truth).abs().max().item()
     own = (textbook.double() - truth).abs().max().item()
     limit = FACTOR * own + 16 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    if rounded != torch.float32:
+        limit += torch.finfo(rounded).eps * truth.abs().max().item()
     if got.dtype == torch.float64:
         limit = FACTOR * own + 64 * torch.finfo(torch.float64).eps * truth.abs().max().item()
     assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g} (textbook makes {own:.3g})"

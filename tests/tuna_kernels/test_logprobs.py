@@ -66,11 +66,11 @@ def tensors(case: Case) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     return leaves, targets, rows, upstream
 
 
-def evaluate(case: Case, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def evaluate(case: Case, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
     """Values and gradients of every output, with a random upstream of its own for every slot."""
     leaves, targets, rows, upstream = tensors(case)
-    if dtype is not None:
-        leaves = {k: x.to(dtype) for k, x in leaves.items()}
+    leaves = {k: x.to(device=device, dtype=dtype) for k, x in leaves.items()}
+    targets, rows, upstream = targets.to(device), rows.to(device), upstream.to(device)
     for name, leaf in leaves.items():
         leaf.requires_grad_(name == "hidden" or not case.frozen_head)
     lora = (leaves["lora_a"], leaves["lora_b"], 0.5) if case.lora else None
@@ -88,8 +88,8 @@ def evaluate(case: Case, backend: str, dtype: torch.dtype | None = None) -> dict
         backend=backend,
     )
     sum((o * u).sum() for o, u in zip(out, upstream, strict=False)).backward()
-    results = dict(zip(("logprobs", "lse", "entropy"), (o.detach() for o in out), strict=False))
-    return results | {f"d {k}": x.grad for k, x in leaves.items() if x.grad is not None}
+    results = dict(zip(("logprobs", "lse", "entropy"), (o.detach().cpu() for o in out), strict=False))
+    return results | {f"d {k}": x.grad.cpu() for k, x in leaves.items() if x.grad is not None}
 
 
 def check(case: Case, backend: str) -> None:

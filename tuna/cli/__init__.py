@@ -21,7 +21,10 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
-COMMANDS = ("train", "export", "score", "plan", "info", "demo")
+COMMANDS = (
+    "generate", "rank", "sample", "judge", "train", "export", "score", "serve", "plan", "info", "demo",
+)  # fmt: skip
+GROUPS = ("data", "recipe")  # with subcommands of their own
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
@@ -56,7 +59,8 @@ def _assemble() -> None:
     for name in COMMANDS:
         if find_spec(f"tuna.cli.{name}") is not None:
             app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
-    app.add_typer(import_module("tuna.cli.data").app, name="data")
+    for name in GROUPS:
+        app.add_typer(import_module(f"tuna.cli.{name}").app, name=name)
     bench = import_module("tuna.cli.bench")
     app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 

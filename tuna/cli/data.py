@@ -1,4 +1,4 @@
-"""`tuna data`: check, convert and count ranked records."""
+"""`tuna data`: check, convert, split and count ranked records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "best_and_worst", "record_stats"]
 
-app = typer.Typer(help="Check, convert and count ranked records.", no_args_is_help=True)
+app = typer.Typer(help="Check, convert, split and count ranked records.", no_args_is_help=True)
 
 Source = Annotated[str, typer.Argument(help="A .json, .jsonl or .parquet file, or a folder saved by datasets.")]
 Format = Annotated[str, typer.Option(help="Shape of the records; see `tuna data convert --help`.")]
@@ -120,6 +120,31 @@ def stats(
     if tokens is not None:
         console.print(_lengths_table(tokens, max_length))
         console.print(_tokens_table(tokens))
+
+
+@app.command()
+def split(
+    source: Annotated[str, typer.Argument(help="Any .json or .jsonl file whose rows have ids.")],
+    output: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
+    fraction: Annotated[float | None, typer.Option(help="Hold out this share, chosen by a hash of the ids.")] = None,
+    like: Annotated[str | None, typer.Option(help="Or: hold out the ids that this file has.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another choice.")] = 0,
+) -> None:
+    """Split a file by the ids of its rows, which are copied as they are."""
+    from tuna.files import write_rows
+    from tuna.split import hold_out, rows_with_ids
+
+    if (fraction is None) == (like is None):
+        raise ValueError("give exactly one of fraction and like")
+    rows = rows_with_ids(source)
+    held = set(rows_with_ids(like)) if like is not None else hold_out(rows, fraction or 0.0, seed)
+    parts = {
+        "train.jsonl": [row for name, row in rows.items() if name not in held],
+        "held_out.jsonl": [row for name, row in rows.items() if name in held],
+    }
+    for name, part in parts.items():
+        write_rows(output / name, part)
+        typer.echo(f"{output / name}: {len(part)} rows")
 
 
 def record_stats(records: Sequence[Record]) -> dict[str, Any]:

@@ -1,23 +1,14 @@
-"""Progress on a terminal: a bar with rate and time left, and one short line a log entry."""
+"""Progress of training on a terminal: bars, and one short line a log entry."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tuna.cli.bar import progress_bar
 
 # What a line shows, in order; everything else is in the trainer's log.
 SHOWN = {
@@ -30,32 +21,6 @@ SHOWN = {
     "active_share": ("active", ".2f"),
     "tokens/s": ("tokens/s", ",.0f"),
 }
-
-
-class RateColumn(ProgressColumn):
-    """Units done per second."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        """The rate, or nothing before there is one."""
-        return Text("" if task.speed is None else f"{task.speed:,.4g} {self.unit}/s", style="progress.data.speed")
-
-
-def progress_bar(console: Console, unit: str) -> Progress:
-    """A bar with counts, rate in ``unit`` per second, time gone and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=600.0,  # rich's 30 seconds know no rate for a step that takes longer
-    )
 
 
 def log_line(logs: dict[str, float]) -> str:

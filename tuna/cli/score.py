@@ -84,7 +84,7 @@ def _score(
     backend: str,
 ) -> ScoreReport:
     """Score ``groups`` under a bar that counts tree tokens."""
-    from tuna.cli.progress import progress_bar
+    from tuna.cli.bar import progress_bar
     from tuna.scoring import score_dataset
     from tuna_kernels import tree_tokens
 

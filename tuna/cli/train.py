@@ -101,8 +101,8 @@ def train(
     file, overrides = flags.pop("config"), flags.pop("set_") or []
     from rich.console import Console
 
-    from tuna.cli.recipe import run_training
     from tuna.cli.settings import merge_settings
+    from tuna.cli.training import run_training
 
     names = {
         "groups": "per_device_train_batch_size",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import tiled
+from .head import HeadBackend
 from .reference import compute_dtype
 from .slots import Slots
-from .tiled import Gradients, Head, Inputs, RowGradient, TileOps
+from .tiled import Gradients, Head, Inputs, RowGradient
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _rows_dense(matrix: Tensor) -> Tensor:
 
 
 def forward(
-    ops: TileOps,
+    backend: HeadBackend,
     call: LinearCall,
     targets: Tensor,
     rows: Tensor | None,
@@ -64,8 +64,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D])``, zero for ignored slots."""
     slots = Slots.build(targets, rows, ignore_index)
-    result = tiled.forward(
-        ops, call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
+    result = backend.forward(
+        call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
     )
 
     def per_slot(values: Tensor) -> Tensor:
@@ -132,32 +132,44 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
 
 
 def backward(
-    ops: TileOps,
+    backend: HeadBackend,
     call: LinearCall,
     targets: Tensor,
     rows: Tensor | None,
     ignore_index: int,
     saved: Saved,
     needs: tuple[bool, bool, bool, bool, bool],
+    *,
+    filter_eps: float = 0.0,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed."""
+    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed.
+
+    ``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty.
+    """
     all_slots = Slots.build(targets, rows, ignore_index)
     slots, kept, coefficients = row_gradient(all_slots, call, saved)
     hidden, weight, bias, low_hidden, low_weight = needs
-    empty = call.hidden.new_empty
-    # Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile.
+    add = main_grad is not None
+
+    def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
+        """Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
+        beside a ``main_grad``, added to zeros in the compute type."""
+        if source is None or not wanted:
+            return call.hidden.new_empty(0)
+        if of_rows:
+            return source.new_zeros(source.shape)
+        return source.new_zeros(source.shape, dtype=call.compute) if add else source.new_empty(source.shape)
+
     results = [
-        empty(0) if t is None or not wanted else t.new_zeros(t.shape) if of_rows else t.new_empty(t.shape)
-        for t, wanted, of_rows in (
-            (call.hidden, hidden, True),
-            (call.weight, weight, False),
-            (call.bias, bias, False),
-            (call.low_rank_hidden, low_hidden, True),
-            (call.low_rank_weight, low_weight, False),
-        )
+        new(call.hidden, hidden, of_rows=True),
+        new(call.weight, weight and not add),
+        new(call.bias, bias),
+        new(call.low_rank_hidden, low_hidden, of_rows=True),
+        new(call.low_rank_weight, low_weight),
     ]
     if saved.unit.numel() and hidden:
-        row_grads: Tensor | None = _unit_rows(call, slots, saved.unit[kept], coefficients)
+        row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, coefficients)
         low_rows = None
     else:
         count = slots.rows.numel()
@@ -168,34 +180,22 @@ def backward(
         into = Gradients(
             rows=row_grads,
             low_rank_rows=low_rows,
-            weight=results[1] if weight else None,
+            weight=main_grad if add and weight else results[1] if weight else None,
             low_rank_weight=results[4] if low_weight else None,
             bias=results[2] if bias else None,
+            accumulate=add,
+            filter_eps=filter_eps,
         )
-        tiled.backward(ops, call.inputs, call.head, slots, call.compute, coefficients, into)
+        backend.backward(call.inputs, call.head, slots, call.compute, coefficients, into)
     for result, grads in ((results[0], row_grads), (results[3], low_rows)):
         if grads is not None:
             result.index_copy_(0, slots.rows, grads.to(result.dtype))
+    if add:
+        results[2] = results[2] if call.bias is None else results[2].to(call.bias.dtype)
+        results[4] = results[4] if call.low_rank_weight is None else results[4].to(call.low_rank_weight.dtype)
     return results[0], results[1], results[2], results[3], results[4]
 
 
 def row_grads_like(source: Tensor, rows: int, compute: torch.dtype) -> Tensor:
     """An uninitialised [rows, width of source] buffer in the compute type."""
     return source.new_empty(rows, source.shape[1], dtype=compute)
-
-
-UNIT_SLOTS = 1024
-
-
-def _unit_rows(call: LinearCall, slots: Slots, unit: Tensor, coefficients: RowGradient) -> Tensor:
-    """Gradient of the hidden rows from the unit gradient: one weight row a slot, no logits.
-
-    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``
-    """
-    gradient = unit * coefficients.softmax_weight.unsqueeze(1)
-    for start in range(0, slots.slots.numel(), UNIT_SLOTS):
-        part = slice(start, start + UNIT_SLOTS)
-        rows = call.weight.index_select(0, slots.targets[part]).to(call.compute)
-        rows.mul_(coefficients.slot_gradient[part].unsqueeze(1))
-        gradient.index_add_(0, slots.row_of[part], rows)
-    return gradient

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..losses import LossCounts, Preset, preset_upstream
-from . import tiled
+from .head import HeadBackend
 from .linear import LinearCall, Saved, row_gradient, row_grads_like
 from .slots import Slots
-from .tiled import MIN_ROWS, Gradients, TileOps
+from .tiled import MIN_ROWS, Gradients
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,31 @@ class _Part:
 
 
 def _parts(candidates: Candidates, vocabulary: int, itemsize: int, budget: int) -> Iterator[_Part]:
-    """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget."""
+    """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget.
+
+    Groups beyond the budget are recomputed, as many neighbours of them as there are at once: that takes no memory
+    that grows with them, and vocabulary-sized gradients are gone through once.
+    """
     capacity = budget // max(1, itemsize * vocabulary)
     group_offsets = candidates.group_offsets.tolist()
     slot_offsets = candidates.candidate_offsets[candidates.group_offsets].tolist()
     first, groups = 0, len(group_offsets) - 1
+
+    def fits(first: int, last: int) -> bool:
+        slots: int = slot_offsets[last] - slot_offsets[first]
+        return max(slots, MIN_ROWS) <= capacity
+
     while first < groups:
-        last = first + 1
-        while last < groups and slot_offsets[last + 1] - slot_offsets[first] <= capacity:
+        last, keep = first + 1, fits(first, first + 1)
+        while last < groups and (fits(first, last + 1) if keep else not fits(last, last + 1)):
             last += 1
         slots = slice(slot_offsets[first], slot_offsets[last])
-        keep = max(slots.stop - slots.start, MIN_ROWS) <= capacity
         yield _Part(slice(first, last), slice(group_offsets[first], group_offsets[last]), slots, keep)
         first = last
 
 
 def linear_ranking(
-    ops: TileOps,
+    backend: HeadBackend,
     call: LinearCall,
     candidates: Candidates,
     settings: LossSettings,
@@ -110,7 +118,7 @@ def linear_ranking(
         slots = Slots.build(candidates.targets[part.slots], candidates.rows[part.slots], ignore_index=-1)
         rows = slots.rows.numel()
         kept = block[: rows * head.vocabulary].view(rows, head.vocabulary) if part.keep and keeps else None
-        result = tiled.forward(ops, inputs, head, slots, compute, block=kept)
+        result = backend.forward(inputs, head, slots, compute, block=kept)
         logprobs[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.logprobs)
         lse[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.lse[slots.row_of])
         of_part = preset_upstream(
@@ -130,7 +138,7 @@ def linear_ranking(
         upstream[part.slots] = of_part.upstream.to(compute)
         if gradients.any:
             saved = _saved(logprobs[part.slots], lse[part.slots], upstream[part.slots])
-            _add_gradients(ops, call, slots, saved, kept, gradients)
+            _add_gradients(backend, call, slots, saved, kept, gradients)
     return Result(ranking, mle, scores, logprobs, lse, upstream, gradients)
 
 
@@ -150,7 +158,7 @@ def _zero_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]
 
 
 def _add_gradients(
-    ops: TileOps, call: LinearCall, slots: Slots, saved: Saved, block: Tensor | None, total: Gradients
+    backend: HeadBackend, call: LinearCall, slots: Slots, saved: Saved, block: Tensor | None, total: Gradients
 ) -> None:
     """Add one part's gradients, from its kept block or by recomputing its logits."""
     every_row = slots.rows.numel()
@@ -167,8 +175,7 @@ def _add_gradients(
         accumulate=True,
     )
     block_rows = None if count == every_row else kept
-    tiled.backward(
-        ops,
+    backend.backward(
         call.inputs,
         call.head,
         slots,

@@ -61,20 +61,22 @@ def backward(
     lse: Tensor,
     temperature: float,
     ignore_index: int,
-) -> Tensor:
-    """Gradient [N, V] in the dtype of the logits; p - onehot is taken in the compute type, before rounding."""
+    out: Tensor,
+) -> None:
+    """Write the gradient to ``out`` [N, V] (may be ``logits``); p - onehot is taken before rounding to its dtype."""
     compute = lse.dtype
     slots = Slots.build(targets, None, ignore_index)
     head = Head(logits, None, None, 1.0 / temperature, None)
-    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    in_place = out.data_ptr() == logits.data_ptr()
     for part in _chunks(logits, slots, compute):
         rows = slots.rows[part]
-        in_place = slots.contiguous and logits.dtype == compute
-        z = gradient[part] if in_place else gradient.new_empty(rows.numel(), logits.shape[1], dtype=compute)
-        ops.load(z, logits, rows)
+        direct = slots.contiguous and logits.dtype == compute
+        z = out[part] if direct else out.new_empty(rows.numel(), logits.shape[1], dtype=compute)
+        if not (direct and in_place):
+            ops.load(z, logits, rows)
         g = upstream[rows].to(compute)
         of_rows = RowGradient(lse[rows].contiguous(), -g, None, None, g / temperature)
         ops.gradient(_tile(z, slots, part), head, of_rows, is_capped=False)
-        if not in_place:
-            gradient[rows] = z.to(gradient.dtype)
-    return gradient
+        if not direct:
+            out[rows] = z.to(out.dtype)
+    out[targets == ignore_index] = 0

@@ -70,5 +70,8 @@ class Slots:
 
     def row_sums(self, values: Tensor) -> Tensor:
         """[R] sum over each row's slots of ``values`` [S]."""
-        sums = torch.zeros(self.rows.numel(), dtype=values.dtype, device=values.device)
-        return sums.index_add_(0, self.row_of, values)
+        if values.device.type == "cpu":
+            sums = torch.zeros(self.rows.numel(), dtype=values.dtype)
+            return sums.index_add_(0, self.row_of, values)
+        # In order, where index_add_ would add atomically.
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0, unsafe=True)

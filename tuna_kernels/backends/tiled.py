@@ -271,6 +271,7 @@ class Gradients:
     low_rank_weight: Tensor | None  # [V, r]
     bias: Tensor | None  # [V]
     accumulate: bool = False  # add into weight, low_rank_weight and bias (compute type) rather than overwrite
+    filter_eps: float = 0.0  # vocabulary entries whose dL/dlogit stays below this in every row may be left out
 
     @property
     def any(self) -> bool:
@@ -363,3 +364,20 @@ class _Sinks:
         for tile, target in pairs:
             if tile is not None and target is not None and tile.dtype != target.dtype:
                 target[self.first : self.last].copy_(tile)
+
+
+UNIT_SLOTS = 1024
+
+
+def unit_rows(weight: Tensor, slots: Slots, unit: Tensor, places: Tensor, gradient: RowGradient) -> Tensor:
+    """Gradient of hidden rows from their unit gradients ``unit[places]``: one weight row a slot, no logits.
+
+    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``
+    """
+    result = unit[places] * gradient.softmax_weight.unsqueeze(1)
+    for start in range(0, slots.slots.numel(), UNIT_SLOTS):
+        part = slice(start, start + UNIT_SLOTS)
+        rows = weight.index_select(0, slots.targets[part]).to(unit.dtype)
+        rows.mul_(gradient.slot_gradient[part].unsqueeze(1))
+        result.index_add_(0, slots.row_of[part], rows)
+    return result

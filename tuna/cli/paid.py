@@ -1,0 +1,276 @@
+"""What commands that pay for calls have in common: their flags, the bar, the summary and the exit code.
+
+Exit codes: 0 all done, 1 some set aside (in `failed.jsonl`), 3 ended early (budget, refusal, Ctrl-C); 2 is a user
+error as everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tuna.calls import Outcome, PaidCalls, PaidSettings, Request
+    from tuna.journal import Journal
+
+__all__ = [
+    "Backoff",
+    "BaseUrl",
+    "Concurrency",
+    "DryRun",
+    "Extra",
+    "KeyVariable",
+    "MaxAttempts",
+    "MaxBackoff",
+    "MaxCalls",
+    "MaxCost",
+    "PaidRun",
+    "PriceInput",
+    "PriceOutput",
+    "RequestTimeout",
+    "RequestsPerMinute",
+    "TotalTimeout",
+    "paid_settings",
+    "parse_extra",
+]
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+BaseUrl: TypeAlias = Annotated[
+    str, typer.Option(envvar="OPENAI_BASE_URL", help="Address of the endpoint, with its version.")
+]
+KeyVariable: TypeAlias = Annotated[
+    str, typer.Option("--api-key-env", help="Environment variable that holds the key; local servers need none.")
+]
+Concurrency: TypeAlias = Annotated[int, typer.Option(help="Most calls side by side.")]
+RequestsPerMinute: TypeAlias = Annotated[float | None, typer.Option(help="Send no more than so many.")]
+RequestTimeout: TypeAlias = Annotated[float, typer.Option(help="Seconds an attempt may take.")]
+TotalTimeout: TypeAlias = Annotated[float, typer.Option(help="Seconds a call may take with all its attempts.")]
+MaxAttempts: TypeAlias = Annotated[int, typer.Option(help="Requests a call may take.")]
+Backoff: TypeAlias = Annotated[float, typer.Option(help="Seconds before the second attempt; then doubled.")]
+MaxBackoff: TypeAlias = Annotated[float, typer.Option(help="Most seconds of a back-off (Retry-After may be longer).")]
+MaxCalls: TypeAlias = Annotated[int | None, typer.Option(help="Most calls in this folder, all runs together.")]
+MaxCost: TypeAlias = Annotated[float | None, typer.Option(help="Most cost in this folder; needs the prices.")]
+PriceInput: TypeAlias = Annotated[float, typer.Option(help="Price of a million prompt tokens.")]
+PriceOutput: TypeAlias = Annotated[float, typer.Option(help="Price of a million response tokens.")]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print calls, tokens and cost; call nothing.")]
+Extra: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="""Further fields of each request, as JSON: '{"top_k": 40}'. They win; null removes one."""),
+]
+
+
+def paid_settings(
+    *,
+    base_url: str,
+    key_variable: str,
+    concurrency: int,
+    requests_per_minute: float | None,
+    request_timeout: float,
+    total_timeout: float,
+    max_attempts: int,
+    backoff: float,
+    max_backoff: float,
+    max_calls: int | None,
+    max_cost: float | None,
+    price_input: float,
+    price_output: float,
+) -> PaidSettings:
+    """The flags above as settings.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    from tuna.budget import Prices
+    from tuna.calls import PaidSettings
+    from tuna.endpoint import EndpointSettings
+
+    if concurrency < 1:
+        raise ValueError(f"concurrency = {concurrency} must be at least 1")
+    endpoint = EndpointSettings(
+        base_url.rstrip("/"),
+        key_variable,
+        requests_per_minute=requests_per_minute,
+        request_timeout=request_timeout,
+        total_timeout=total_timeout,
+        max_attempts=max_attempts,
+        backoff=backoff,
+        max_backoff=max_backoff,
+    )
+    settings = PaidSettings(endpoint, concurrency, max_calls, max_cost, Prices(price_input, price_output))
+    settings.budget()  # refuses bad bounds before anything is opened
+    return settings
+
+
+def parse_extra(text: str | None) -> dict[str, Any]:
+    """The fields of `--extra`.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    try:
+        value = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--extra is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--extra takes a JSON object, not {text}")
+    return value
+
+
+@dataclass
+class PaidRun:
+    """One command at work in its folder.
+
+    Attributes:
+        console: of the user.
+        tool: "generate", "judge", …
+        folder: holds the journal, the manifest and the results.
+        parameters: decide what an answer means; the folder takes one set of them.
+        settings: how to ask and what to spend.
+    """
+
+    console: Console
+    tool: str
+    folder: Path
+    parameters: Mapping[str, Any]
+    settings: PaidSettings
+
+    def journal(self) -> Journal:
+        """The folder's journal, to be opened."""
+        from tuna.journal import Journal
+
+        return Journal(self.folder, self.tool, {"base_url": self.settings.endpoint.base_url, **self.parameters})
+
+    def dry_run(self, requests: Iterable[Request], note: str) -> None:
+        """Print what the requests would take at most; calls nothing and writes nothing."""
+        from rich.table import Table
+
+        from tuna.calls import worst_case
+
+        if (self.folder / "manifest.json").exists():
+            with self.journal() as journal:
+                calls, found, usage = worst_case(requests, journal)
+        else:
+            calls, found, usage = worst_case(requests)
+        prices = self.settings.prices
+        table = Table(title=f"tuna {self.tool}: dry run", show_header=False, title_justify="left", caption=note)
+        table.add_row("calls", f"{calls:,}")
+        table.add_row("answered by the journal", f"{found:,}")
+        table.add_row("prompt tokens (estimate)", f"{usage.input:,}")
+        table.add_row("response tokens (at most)", f"{usage.output:,}")
+        cost = f"{prices.cost(usage):,.4f}" if prices.input or prices.output else "unknown: give --price-input/-output"
+        table.add_row("cost (at most)", cost)
+        self.console.print(table)
+
+    def run(
+        self,
+        journal: Journal,
+        jobs: Sequence[J],
+        work: Callable[[PaidCalls, J], Awaitable[R]],
+        *,
+        prepare: Callable[[PaidCalls], Awaitable[None]] | None = None,
+    ) -> tuple[Outcome[R], dict[str, Any]]:
+        """Work through the jobs under a bar; the outcome, and the figures of the run."""
+        from rich.progress import TextColumn
+
+        from tuna.calls import run_paid
+        from tuna.cli.bar import progress_bar
+
+        start = time.perf_counter()
+        with progress_bar(self.console, "records", TextColumn("{task.fields[spent]}")) as bar:
+            task = bar.add_task(self.tool, total=len(jobs), spent="")
+            outcome, calls = asyncio.run(
+                run_paid(
+                    journal,
+                    self.settings,
+                    jobs,
+                    work,
+                    prepare=prepare,
+                    on_done=lambda calls: bar.update(task, advance=1, spent=_spent(calls)),
+                )
+            )
+        return outcome, _figures(outcome, calls, len(jobs), time.perf_counter() - start)
+
+    def finish(self, jobs: Sequence[Any], outcome: Outcome[Any], figures: dict[str, Any]) -> None:
+        """Write `failed.jsonl` and `summary.json`, print the summary, and leave with the exit code.
+
+        Raises:
+            typer.Exit: something was set aside, or the run ended early.
+        """
+        from tuna.files import write_rows
+        from tuna.report import write_json
+
+        failed = self.folder / "failed.jsonl"
+        if outcome.failed:
+            rows = [
+                {"id": jobs[i].id, "reason": reason, "record": jobs[i].model_dump(exclude_none=True)}
+                for i, reason in sorted(outcome.failed.items())
+            ]
+            write_rows(failed, rows)
+        else:
+            failed.unlink(missing_ok=True)
+        write_json(self.folder / "summary.json", figures)
+        self.console.print(_table(f"tuna {self.tool}: {self.folder}", figures))
+        if outcome.failed:
+            first = outcome.failed[min(outcome.failed)]
+            self._say(f"{len(outcome.failed)} set aside in {failed}; the first: {first}", "yellow")
+        if outcome.stopped is not None:
+            left = figures["left"]
+            self._say(f"ended early, {left} left: {outcome.stopped}. The same command goes on from here.", "red")
+            raise typer.Exit(3)
+        if outcome.failed:
+            raise typer.Exit(1)
+
+    def _say(self, text: str, style: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _spent(calls: PaidCalls) -> str:
+    budget = calls.budget
+    tokens = f"{budget.spent.input + budget.spent.output:,} tokens"
+    return f"{tokens}, cost {budget.cost:.4g}" if budget.cost else tokens
+
+
+def _figures(outcome: Outcome[Any], calls: PaidCalls, jobs: int, seconds: float) -> dict[str, Any]:
+    journal, endpoint, budget = calls.journal, calls.endpoint, calls.budget
+    done, failed = len(outcome.results), len(outcome.failed)
+    return {
+        "done": done,
+        "set aside": failed,
+        "left": jobs - done - failed,
+        "calls answered": calls.made,
+        "answered by the journal": calls.found,
+        "requests sent": endpoint.requests,
+        "repeated after a fault": endpoint.retries,
+        "refused for their rate": endpoint.refused,
+        "seconds waited": round(endpoint.waited, 3),
+        "seconds": round(seconds, 3),
+        "calls of all runs": budget.calls,
+        "of them without use": journal.lost,
+        "prompt tokens of all runs": budget.spent.input,
+        "response tokens of all runs": budget.spent.output,
+        "cost of all runs": budget.cost,
+        "stopped": None if outcome.stopped is None else str(outcome.stopped),
+    }
+
+
+def _table(title: str, figures: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in figures.items():
+        if value is not None:
+            table.add_row(name, value if isinstance(value, str) else f"{value:,}")
+    return table

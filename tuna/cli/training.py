@@ -1,0 +1,215 @@
+"""A training run from files to files, top to bottom: what `tuna train` does."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+
+from tuna.cli.data import best_and_worst
+from tuna.cli.progress import TrainingProgress
+from tuna.cli.settings import RunSettings
+from tuna.config import TunaConfig
+from tuna.export import merged_from
+from tuna.logs import LOG_FILE, JsonLines, default_reports
+from tuna.models import load_model
+from tuna.records import Problem, Record, read_records
+from tuna.report import plot_log, write_json
+from tuna.tokenization import TokenizedGroup, TokenStats, token_stats
+from tuna.trainer import TunaTrainer, tokenized
+
+METRICS_FILE = "metrics.json"
+PICTURE_FILE = "loss_curve.png"
+ADAPTER_FOLDER = "adapter"
+
+
+def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Train, evaluate and save; returns what ``metrics.json`` holds.
+
+    Args:
+        run: model, data and what to do with them.
+        settings: keyword arguments of `TunaConfig`, ``output_dir`` among them.
+        console: where tables and progress go.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, data or a model that cannot be used.
+    """
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
+    output = Path(settings["output_dir"]).expanduser()
+    _check_output(output, run)
+    config = _trainer_config(run, settings)
+    train_records, eval_records = _read(run, config, console)
+    console.print(best_and_worst(train_records, 3))
+    _confirm(run, console)
+    with console.status(f"loading {run.model} …"):
+        model, tokenizer = load_model(run.model, dtype=getattr(torch, run.dtype))
+    with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
+        train = tokenized(train_records, config, tokenizer)
+        held_out = tokenized(eval_records, config, tokenizer) if eval_records else None
+    trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainingProgress(console))
+    trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
+    stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
+    console.print(_summary(trainer, stats, held_out))
+
+    before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
+    trainer.train(resume_from_checkpoint=run.resume or None)
+    if config.eval_on_start:
+        before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
+    after = trainer.evaluate() if held_out else None
+    _save(trainer, output, tokenizer)
+    metrics = {
+        "settings": asdict(run) | settings,
+        "data": asdict(stats),
+        "steps": trainer.state.global_step,
+        "before": before,
+        "after": after,
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        write_json(output / METRICS_FILE, metrics)
+        plot_log(output / PICTURE_FILE, trainer.state.log_history)
+    if after is not None:
+        console.print(_comparison(before, after))
+    console.print(f"model, {METRICS_FILE} and {PICTURE_FILE} are in {output}", highlight=False)
+    return metrics
+
+
+def _check_output(output: Path, run: RunSettings) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir = {output} is a file")
+    if (output / METRICS_FILE).exists() and not run.resume and not run.overwrite:
+        raise ValueError(f"output_dir = {output} holds a run already: choose another, or overwrite or resume it")
+
+
+def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
+    held_out = run.eval_data is not None or run.eval_fraction is not None
+    if "eval_steps" in settings and held_out:
+        settings.setdefault("eval_strategy", "steps")
+    if not held_out and settings.get("eval_strategy", "no") != "no":
+        raise ValueError("eval_strategy needs held-out data: give eval_data or eval_fraction")
+    # Sharded weights are there to evaluate only once DeepSpeed has started, which training does.
+    on_start = bool(settings.get("deepspeed")) and held_out and run.eval_first
+    defaults = {"report_to": default_reports(), "eval_on_start": on_start}
+    return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+
+
+def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records."""
+    with console.status(f"reading {run.data} …"):
+        found = read_records(run.data, format=run.format, on_bad=config.on_bad)
+        held_out = read_records(run.eval_data, format=run.format, on_bad=config.on_bad) if run.eval_data else None
+    _print_problems(console, [*found.problems, *(held_out.problems if held_out else [])])
+    records = found.records[: run.limit]
+    if not records:
+        raise ValueError(f"data = {run.data!r} holds no records")
+    if held_out is not None or run.eval_fraction is None:
+        return records, held_out.records if held_out else []
+    if len(records) < 2:
+        raise ValueError(f"eval_fraction = {run.eval_fraction} needs two records at least, there is one")
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    count = min(max(1, round(run.eval_fraction * len(records))), len(records) - 1)
+    chosen = set(order[:count].tolist())
+    return (
+        [record for i, record in enumerate(records) if i not in chosen],
+        [record for i, record in enumerate(records) if i in chosen],
+    )
+
+
+def _print_problems(console: Console, problems: Sequence[Problem], most: int = 10) -> None:
+    for problem in problems[:most]:
+        console.print(Text(f"left out: {problem}", style="yellow"))
+    if len(problems) > most:
+        console.print(f"… and {len(problems) - most} more left out")
+
+
+def _confirm(run: RunSettings, console: Console) -> None:
+    """On a terminal, ask whether the order of the responses is right."""
+    if run.yes or not console.is_terminal or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return
+    if console.input("Are these the right way round? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        raise ValueError("stopped: give the records with scores (higher is better) or ranks (0 or 1 is best)")
+
+
+def _with_adapter(model: PreTrainedModel, run: RunSettings) -> torch.nn.Module:
+    if run.lora_r == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = run.lora_targets if run.lora_targets == "all-linear" else run.lora_targets.split(",")
+    adapter = LoraConfig(
+        r=run.lora_r,
+        lora_alpha=2 * run.lora_r if run.lora_alpha is None else run.lora_alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    adapted: torch.nn.Module = get_peft_model(model, adapter)
+    return adapted
+
+
+def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A folder that plain transformers loads; an adapter is kept beside the model it was merged into."""
+    if not hasattr(trainer.model, "merge_and_unload"):
+        trainer.save_model(str(output))
+        return
+    trainer.save_model(str(output / ADAPTER_FOLDER))
+    model = cast(Any, trainer.model)
+    if trainer.shape.zero_stage == 3:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
+        merge: Callable[[], Any] = functools.partial(merged_from, model, weights)
+    else:
+        merge = model.merge_and_unload
+    if trainer.is_world_process_zero():
+        merge().save_pretrained(output)
+        tokenizer.save_pretrained(output)
+
+
+def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
+    args = trainer.args
+    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    batch = (
+        f"{args.per_device_train_batch_size} groups"
+        if args.tokens_per_batch is None
+        else f"up to {args.tokens_per_batch:,} tokens"
+    )
+    model: Any = trainer.model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = {
+        "groups": f"{stats.groups:,} to train on, {len(held_out or ()):,} held out",
+        "responses": f"{stats.candidates:,} ({stats.cut_responses / stats.candidates:.1%} cut to the limit)",
+        "tokens an epoch": f"{stats.tree:,} instead of {stats.unpadded:,} in separate sequences, "
+        f"{stats.padded:,} padded",
+        "saved by sharing": f"{1 - stats.tree / stats.unpadded:.1%}; with padding {1 - stats.tree / stats.padded:.1%}",
+        "batch": f"{batch} x {args.gradient_accumulation_steps} x {trainer.accelerator.num_processes} processes",
+        "steps": f"{steps:,} ({per_epoch:,} an epoch)",
+        "parameters": f"{trainable:,} trained",
+        "loss": f"{args.preset}, margin {args.margin:g}, length penalty {args.length_penalty:g}, "
+        f"likelihood weight {args.mle_weight:g}",
+    }
+    table = Table(title="Training", show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Table:
+    table = Table("held out", "before", "after", title="Result", title_justify="left")
+    for name in ("loss", "loss/rank", "loss/mle", "rank/accuracy", "rank/top1", "rank/kendall", "margin/mean"):
+        key = f"eval_{name}"
+        if key in after:
+            table.add_row(name, "" if before is None else f"{before[key]:.4f}", f"{after[key]:.4f}")
+    return table

@@ -1,0 +1,238 @@
+"""Responses of a teacher behind an OpenAI-compatible endpoint, with the log-probability it gave each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tuna.calls import PaidCalls, Request
+from tuna.endpoint import Api, CallFailed, EndpointRefused, UnusableAnswer
+from tuna.records import Record
+from tuna.responses import Instruction, Response, ResponseSet
+from tuna.templates import render_prompt
+
+__all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "probe_logprobs", "with_extra"]
+
+
+class NoLogprobs(ValueError):
+    """The endpoint gives no log-probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is asked of a teacher, for each instruction.
+
+    Attributes:
+        model: its name at the endpoint.
+        api: "completions" (the prompt as text) or "chat" (as messages).
+        n: responses an instruction.
+        max_tokens: most tokens of a response.
+        temperature, top_p: how they are drawn.
+        seed: passed on, plus the number of the draw where one request was not enough; None: not sent.
+        stop: texts that end a response.
+        template: for "completions": none, alpaca or a text with ``{prompt}``; see `tuna.templates`.
+        system: for "chat": a system message before the others.
+        logprobs: whether to ask for the log-probabilities of the tokens, and to insist on them.
+        extra: further fields of the request, such as ``{"top_k": 40}``; they win, and None takes a field away.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    model: str
+    api: Api = "chat"
+    n: int = 4
+    max_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    template: str = "none"
+    system: str | None = None
+    logprobs: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.api not in ("completions", "chat"):
+            raise ValueError(f"api = {self.api!r} is neither 'completions' nor 'chat'")
+        for name in ("n", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature = {self.temperature} must be between 0 and 2")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must be above 0 and at most 1")
+        if self.api == "chat" and self.template != "none":
+            raise ValueError(f"template = {self.template!r} is for api = 'completions'; a chat endpoint has its own")
+        if self.api == "completions" and self.system is not None:
+            raise ValueError("system is for api = 'chat'; put the text into the template")
+
+    def parameters(self) -> dict[str, Any]:
+        """All fields as JSON values, for a manifest."""
+        return {**asdict(self), "stop": list(self.stop), "extra": dict(self.extra)}
+
+    def request(self, instruction: Instruction, n: int | None = None, draw: int = 0) -> Request:
+        """The request for ``n`` (default: all) responses; ``draw`` counts the requests for this instruction.
+
+        Raises:
+            ValueError: the instruction cannot be rendered with the template.
+        """
+        body: dict[str, Any] = {
+            "model": self.model,
+            **self._prompt(instruction),
+            "n": n or self.n,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+        if self.seed is not None:
+            body["seed"] = self.seed + draw
+        if self.stop:
+            body["stop"] = list(self.stop)
+        return Request(self.api, with_extra({**body, **self._wanted()}, self.extra), draw)
+
+    def probe(self) -> Request:
+        """The cheapest request that shows whether there are log-probabilities."""
+        prompt = self._prompt(Instruction(id="probe", prompt="Say: yes"))
+        body = {"model": self.model, **prompt, "max_tokens": 4, **self._wanted()}
+        return Request(self.api, with_extra(body, self.extra))
+
+    def _wanted(self) -> dict[str, Any]:
+        if not self.logprobs:
+            return {}
+        return {"logprobs": True if self.api == "chat" else 1}
+
+    def _prompt(self, instruction: Instruction) -> dict[str, Any]:
+        if self.api == "chat":
+            before = [] if self.system is None else [{"role": "system", "content": self.system}]
+            return {"messages": [*before, *instruction.turns()]}
+        if instruction.messages is not None:
+            raise ValueError(f"instruction {instruction.id!r} has messages; they need api = 'chat'")
+        record = Record(id=instruction.id, prompt=instruction.prompt, responses=[""])
+        return {"prompt": render_prompt(record, self.template, None)}
+
+
+def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with further fields; those that are None are taken away."""
+    return {name: value for name, value in {**body, **extra}.items() if value is not None}
+
+
+async def generate_responses(
+    calls: PaidCalls, sampling: Sampling, instruction: Instruction, *, keep_logprobs: bool = False
+) -> ResponseSet:
+    """``sampling.n`` responses to an instruction; an endpoint that gives fewer is asked again for the rest.
+
+    Raises:
+        CallFailed: a call was given up. What was answered before is in the journal.
+        BudgetSpent: a call does not fit the budget.
+    """
+    found: list[Response] = []
+    draw = 0
+    while len(found) < sampling.n:
+        request = sampling.request(instruction, sampling.n - len(found), draw)
+        parse = parse_choices(sampling.api, logprobs=sampling.logprobs)
+        answer = await calls.ask(request.api, request.body, parse, draw=draw)
+        found += [_response(choice, keep_logprobs) for choice in answer["choices"]]
+        draw += 1
+    return ResponseSet(
+        **instruction.model_dump(),
+        responses=found[: sampling.n],
+        model=answer["model"] or sampling.model,
+        sampling={name: value for name, value in sampling.parameters().items() if name != "model" and value},
+    )
+
+
+async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
+    """Ask one short question to see whether log-probabilities come. It counts as a call, once a folder.
+
+    Raises:
+        NoLogprobs: they do not.
+        CallFailed: the endpoint does not answer at all.
+    """
+    advice = (
+        "nothing but this probe was asked. Score the responses with a local model (--score-with MODEL), "
+        "or gather them without log-probabilities (--no-logprobs)"
+    )
+    request = sampling.probe()
+    try:
+        answer = await calls.ask(request.api, request.body, parse_choices(sampling.api, logprobs=False))
+    except EndpointRefused:
+        raise
+    except CallFailed as error:
+        if error.status not in (400, 422):
+            raise
+        raise NoLogprobs(f"the endpoint refuses to give log-probabilities ({error}); {advice}") from error
+    if any(choice["logprobs"] is None for choice in answer["choices"]):
+        raise NoLogprobs(f"{sampling.model} answers without log-probabilities; {advice}")
+
+
+def parse_choices(api: Api, *, logprobs: bool) -> Callable[[Any], dict[str, Any]]:
+    """A parser of answers: ``{"model", "choices": [{"text", "finish_reason", "tokens", "logprobs"}]}``.
+
+    It raises `UnusableAnswer` where there is no choice, a choice without text, or, with ``logprobs``, one without
+    the log-probabilities of its tokens.
+    """
+
+    def parse(reply: Any) -> dict[str, Any]:
+        choices = reply.get("choices") if isinstance(reply, Mapping) else None
+        if not isinstance(choices, list) or not choices:
+            raise UnusableAnswer("it has no choices")
+        found = [_choice(api, number, choice) for number, choice in enumerate(choices)]
+        missing = [number for number, choice in enumerate(found) if choice["logprobs"] is None]
+        if logprobs and missing:
+            raise UnusableAnswer(f"choices {missing} have no log-probabilities")
+        usage = reply.get("usage")
+        if len(found) == 1 and found[0]["tokens"] is None and isinstance(usage, Mapping):
+            found[0]["tokens"] = usage.get("completion_tokens")
+        model = reply.get("model")
+        return {"model": model if isinstance(model, str) else None, "choices": found}
+
+    return parse
+
+
+def _choice(api: Api, number: int, choice: Any) -> dict[str, Any]:
+    if not isinstance(choice, Mapping):
+        raise UnusableAnswer(f"choice {number} is no object")
+    message = choice.get("message") if api == "chat" else choice
+    text = message.get("content" if api == "chat" else "text") if isinstance(message, Mapping) else None
+    if text is None and api == "chat" and isinstance(message, Mapping):
+        text = message.get("refusal")  # an answer too: asking again would be answered the same
+    if not isinstance(text, str):
+        raise UnusableAnswer(f"choice {number} has no text")
+    reason = choice.get("finish_reason")
+    values = _token_logprobs(choice.get("logprobs"))
+    return {
+        "text": text,
+        "finish_reason": reason if isinstance(reason, str) else None,
+        "tokens": None if values is None else len(values),
+        "logprobs": values,
+    }
+
+
+def _token_logprobs(given: Any) -> list[float] | None:
+    """The log-probability of each token in either shape (`content[].logprob`, `token_logprobs`), or None."""
+    if not isinstance(given, Mapping):
+        return None
+    content, values = given.get("content"), given.get("token_logprobs")
+    if isinstance(content, list):
+        values = [item.get("logprob") if isinstance(item, Mapping) else None for item in content]
+    if not isinstance(values, list):
+        return None
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
+        return None
+    return [float(value) for value in values]
+
+
+def _response(choice: Mapping[str, Any], keep_logprobs: bool) -> Response:
+    values = choice["logprobs"]
+    total = None if values is None else math.fsum(values)
+    return Response(
+        text=choice["text"],
+        tokens=choice["tokens"],
+        logprob_sum=total,
+        logprob_mean=total / len(values) if total is not None and values else None,
+        finish_reason=choice["finish_reason"],
+        logprobs=values if keep_logprobs else None,
+    )

@@ -1,0 +1,86 @@
+"""Log-probabilities of gathered responses under a local model, for teachers whose endpoint gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tuna.records import Record
+from tuna.responses import ResponseSet
+from tuna.scoring import score_dataset
+from tuna.templates import end_token_id
+from tuna.tokenization import TokenizedGroup, tokenize_records
+
+__all__ = ["score_responses"]
+
+
+def score_responses(
+    sets: Sequence[ResponseSet],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    template: str,
+    max_length: int = 2048,
+    tokens_per_batch: int = 4096,
+    backend: str = "auto",
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> list[ResponseSet]:
+    """The same sets with `tokens`, `logprob_sum` and `logprob_mean` of a local model: all k in one pass.
+
+    The end token is scored with a response that ended, and not with one that was cut ("length").
+
+    Args:
+        sets: what to score.
+        model, tokenizer: of `tuna.models.load_model`; ``name`` is noted in `scored_by`.
+        template: how the prompt is shown to the model; see `tuna.templates`.
+        max_length: most tokens of prompt and response; what is beyond is not scored.
+        tokens_per_batch, backend, on_batch: as in `tuna.scoring.score_dataset`.
+
+    Raises:
+        BadRecords: a prompt cannot be rendered or leaves no room.
+    """
+    if not sets:
+        return []
+    records = [
+        Record(
+            id=item.id,
+            prompt=item.prompt,
+            messages=item.messages,
+            responses=[response.text for response in item.responses],
+            scores=[0.0] * len(item.responses),
+        )
+        for item in sets
+    ]
+    groups, _ = tokenize_records(records, tokenizer, template=template, max_length=max_length)
+    end = end_token_id(tokenizer, template)
+    whole = [_without_ends(group, item, end) for group, item in zip(groups, sets, strict=True)]
+    report = score_dataset(model, whole, tokens_per_batch=tokens_per_batch, backend=backend, on_batch=on_batch)
+    sums, lengths = report.scored.logprob_sums, report.scored.lengths
+    scored = []
+    for item, (first, last) in zip(sets, pairwise(report.scored.group_offsets), strict=True):
+        responses = [
+            response.model_copy(
+                update={
+                    "tokens": int(lengths[place]),
+                    "logprob_sum": float(sums[place]),
+                    "logprob_mean": float(sums[place] / lengths[place]),
+                    "logprobs": None,
+                }
+            )
+            for response, place in zip(item.responses, range(first, last), strict=True)
+        ]
+        scored.append(item.model_copy(update={"responses": responses, "scored_by": name}))
+    return scored
+
+
+def _without_ends(group: TokenizedGroup, item: ResponseSet, end: int) -> TokenizedGroup:
+    """The group without the end token of responses that the endpoint cut (an empty one keeps it)."""
+    responses = [
+        tokens[:-1] if response.finish_reason == "length" and len(tokens) > 1 and tokens[-1] == end else tokens
+        for tokens, response in zip(group.group.responses, item.responses, strict=True)
+    ]
+    return replace(group, group=replace(group.group, responses=responses))

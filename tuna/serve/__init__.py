@@ -1,0 +1,6 @@
+"""An OpenAI-compatible server over one local model of transformers: completions, chat, and ranking."""
+
+from tuna.serve.app import create_app
+from tuna.serve.engine import Engine
+
+__all__ = ["Engine", "create_app"]

@@ -1,0 +1,134 @@
+"""Rows of tokens in the shapes of the OpenAI API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tuna.decoding import Row, TopTokens, answer_text, prompt_logprobs
+
+REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive tokens of an answer and their text, as one chunk of a stream or all at once.
+
+    Attributes:
+        text: what they add to the text.
+        ids, logprobs, top: the tokens; the log-probability is None for a prompt's first token.
+        offsets: where in the whole text each token begins.
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: list[float | None]
+    top: list[TopTokens | None]
+    offsets: list[int]
+
+
+def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sent: int = 0, shift: int = 0) -> Part:
+    """The tokens of ``row`` from number ``since``, ``sent`` characters of its text being out already.
+
+    ``shift`` is added to the offsets: the length of an echoed prompt.
+    """
+    text = row.text if row.finish_reason is not None or row.sampling.stop else answer_text(row, tokenizer)
+    offsets = [min(len(answer_text(row, tokenizer, n)), len(text)) + shift for n in range(since, len(row.ids))]
+    return Part(text[sent:], row.ids[since:], [*row.logprobs[since:]], [*row.top[since:]], offsets)
+
+
+def echo_part(model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, top: int | None) -> Part:
+    """An echoed prompt; its tokens and their log-probabilities where ``top`` is not None."""
+    if top is None:
+        return Part(text, [], [], [], [])
+    logprobs, likeliest = prompt_logprobs(model, ids, top)
+    lengths = [len(_text(tokenizer, ids[:n])) for n in range(len(ids))]
+    return Part(text, ids, logprobs, likeliest, [min(length, len(text)) for length in lengths])
+
+
+def joined(first: Part, second: Part) -> Part:
+    """Both, one after the other."""
+    return Part(
+        first.text + second.text,
+        first.ids + second.ids,
+        first.logprobs + second.logprobs,
+        first.top + second.top,
+        first.offsets + second.offsets,
+    )
+
+
+class Unsent:
+    """What of a row has not been streamed yet, and may be.
+
+    Text that could turn out to be the beginning of a stop text or of an unfinished character is held back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shift: int) -> None:
+        self.tokenizer, self.shift = tokenizer, shift
+        self.tokens = self.characters = 0
+
+    def take(self, row: Row) -> Part | None:
+        """The next chunk, or None while it must be held back."""
+        if row.finish_reason is None:
+            text = row.text if row.sampling.stop else answer_text(row, self.tokenizer)
+            if text.endswith(REPLACEMENT) or any(_overlap(text, stop) for stop in row.sampling.stop):
+                return None
+        part = part_of(row, self.tokenizer, since=self.tokens, sent=self.characters, shift=self.shift)
+        self.tokens += len(part.ids)
+        self.characters += len(part.text)
+        return part
+
+
+def completion_logprobs(part: Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The `logprobs` of a completion's choice."""
+    names = [token_text(tokenizer, token) for token in part.ids]
+    top: list[dict[str, float] | None] = []
+    for name, value, likeliest in zip(names, part.logprobs, part.top, strict=True):
+        if likeliest is None or value is None:
+            top.append(None)
+            continue
+        found: dict[str, float] = {}
+        for token, logprob in likeliest:
+            found.setdefault(token_text(tokenizer, token), logprob)
+        top.append(found | {name: value} if likeliest else {})
+    return {"tokens": names, "token_logprobs": part.logprobs, "top_logprobs": top, "text_offset": part.offsets}
+
+
+def chat_logprobs(part: Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The `logprobs` of a chat completion's choice."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text = token_text(tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [
+        entry(token, value) | {"top_logprobs": [entry(*pair) for pair in likeliest or ()]}
+        for token, value, likeliest in zip(part.ids, part.logprobs, part.top, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as text, special ones by name."""
+    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def usage(prompt_tokens: int, rows: list[Row]) -> dict[str, int]:
+    """Tokens of the prompts, each counted once, and of the answers, end tokens included."""
+    answered = sum(len(row.ids) for row in rows)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answered,
+        "total_tokens": prompt_tokens + answered,
+    }
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _overlap(text: str, stop: str) -> bool:
+    """Whether the end of ``text`` is a beginning of ``stop``."""
+    return any(text.endswith(stop[:n]) for n in range(1, len(stop)))

@@ -1,0 +1,198 @@
+"""The requests of the OpenAI API that are served, checked by pydantic.
+
+What is not served is refused, never ignored: an unknown field is an error, and so is a known one with a value
+that would change the answer (penalties, logit bias, tools).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tuna.records import Message
+
+MAX_TOP = 20
+MAX_N = 128
+Stop = Annotated[list[str], Field(max_length=16)]
+
+
+class ChatMessage(Message):
+    """A turn; its content may come as a list of text parts."""
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in value):
+            raise ValueError("holds a part that is no text; only text is served")
+        return "".join(str(part.get("text", "")) for part in value)
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides text."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class SamplingRequest(BaseModel):
+    """What both kinds of completion take."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    n: int = Field(1, ge=1, le=MAX_N)
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = None
+    stop: Stop = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    # Known, and served only with the values that change nothing.
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+    @field_validator("n", "temperature", "top_p", "stream", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("holds an empty text, which would end every answer before it begins")
+        return value
+
+    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
+    @classmethod
+    def _not_served(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is not supported by this server")
+        return value
+
+
+class CompletionRequest(SamplingRequest):
+    """`POST /v1/completions`: prompts as texts or token ids, one or several."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    echo: bool = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @field_validator("max_tokens", "echo", mode="before")
+    @classmethod
+    def _null_too(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("is not supported by this server")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError(f"best_of = {self.best_of} is not supported: it must equal n = {self.n}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens = 0 needs echo: there would be nothing to answer")
+        return self
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("holds no prompt")
+        return value
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt."""
+        given: Any = self.prompt
+        one = isinstance(given, str) or (given and isinstance(given[0], int))
+        return [given] if one else list(given)
+
+
+class JsonSchema(BaseModel):
+    """The schema of a structured answer; its name and `strict` change nothing here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """Free text, any JSON object, or one that keeps to a schema."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type 'json_schema' needs json_schema.schema")
+        return self
+
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that answers must keep to, None for free text."""
+        if self.json_schema is not None and self.type == "json_schema":
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class ChatRequest(SamplingRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    response_format: ResponseFormat | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _null_is_false(cls, value: Any) -> Any:
+        return False if value is None else value
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs = true")
+        return self
+
+
+class RankRequest(BaseModel):
+    """`POST /v1/rank`: k responses to one prompt, scored by ``sum(log p) / tokens ** length_penalty``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    responses: list[str] = Field(min_length=1, max_length=1024)
+    length_penalty: float = 1.0
+    template: str | None = None
+    max_length: int | None = Field(None, ge=2)
+    logprobs: bool = False
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> RankRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        return self

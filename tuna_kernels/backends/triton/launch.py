@@ -1,0 +1,126 @@
+"""Which launch configuration a kernel runs with: a fixed choice for each architecture, or one tuned and remembered.
+
+A kernel's file lists few configurations and why they are there. By default its first one for the GPU at hand runs.
+With ``TUNA_KERNELS_AUTOTUNE=1`` the first call of a shape times all of them and the quickest is kept in
+``$XDG_CACHE_HOME/tuna_kernels/autotune.json``, by GPU, Triton version, kernel, dtype and shape. The number of rows is
+no part of that key where a row's bits would depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import is_interpreted
+from .static import Config
+
+INTERPRETER = 0  # stands for a compute capability in the tables of configurations
+Table = Mapping[int, tuple[Config, ...]]
+ENVIRONMENT_VARIABLE = "TUNA_KERNELS_AUTOTUNE"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on."""
+
+    name: str
+    capability: int  # 90 for compute capability 9.0
+    processors: int
+
+
+@functools.cache
+def _cuda(index: int) -> Device:
+    facts = torch.cuda.get_device_properties(index)
+    return Device(facts.name, 10 * facts.major + facts.minor, facts.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The GPU of a tensor; the interpreter counts as one of four processors."""
+    if is_interpreted():
+        return Device("interpreter", INTERPRETER, 4)
+    index = tensor.device.index
+    return _cuda(torch.cuda.current_device() if index is None else index)
+
+
+def candidates(table: Table, capability: int) -> tuple[Config, ...]:
+    """The configurations of the newest listed architecture that is not newer than this one."""
+    known = [c for c in table if c <= capability]
+    return table[max(known)] if known else table[min(table)]
+
+
+def cache_file() -> Path:
+    """Where tuned choices are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "tuna_kernels" / "autotune.json"
+
+
+def _read_cache() -> dict[str, int]:
+    try:
+        content = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(key: str, choice: int) -> None:
+    """Atomic; an unwritable directory only means that the next process tunes again."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(_read_cache() | {key: choice}, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def bucket(n: int) -> int:
+    """A size rounded up to a power of two: shapes in one bucket share a tuned choice."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median"))
+
+
+@functools.cache
+def _tuned(key: str) -> int | None:
+    choice = _read_cache().get(key)
+    return choice if isinstance(choice, int) else None
+
+
+def choose(
+    kernel: str, table: Table, device: Device, key: tuple[object, ...], run: Callable[[Config], Any] | None = None
+) -> Config:
+    """The configuration for a launch.
+
+    Args:
+        kernel: its name, for the cache.
+        table: its configurations by compute capability.
+        device: the GPU.
+        key: what else the best choice depends on: dtypes, bucketed sizes.
+        run: launches the kernel with a configuration, without effect on results; None: never tune.
+    """
+    configs = candidates(table, device.capability)
+    if len(configs) == 1 or run is None or os.environ.get(ENVIRONMENT_VARIABLE, "0") != "1":
+        return configs[0]
+    import triton
+
+    name = "|".join(str(part) for part in (device.name, triton.__version__, kernel, *key))
+    choice = _tuned(name)
+    if choice is None or choice >= len(configs):
+        times = [_milliseconds(functools.partial(run, config)) for config in configs]
+        choice = times.index(min(times))
+        _write_cache(name, choice)
+        _tuned.cache_clear()
+    return configs[choice]

@@ -1,0 +1,174 @@
+"""What kernels do to one tile: the product, the way from product to logits, the softmax, the gradient.
+
+Logits are kept in base 2: ``y = log2(e) * z``, so that ``e^z = 2^y`` is one instruction. Nothing here calls
+libdevice, which the interpreter does not have.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """2 units in the last place: a ratio of exponentials, and near 0, where that cancels, the odd series."""
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    ratio = (1 - e) / (1 + e)
+    s = x * x
+    series = 1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925)))))
+    return tl.where(s < 0.09, x * series, tl.where(x < 0, -ratio, ratio))
+
+
+@triton.jit
+def program_tile(row_count, column_blocks, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """(block of rows, block of columns) of a program of a 1-D grid: GROUP row blocks walk along together, so that
+    a weight tile is read from DRAM once for all of them and their hidden rows stay in L2."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(row_count, ROWS)
+    in_group = GROUP * column_blocks
+    first = pid // in_group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    within = pid % in_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def add_product(
+    acc,  # [ROWS, COLUMNS] float32
+    left,  # pointer to [·, width], rows `left_rows` of `left_stride` elements
+    left_rows,  # [ROWS] int64
+    left_stride,
+    right,  # pointer to [·, width]
+    right_rows,  # [COLUMNS] int64
+    right_stride,
+    width,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,  # DEPTH divides width
+    TYPE: tl.constexpr,  # both are converted to this
+    PRECISION: tl.constexpr,  # how float32 is multiplied
+):
+    """``acc + left[left_rows] @ right[right_rows]^T``."""
+    depth = tl.arange(0, DEPTH)
+    a_at = left + left_rows[:, None] * left_stride + depth[None, :]
+    b_at = right + right_rows[None, :] * right_stride + depth[:, None]
+    for k in range(0, width, DEPTH):
+        if EVEN:
+            a = tl.load(a_at)
+            b = tl.load(b_at)
+        else:
+            a = tl.load(a_at, mask=depth[None, :] < width - k, other=0.0)
+            b = tl.load(b_at, mask=depth[:, None] < width - k, other=0.0)
+        acc = tl.dot(a.to(TYPE), b.to(TYPE), acc, input_precision=PRECISION)
+        a_at += DEPTH
+        b_at += DEPTH
+    return acc
+
+
+@triton.jit
+def to_logits(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
+    """Base-2 logits of products ``x`` [ROWS, COLUMNS] of vocabulary entries ``first + column``.
+
+    ``column`` is int32 within the tile, to spare registers; from ``count`` on they lie past the vocabulary: −inf.
+    """
+    inside = column < count
+    if bias is not None:
+        x += tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if CAPPED:
+        y = tanh(x * (scale / cap)) * (cap * LOG2_E)
+    else:
+        y = x * (scale * LOG2_E)
+    return tl.where(inside[None, :], y, float("-inf"))
+
+
+@triton.jit
+def merge_softmax(y, maximum, total, weighted, WEIGHTED: tl.constexpr):
+    """Merge a tile into the running (max y, sum 2^(y - max), sum 2^(y - max) (y - max)) of each row."""
+    larger = tl.maximum(maximum, tl.max(y, 1))
+    reference = tl.where(larger == float("-inf"), 0.0, larger)  # nothing but -inf so far: sums stay 0, not NaN
+    shrink = tl.exp2(maximum - reference)
+    below = y - reference[:, None]
+    exponentials = tl.exp2(below)
+    if WEIGHTED:
+        moved = total * tl.maximum(maximum - reference, -1e4)
+        # Where 2^below is 0, below may be −inf: bounded, their product is 0.
+        weighted = (weighted + moved) * shrink + tl.sum(exponentials * tl.maximum(below, -1e4), 1)
+    total = total * shrink + tl.sum(exponentials, 1)
+    return larger, total, weighted
+
+
+@triton.jit
+def row_slots(offsets, rows, row_count):
+    """(first slot, number of slots) of each row, int64, and the largest number. No offsets: row r has slot r."""
+    live = rows < row_count
+    if offsets is None:
+        first = rows
+        count = live.to(tl.int64)
+    else:
+        first = tl.load(offsets + rows, mask=live, other=0)
+        count = tl.load(offsets + rows + 1, mask=live, other=0) - first
+    return first, count, tl.max(count, 0)
+
+
+@triton.jit
+def target_column(targets, first_slot, slots, j, first, count):
+    """Column within the tile, int32, of the target of each row's slot ``j``; −1 where it is not in this tile."""
+    target = tl.load(targets + first_slot + j, mask=j < slots, other=-1) - first
+    return tl.where((target >= 0) & (target < count), target, -1).to(tl.int32)
+
+
+@triton.jit
+def store_chosen(y, first, column, count, chosen, targets, first_slot, slots, most_slots):
+    """Write y of each slot whose target is in the tile: one tile holds it, so there is one writer.
+
+    ``first_slot``, ``slots``, ``most_slots``: from :func:`row_slots`.
+    """
+    for j in range(0, most_slots):
+        target = target_column(targets, first_slot, slots, j, first, count)
+        if tl.max(target, 0) >= 0:
+            value = tl.sum(tl.where(column[None, :] == target[:, None], y, 0.0), 1)
+            tl.store(chosen + first_slot + j, value, mask=target >= 0)
+
+
+@triton.jit
+def to_gradient(
+    y,  # [ROWS, COLUMNS] base-2 logits
+    first,
+    column,
+    count,  # as in to_logits
+    lse,  # [ROWS] in base 2
+    softmax_weight,  # [ROWS]
+    entropy_weight,  # [ROWS], read if WEIGHTED
+    entropy,  # [ROWS]
+    slot_gradient,  # pointer [S] or None
+    targets,
+    first_slot,
+    slots,
+    most_slots,
+    scale,
+    cap,
+    CAPPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """dL/d(product) in float32: the one-hot part is added before anything is rounded."""
+    log2_p = y - lse[:, None]
+    p = tl.exp2(log2_p)
+    if WEIGHTED:
+        surprise = tl.maximum(log2_p, -1e4) * LN_2 + entropy[:, None]  # finite where p is 0
+        d = p * (softmax_weight[:, None] - entropy_weight[:, None] * surprise)
+    else:
+        d = p * softmax_weight[:, None]
+    if CAPPED:
+        ratio = y / (cap * LOG2_E)
+        d *= 1 - ratio * ratio
+    d *= scale
+    if slot_gradient is not None:
+        for j in range(0, most_slots):
+            target = target_column(targets, first_slot, slots, j, first, count)
+            if tl.max(target, 0) >= 0:
+                g = tl.load(slot_gradient + first_slot + j, mask=target >= 0, other=0.0)
+                d += tl.where(column[None, :] == target[:, None], g[:, None], 0.0)
+    return d
