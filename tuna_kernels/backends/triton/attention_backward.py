@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tuna_kernels.backends.triton.attention_tiles import base2_scores, dot, key_block, load_rows, query_block, visible
+from tuna_kernels.backends.triton.tiles import LOG2_E
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def dq_kernel(
     if GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + of_row, mask=here, other=0.0)
     tl.store(delta_ptr + of_row, delta, mask=here)
-    lse = tl.load(lse_ptr + of_row, mask=here, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + of_row, mask=here, other=0.0) * LOG2_E
     q = load_rows(q_base, slots, columns, q_stride_row, q_stride_column, here, D, PAD_D, True)
     dq = tl.zeros([BLOCK_M, PAD_D], tl.float32)
     blocks_ptr = list_ptr + block.to(tl.int64) * list_width
@@ -265,7 +266,7 @@ def _walk_queries(
         grad_out = load_rows(
             grad_base, slots, values, grad_out_stride_row, grad_out_stride_column, here, DV, PAD_V, MASKED
         )
-        lse = tl.load(lse_base + slots, mask=here, other=0.0) * 1.4426950408889634
+        lse = tl.load(lse_base + slots, mask=here, other=0.0) * LOG2_E
         delta = tl.load(delta_base + slots, mask=here, other=0.0)
         s = base2_scores(dot(k, tl.trans(q), TYPE, UPCAST, PRECISION), product_scale, cap, SOFTCAP)
         p = tl.exp2(s - lse[None, :])

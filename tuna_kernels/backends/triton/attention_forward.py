@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tuna_kernels.backends.triton.attention_tiles import base2_scores, dot, key_block, load_rows, query_block, visible
+from tuna_kernels.backends.triton.tiles import LN_2
 
 
 @triton.jit
@@ -182,5 +183,5 @@ def forward_kernel(
     out_base = out_ptr + batch * out_stride_batch + head * out_stride_head
     pointers = out_base + slots.to(tl.int64)[:, None] * out_stride_row + columns[None, :] * out_stride_column
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=here[:, None] & (columns < DV)[None, :])
-    lse = (top + tl.log2(total)) * 0.6931471805599453
+    lse = (top + tl.log2(total)) * LN_2
     tl.store(lse_ptr + (batch * tl.num_programs(1) + head) * Tq + slots, lse, mask=here)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tuna_kernels.backends.triton.tiles import tanh
+
 
 @triton.jit
 def load_rows(
@@ -39,14 +41,6 @@ def dot(a, b, TYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr)
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def tanh(x):
-    """Without libdevice: 1 - 2 / (1 + e^2x), and near 0, where that cancels, the odd series to x^9 (2e-10 at 0.2)."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.2, series, 1 - 2 / (1 + tl.exp2(x * (2 * 1.4426950408889634))))
 
 
 @triton.jit
