@@ -21,7 +21,7 @@ from torch import nn
 from tuna.config import TunaConfig
 from tuna_kernels import PackedTree
 from tuna_kernels.integrations.two_phase import TwoPhaseOutput, why_not_two_phase
-from tuna_kernels.ranking import LOGITS_BUDGET
+from tuna_kernels.ranking import default_logits_budget
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Schedule:
                 model.config,
                 torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else _floating_dtype(model),
                 checkpointed=bool(args.gradient_checkpointing),
-                logits_budget=LOGITS_BUDGET if args.logits_budget is None else args.logits_budget,
+                logits_budget=default_logits_budget(args.device) if args.logits_budget is None else args.logits_budget,
             )
         except AttributeError as error:
             reason = reason or f"no estimate of the activations: {error}"

@@ -253,7 +253,7 @@ class TunaTrainer(DurableTrainer):
 
     def _loss_settings(self) -> dict[str, Any]:
         names = ("preset", "margin", "length_penalty", "mle_weight", "logits_budget", "backend")
-        return {name: getattr(self.args, name) for name in names} | {"attention": self.args.tree_attention}
+        return {name: getattr(self.args, name) for name in names}
 
     def _carrier(self, model: nn.Module) -> Carrier:
         """Carries requests out on the bare model, through the wrappers around it.
@@ -319,7 +319,6 @@ class TunaTrainer(DurableTrainer):
         loader = self.get_eval_dataloader(groups)
         self.callback_handler.eval_dataloader = loader
         settings: Any = {"length_penalty": self.args.length_penalty, "backend": self.args.backend}
-        settings["attention"] = self.args.tree_attention
         model, mine = self.model_wrapped, []
         model.eval()
         for batch in map(self._prepare_inputs, loader):

@@ -2,9 +2,10 @@
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-Backends: `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16), `torch` (block by block, any
-device and dtype) and `reference` (the whole mask, the oracle). The first two never compute T × T across groups or
-branches, and a group's attention comes out of them in the same bits alone and packed with others.
+Backends: `triton` (kernels for GPUs), `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16),
+`torch` (block by block, any device and dtype), `reference` (the whole mask, the oracle), and `flex` and `flash` for who
+has those; see docs/attention.md. None but the oracle computes T × T across groups or branches; on `cpu` and `torch` a
+group's attention comes out in the same bits alone and packed with others.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
 separate ones), additive biases and sinks (no model among the tested families trains with them).
@@ -13,16 +14,21 @@ separate ones), additive biases and sinks (no model among the tested families tr
 from __future__ import annotations
 
 import math
+import os
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from tuna_kernels import attention_ops
-from tuna_kernels.backends import attention_plan, attention_reference
-from tuna_kernels.config import resolve_backend
+from tuna_kernels.backends import attention_flash, attention_flex, attention_reference, attention_triton
+from tuna_kernels.config import ENVIRONMENT_VARIABLE, resolve_backend
 
 __all__ = ["tree_attention"]
+
+_AUTOGRAD: dict[str, ModuleType] = {"reference": attention_reference, "flex": attention_flex}
+"""Backends that PyTorch differentiates; the others are in `attention_ops.BACKENDS`."""
 
 
 @overload
@@ -88,8 +94,9 @@ def tree_attention(
         scale: factor on the scores; default ``1 / sqrt(d)``.
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
         return_lse: also the log-sum-exp of the scores, differentiable.
-        backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"cpu"` where it serves the
-            inputs, else `"torch"`), or one of those, or `"reference"`.
+        backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"triton"` on CUDA or `"cpu"`
+            on CPU where they serve the inputs, else `"torch"`), one of those, `"reference"`, `"flex"` (PyTorch's
+            FlexAttention) or `"flash"` (flash-attn).
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
@@ -100,7 +107,7 @@ def tree_attention(
         ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
         IndexError: a query row outside [0, T).
         TypeError: an argument that is no tensor of the right kind.
-        RuntimeError: a backend that cannot serve these inputs (`"cpu"`: float64, another device, no compiler).
+        RuntimeError: a backend that cannot serve this call, with the reason.
 
     Example:
         >>> q = k = torch.zeros(1, 1, 3, 2)
@@ -116,11 +123,10 @@ def tree_attention(
     _check_settings(window, position_ids, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    chosen = _resolve(backend, q)
-    if chosen == "reference":
-        _check_values(subtree_end, query_rows)
+    chosen = _resolve(backend, q, k, v, query_rows)
+    if chosen in _AUTOGRAD:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = attention_reference.tree_attention(
+            out, lse = _AUTOGRAD[chosen].tree_attention(
                 q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
             )
     else:
@@ -165,14 +171,6 @@ def _check_tree(
         raise ValueError(f"q has {q.shape[2]} rows and k {total}: say which rows the queries are by query_rows")
 
 
-def _check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
-    """For the oracle, on the CPU; the others read the values to plan their blocks and check them there."""
-    if subtree_end.device.type == "cpu":
-        attention_plan.check_subtree_end(subtree_end.numpy())
-        if query_rows is not None:
-            attention_plan.check_rows(query_rows.numpy(), len(subtree_end))
-
-
 def _check_settings(window: int | None, position_ids: Tensor | None, softcap: float | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window = {window} is below 1: a row sees at least itself")
@@ -182,11 +180,27 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError(f"softcap = {softcap} is not above 0")
 
 
-def _resolve(backend: str, q: Tensor) -> str:
-    """As for the head; `auto` stays on `torch` where its choice has no attention."""
-    chosen = resolve_backend(backend, q.device, q.dtype)
-    if chosen == "reference" or chosen in attention_ops.BACKENDS:
-        return chosen
-    if backend != "auto":
-        raise RuntimeError(f"backend = {backend!r} cannot serve tree_attention: it has no kernel for it")
-    return "torch"
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
+    known = ("auto", *_AUTOGRAD, *attention_ops.BACKENDS)
+    if name not in known:
+        raise ValueError(f"{argument} = {name!r} is not one of {known}")
+
+
+def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
+    """The backend of a call; those that only attention has, or that look at more than dtypes, are judged here."""
+    asked, origin = backend, "backend"
+    if backend == "auto":
+        asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+        if asked == "auto" and q.device.type == "cuda":
+            return "torch" if attention_triton.why_not(q, v) else "triton"
+    check_backend(asked, origin)
+    if asked not in ("triton", "flex", "flash"):
+        return resolve_backend(backend, q.device, q.dtype)
+    if asked == "triton":
+        reason = attention_triton.why_not(q, v)
+    else:
+        reason = attention_flex.why_not(q, k, v) if asked == "flex" else attention_flash.why_not(q, v, query_rows)
+    if reason:
+        raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
+    return asked

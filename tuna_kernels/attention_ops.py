@@ -1,7 +1,7 @@
 """Registration of tree attention with `torch.library`: op, fake implementation, autograd. No arithmetic here.
 
-A backend is a module with `forward` and `backward` of the signatures in `attention_torch`; `reference` is plain
-autograd and has no op.
+A backend is a module with `forward` and `backward` of the signatures in `attention_torch`; `reference` and `flex`
+are plain autograd and have no op.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuna_kernels.backends import attention_cpu, attention_torch
+from tuna_kernels.backends import attention_cpu, attention_flash, attention_torch, attention_triton
 
-BACKENDS: dict[str, ModuleType] = {"torch": attention_torch, "cpu": attention_cpu}
+BACKENDS: dict[str, ModuleType] = {
+    "torch": attention_torch,
+    "cpu": attention_cpu,
+    "triton": attention_triton,
+    "flash": attention_flash,
+}
 
 
 @torch.library.custom_op("tuna_kernels::tree_attention", mutates_args=())

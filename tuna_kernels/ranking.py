@@ -20,6 +20,11 @@ from .tree import PackedTree
 LOGITS_BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
+def default_logits_budget(device: torch.device) -> int:
+    """Bytes of logits that `linear_ranking_loss` keeps where it is not told."""
+    return LOGITS_BUDGET.get(device.type, LOGITS_BUDGET["cpu"])
+
+
 @dataclass(frozen=True)
 class RankingLossOutput:
     """Loss of a packed tree and what it was made of.
@@ -99,7 +104,7 @@ def linear_ranking_loss(
     check_index("tree.targets", tree.targets, hidden.device)
     if should_validate(None, hidden):
         check_range("tree.targets", tree.targets, weight.shape[0], "the vocabulary")
-    default = LOGITS_BUDGET.get(hidden.device.type, LOGITS_BUDGET["cpu"])
+    default = default_logits_budget(hidden.device)
     budget = default if logits_budget is None else logits_budget
     if budget < 0:
         raise ValueError(f"logits_budget = {budget} must not be negative")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 import tuna_kernels.attention
 from tests.tuna_kernels.test_attention import TREE, inputs
 from tuna_kernels.attention import tree_attention
+from tuna_kernels.backends import attention_triton
 from tuna_kernels.config import why_not
 
 
@@ -50,7 +53,7 @@ BAD = {
     "window 0": ({"window": 0, "position_ids": TREE.position_ids}, ValueError, "window = 0"),
     "window alone": ({"window": 3}, ValueError, "window needs position_ids"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
-    "backend": ({"backend": "flash"}, ValueError, "backend = 'flash'"),
+    "backend": ({"backend": "turbo"}, ValueError, "backend = 'turbo'"),
     "native float64": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve this call"),
     "device": ({"subtree_end": END.to("meta")}, ValueError, "subtree_end is on meta"),
 }
@@ -77,6 +80,26 @@ def test_auto_is_native_code_where_it_serves(dtype: torch.dtype, monkeypatch: py
         monkeypatch.setenv("TUNA_KERNELS_BACKEND", "cpu")
         with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'cpu' cannot serve"):
             tree_attention(**qkv)
+
+
+def test_auto_on_cuda_is_triton_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: the choice is asked for inputs that only say that they lie on one."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    choose = functools.partial(tuna_kernels.attention._resolve, "auto", on_gpu, on_gpu, on_gpu, None)
+    for reason, chosen in (("", "triton"), ("no", "torch")):
+        monkeypatch.setattr(attention_triton, "why_not", lambda *_, reason=reason: reason)
+        monkeypatch.delenv("TUNA_KERNELS_BACKEND", raising=False)
+        assert choose() == chosen
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "reference")
+        assert choose() == "reference"
+        monkeypatch.setenv("TUNA_KERNELS_BACKEND", "turbo")
+        with pytest.raises(ValueError, match="TUNA_KERNELS_BACKEND = 'turbo' is not one of"):
+            choose()
+
+
+def test_without_a_gpu_triton_says_so() -> None:
+    with pytest.raises(RuntimeError, match="backend = 'triton' cannot serve this call: "):
+        tree_attention(**_qkv(), backend="triton")
 
 
 def test_documented_example() -> None:

@@ -23,6 +23,8 @@ from tests.tuna_kernels.tiny_models import (
     separate_scores,
     tiny,
 )
+from tuna_kernels.attention import tree_attention
+from tuna_kernels.integrations import _attention
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, score_groups
 from tuna_kernels.losses import ranking_loss
 from tuna_kernels.tree import Share, pack_groups
@@ -219,3 +221,41 @@ def test_float32_parts_are_where_we_say() -> None:
     """OPT and GPT-2 agree to float64 rounding; that the others do not is their norms in float32, not ours."""
     for family in IN_DOUBLE:
         assert bound(family) < 1e-9
+
+
+def test_a_model_keeps_the_attention_backend_chosen_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare_model(attention=)` reaches every layer, apart from the head's `backend=`; an unknown or unable one is
+    named."""
+    asked: list[str] = []
+
+    def listening(*args: Any, **keywords: Any) -> Any:
+        asked.append(keywords["backend"])
+        return tree_attention(*args, **keywords)
+
+    monkeypatch.setattr(_attention, "tree_attention", listening)
+    model, other = tiny("llama"), tiny("llama")
+    tree = pack_groups(GROUPS)
+    expected = score_groups(model, tree).scores
+    for attention, backend, reached in (
+        (None, "auto", "auto"),
+        (None, "reference", "reference"),
+        ("torch", "reference", "torch"),
+        (None, "reference", "torch"),
+        ("reference", "auto", "reference"),
+    ):
+        prepare_model(model, attention=attention)
+        asked.clear()
+        found = score_groups(model, tree, backend=backend).scores
+        assert set(asked) == {reached}
+        assert_close(found, expected, bound("llama"))
+        asked.clear()
+        model_ranking_loss(model, tree, backend=backend)
+        assert set(asked) == {reached}
+    asked.clear()
+    score_groups(other, tree)
+    assert set(asked) == {"auto"}
+    with pytest.raises(ValueError, match="attention = 'turbo' is not one of"):
+        prepare_model(model, attention="turbo")
+    prepare_model(model, attention="flash")
+    with pytest.raises(RuntimeError, match="backend = 'flash' cannot serve this call: flash-attn is not installed"):
+        model_ranking_loss(model, tree)

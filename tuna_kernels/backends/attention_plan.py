@@ -81,9 +81,9 @@ def plan_for(
         IndexError: a query row outside ``[0, T)``.
     """
     return _build(
-        _host_bytes(subtree_end),
-        None if query_rows is None else _host_bytes(query_rows),
-        None if position_ids is None or window is None else _host_bytes(position_ids),
+        host_bytes(subtree_end),
+        None if query_rows is None else host_bytes(query_rows),
+        None if position_ids is None or window is None else host_bytes(position_ids),
         window,
         device,
     )
@@ -92,7 +92,7 @@ def plan_for(
 _host_copies: Any = WeakTensorKeyDictionary()
 
 
-def _host_bytes(values: Tensor) -> bytes:
+def host_bytes(values: Tensor) -> bytes:
     """The content of an int64 tensor; off the CPU it is copied once per tensor and version, not once per layer."""
     if values.device.type == "cpu":
         return values.contiguous().numpy().tobytes()
@@ -136,6 +136,14 @@ def check_subtree_end(end: IntArray) -> None:
     if wrong.size:
         j = int(wrong[0])
         raise ValueError(f"subtree_end[{j}] = {int(end[j])} is outside ({j}, {len(end)}]")
+
+
+def check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
+    """Both checks where the values can be read without waiting for a device."""
+    if subtree_end.device.type == "cpu":
+        check_subtree_end(subtree_end.numpy())
+        if query_rows is not None:
+            check_rows(query_rows.numpy(), len(subtree_end))
 
 
 def check_rows(rows: IntArray, total: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tuna_kernels.backends.attention_plan import check_values
 from tuna_kernels.backends.reference import compute_dtype
 
 
@@ -33,6 +34,7 @@ def tree_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``, computed in float32, or float64 for float64 inputs."""
+    check_values(subtree_end, query_rows)
     dtype = compute_dtype(q.dtype)
     heads = q.shape[1] // k.shape[1]
     keys = k.to(dtype).repeat_interleave(heads, dim=1)

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tuna_kernels.attention import check_backend
 from tuna_kernels.integrations import _attention, _selfcheck
 from tuna_kernels.integrations._heads import base_causal_lm, compute_device, read_head
 from tuna_kernels.integrations.ranking_model import Carrier, RankingModel, carrier
@@ -42,6 +43,7 @@ __all__ = ["GroupScores", "LossSettings", "RankingModel", "model_ranking_loss", 
 Model = TypeVar("Model", bound=nn.Module)
 
 _checked: WeakSet[nn.Module] = WeakSet()
+_chosen_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class GroupScores:
     entropy: Tensor | None
 
 
-def prepare_model(model: Model, *, attention: str = "auto") -> Model:
+def prepare_model(model: Model, *, attention: str | None = None) -> Model:
     """Switch a causal LM's attention to ``"tuna_tree"``, for good, and return the same model.
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
@@ -69,19 +71,23 @@ def prepare_model(model: Model, *, attention: str = "auto") -> Model:
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
-        attention: backend of `tree_attention` for the check below.
+        attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None: the one chosen
+            before, at first `"auto"`.
 
     A model type that the test suite does not cover is checked once: a tiny tree against separate sequences
     through the model's own forward.
 
     Raises:
         TypeError: not a transformers or peft model.
-        ValueError: a model this cannot serve: attention outside the registry (ALiBi families), sinks, chunked
-            or bidirectional masks, a head that is more than scaled, capped linear, a sharded head, or a
-            failed check. The model then has the attention it came with.
+        ValueError: an unknown ``attention``; a model this cannot serve: attention outside the registry (ALiBi
+            families), sinks, chunked or bidirectional masks, a head that is more than scaled, capped linear, a
+            sharded head, or a failed check. The model then has the attention it came with.
     """
     _attention.register()
     base = base_causal_lm(model)
+    if attention is not None:
+        check_backend(attention, "attention")
+        _chosen_attention[base] = attention
     if base in _checked and _is_switched_on(base):
         return model
     if not type(base)._can_set_attn_implementation():
@@ -97,7 +103,7 @@ def prepare_model(model: Model, *, attention: str = "auto") -> Model:
         base.set_attn_implementation(_attention.NAME)
         try:
             if stock is not None:
-                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto", attention).logprobs)
+                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
         except Exception as error:
             base.set_attn_implementation(before)
             if isinstance(error, ValueError):
@@ -119,7 +125,6 @@ class LossSettings:
     counts: LossCounts | None = None
     logits_budget: int | None = None
     backend: str = "auto"
-    attention: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +135,10 @@ class ScoreRequest:
     length_penalty: float
     return_entropy: bool
     backend: str
-    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        prepare_model(model, attention=self.attention)
-        options = (self.length_penalty, self.return_entropy, self.backend, self.attention)
+        prepare_model(model)
+        options = (self.length_penalty, self.return_entropy, self.backend)
         found = _score(base_causal_lm(model), self.tree, *options)
         return (found.scores, found.logprobs, *([] if found.entropy is None else [found.entropy]))
 
@@ -148,10 +152,9 @@ class LossRequest:
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         options = vars(self.settings).copy()
-        attention = options.pop("attention")
-        prepare_model(model, attention=attention)
+        prepare_model(model)
         base = base_causal_lm(model)
-        hidden, tree = _hidden_states(base, self.tree, self.settings.backend, attention)
+        hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
         head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
         found = linear_ranking_loss(hidden, head.weight, tree, **options, **head.options())
         return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
@@ -164,7 +167,6 @@ def score_groups(
     length_penalty: float = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
-    attention: str = "auto",
 ) -> GroupScores:
     """Scores of all candidates of a packed tree under a causal LM, in one pass, differentiable.
 
@@ -174,15 +176,14 @@ def score_groups(
         tree: from `pack_groups`; moved to the model's device where it is elsewhere.
         length_penalty: exponent of the length that a candidate's log-probability is divided by.
         return_entropy: also the entropy at every response token.
-        backend: of the head (and `"reference"` of the attention too, where that is left to `"auto"`).
-        attention: backend of `tree_attention`.
+        backend: of the head (and `"reference"` of the attention too, unless `prepare_model` chose one).
 
     Raises:
         ValueError: an empty tree, or a model or setting that cannot be served (see `prepare_model`):
             attention dropout in training mode, positions beyond the model's range.
         IndexError: a token outside the vocabulary.
     """
-    scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend, attention))
+    scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend))
     return GroupScores(scores, logprobs, entropy[0] if entropy else None)
 
 
@@ -198,18 +199,17 @@ def model_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
-    attention: str = "auto",
 ) -> RankingLossOutput:
     """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
 
     Args:
-        model, tree, backend, attention: as in `score_groups`.
+        model, tree, backend: as in `score_groups`.
         kind, preset, margin, length_penalty, mle_weight, counts, logits_budget: as in `linear_ranking_loss`.
 
     Raises:
         As `score_groups` and `linear_ranking_loss`.
     """
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend, attention)
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
     return RankingLossOutput(*carrier(model)(LossRequest(tree, settings)))
 
 
@@ -219,9 +219,8 @@ def _score(
     length_penalty: float,
     return_entropy: bool,
     backend: str,
-    attention: str,
 ) -> GroupScores:
-    hidden, tree = _hidden_states(base, tree, backend, attention)
+    hidden, tree = _hidden_states(base, tree, backend)
     head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
     found = linear_logprobs(
         hidden,
@@ -237,21 +236,22 @@ def _score(
     return GroupScores(scores, logprobs, entropy)
 
 
-def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str, attention: str) -> tuple[Tensor, PackedTree]:
+def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tuple[Tensor, PackedTree]:
     """Last hidden states [T, D] of the packed rows, and the tree on their device."""
     if tree.num_tokens == 0:
         raise ValueError("tree holds no groups: there is nothing to run the model on")
     device = compute_device(base)
     if tree.input_ids.device != device:
         tree = tree.to(device)
-    tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention_backend(backend, attention))
+    tree_pass = _attention.TreePass(tree.subtree_end, tree.position_ids, attention_backend(base, backend))
     hidden = run_backbone(base, tree.input_ids, tree_pass)
     return hidden, tree.to(hidden.device) if hidden.device != device else tree
 
 
-def attention_backend(backend: str, attention: str) -> str:
-    """The tree attention asked for; left open, the oracle goes with the oracle of the head."""
-    return "reference" if attention == "auto" and backend == "reference" else attention
+def attention_backend(base: PreTrainedModel, backend: str) -> str:
+    """The model's choice of tree attention; where it made none, the oracle goes with the oracle of the head."""
+    chosen = _chosen_attention.get(base, "auto")
+    return "reference" if chosen == "auto" and backend == "reference" else chosen
 
 
 def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: _attention.TreePass) -> Tensor:

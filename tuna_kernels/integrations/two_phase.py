@@ -76,7 +76,6 @@ def two_phase_ranking_loss(
     counts: LossCounts | None = None,
     logits_budget: int | None = None,
     backend: str = "auto",
-    attention: str = "auto",
     candidates_per_pass: int = 1,
     skip_inactive: bool = True,
     scale: float = 1.0,
@@ -101,7 +100,7 @@ def two_phase_ranking_loss(
 
     Args:
         model, tree, kind, preset, margin, length_penalty, mle_weight, counts: as in `model_ranking_loss`.
-        backend, attention: as in `model_ranking_loss`.
+        backend: as in `model_ranking_loss`.
         logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.
         skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
@@ -126,10 +125,10 @@ def two_phase_ranking_loss(
         raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
     if not torch.is_grad_enabled():
         raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend, attention)
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
     carry = carrier(model)
     groups = TreeGroups(tree)
-    scoring = _ScoringPass(tree, groups, backend, attention)
+    scoring = _ScoringPass(tree, groups, backend)
     with torch.no_grad(), _nothing_random(tree):
         (logprobs,) = carry(scoring)
     tree = tree.to(logprobs.device)
@@ -151,7 +150,7 @@ def two_phase_ranking_loss(
         most_passes = largest_over_ranks if carry is model else int
     passes = most_passes(max(schedule.passes, 1))
     upstream = result.upstream.to(logprobs.dtype) * scale
-    requests = schedule.requests(scoring.prompts, upstream, backend, passes, attention)
+    requests = schedule.requests(scoring.prompts, upstream, backend, passes)
     for number, request in enumerate(requests, start=1):
         last = number == passes
         with pass_context(last) if pass_context else nullcontext():
@@ -189,23 +188,21 @@ class _Schedule:
             self._chunks.append(chunks)
             self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
 
-    def requests(
-        self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int, attention: str = "auto"
-    ) -> Iterator[Request]:
+    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
         """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
         self._count(prompts)
         for g, chunks in enumerate(self._chunks):
             keys = prompts[g]
             for chunk in chunks:
                 layout = self._alive(self._groups.branches(g, chunk))
-                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend, attention)
+                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
             self._count(prompts)
             keys.kept.clear()
             if chunks and len(self._groups.prompt(g)) > 1:
-                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend, attention)
+                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
         dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
         for _ in range(self.passes, passes):
-            yield _PromptPass(self._alive(dummy), PromptKeys(), backend, attention)
+            yield _PromptPass(self._alive(dummy), PromptKeys(), backend)
 
     def _alive(self, layout: Layout) -> Layout:
         self.rows_alive = max(self.rows_alive, len(layout.input_ids))
@@ -222,21 +219,19 @@ class _ScoringPass:
     tree: PackedTree
     groups: TreeGroups
     backend: str
-    attention: str = "auto"
     prompts: list[PromptKeys] = field(default_factory=list)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         if self.tree.num_tokens == 0:
             raise ValueError("tree holds no groups: there is nothing to run the model on")
-        prepare_model(model, attention=self.attention)
+        prepare_model(model)
         base = base_causal_lm(model)
         if reason := why_not_two_phase(base):
             raise ValueError(reason)
         tree = self.tree.to(compute_device(base))
         # the last prompt token is computed again by every pass: its keys are not shared
         role = KeepPrompts([(start, stop - 1) for start, stop in self.groups.prompt_rows])
-        attention = attention_backend(self.backend, self.attention)
-        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention, role=role)
+        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention_backend(base, self.backend), role=role)
         hidden = run_backbone(base, tree.input_ids, tree_pass)
         self.prompts = role.groups
         return (_logprobs(base, hidden, tree.rows, tree.targets, self.backend),)
@@ -250,12 +245,10 @@ class _BranchPass:
     prompt: PromptKeys
     upstream: Tensor
     backend: str
-    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
-        attention = attention_backend(self.backend, self.attention)
-        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), attention)
+        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), self.backend)
         logprobs = _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend)
         return ((logprobs * self.upstream.to(logprobs.device)).sum(),)
 
@@ -271,12 +264,11 @@ class _PromptPass:
     layout: Layout
     prompt: PromptKeys
     backend: str
-    attention: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
         role = CollectRoots()
-        hidden = _run(base, self.layout, role, attention_backend(self.backend, self.attention))
+        hidden = _run(base, self.layout, role, self.backend)
         nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
         roots, gradients = self._known(role)
         if not roots:
@@ -320,9 +312,15 @@ class _KnownGradients(torch.autograd.Function):
         return None, *gradients
 
 
-def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, attention: str) -> Tensor:
+def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, backend: str) -> Tensor:
     layout = layout.to(compute_device(base))
-    tree_pass = TreePass(layout.subtree_end, layout.position_ids, attention, query_rows=layout.query_rows, role=role)
+    tree_pass = TreePass(
+        layout.subtree_end,
+        layout.position_ids,
+        attention_backend(base, backend),
+        query_rows=layout.query_rows,
+        role=role,
+    )
     return run_backbone(base, layout.input_ids, tree_pass)
 
 

@@ -1,0 +1,59 @@
+"""Launch configurations of tree attention: one fixed choice per kernel, kind of tensor core, head size and dtype.
+
+(BLOCK_M queries, BLOCK_N keys, warps, pipeline stages). They were chosen from what the compiler makes of them, without
+a GPU at hand (`make gpu-static` shows it): the largest tiles that spill nothing and fit the shared memory of a block.
+What limits each kernel:
+
+- forward holds one accumulator of M × d and streams K and V: a tall tile of queries reads each key block least often.
+- dq holds two query tiles and an accumulator: M as tall as registers allow, N short.
+- dkv holds two accumulators of N × d and makes two tiles of scores: long N, short M; where both do not fit, N is 64.
+
+`mma` serves sm_80, 86, 89 and 120, whose tensor cores take registers; their consumer cards have 99 KiB a block, and the
+choice keeps within that, so that one table serves all. `wgmma` (sm_90) and `tcgen05` (sm_100) read operands from shared
+memory, of which they have 227 KiB.
+"""
+
+from __future__ import annotations
+
+from tuna_kernels.backends.triton.static import Config
+
+_Row = tuple[int, int, int, int]
+
+_HALF: dict[str, dict[str, dict[int, _Row]]] = {
+    "mma": {
+        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    },
+    "wgmma": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dkv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 2)},
+    },
+    "tcgen05": {
+        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dkv": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    },
+}
+
+_FLOAT: dict[str, dict[int, _Row]] = {
+    "forward": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+    "dq": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 16, 8, 1)},
+    "dkv": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 1)},
+}
+
+
+def choose(kernel: str, capability: int, size: int, itemsize: int) -> Config:
+    """The configuration of a kernel.
+
+    Args:
+        kernel: `"forward"`, `"dq"` or `"dkv"`.
+        capability: compute capability, e.g. 90.
+        size: the larger padded head size, a power of two up to 256.
+        itemsize: bytes of an element, 2 or 4.
+    """
+    units = {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
+    table = _HALF[units][kernel] if itemsize == 2 else _FLOAT[kernel]
+    block_m, block_n, warps, stages = next(row for limit, row in table.items() if size <= limit)
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
