@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # torch is installed by itself first: its pin in constraints.txt decides between the CPU and the CUDA build.
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench install clean
+.PHONY: demo test test-all lint bench gpu-static gpu-bench mutants install clean
 
 demo: $(STAMP)
 	$(BIN)/tuna demo --output runs/demo
@@ -30,6 +30,19 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	for program in kernels attention sharing growth step endpoint; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done
+
+# Compiles every GPU kernel for every architecture and holds it to its budgets; needs no GPU.
+gpu-static: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_static --output benchmarks/results
+
+# On a machine with a GPU: the kernels' tests, then their benchmark.
+gpu-bench: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu --output benchmarks/results
+
+# Seeds faults into the kernels one at a time; none may survive the tests.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants --output benchmarks/results/mutants.json
 
 install: $(STAMP)
 

@@ -85,6 +85,7 @@ def compare(
     bounds: Sequence[Bound] = (),
     plan: Plan | None = None,
     resident: Callable[[str], ResidentPeak] | None = None,
+    meter: Callable[[Callable[[], object]], int] = allocator_peak,
     setting: Setting | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
@@ -96,6 +97,7 @@ def compare(
         units: named work without results, timed in every round beside the arms.
         bounds: yardsticks made of units or arms.
         resident: runs the arm of that name in a fresh process and tells its memory.
+        meter: peak memory of a call, above what was there before.
         setting: what the inputs are, for the record.
         progress: told what happens next, one line at a time.
 
@@ -109,7 +111,7 @@ def compare(
         progress(f"{title}: checking {arm.name}")
         report = check_arm(arm, inputs, oracle, tolerance)
         if report.status == "ok":
-            report = _with_memory(report, arm, inputs, resident)
+            report = _with_memory(report, arm, inputs, resident, meter)
         reports[arm.name] = report
     timed = {name: unit for name, unit in units.items() if _warm(unit)}
     timed |= {arm.name: _bind(arm, inputs) for arm in arms if reports[arm.name].status == "ok"}
@@ -215,9 +217,13 @@ def _memory_ratio(report: ArmReport, bound: Bound, reports: Mapping[str, ArmRepo
 
 
 def _with_memory(
-    report: ArmReport, arm: Arm[Inputs], inputs: Inputs, resident: Callable[[str], ResidentPeak] | None
+    report: ArmReport,
+    arm: Arm[Inputs],
+    inputs: Inputs,
+    resident: Callable[[str], ResidentPeak] | None,
+    meter: Callable[[Callable[[], object]], int],
 ) -> ArmReport:
-    report = replace(report, allocator_peak=allocator_peak(_bind(arm, inputs)))
+    report = replace(report, allocator_peak=meter(_bind(arm, inputs)))
     if resident is None:
         return report
     try:

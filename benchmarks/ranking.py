@@ -88,8 +88,8 @@ def ranking_tolerance(dtype: str, vocab: int) -> dict[str, float]:
     return {"loss": limits["logprobs"], "gradient": limits["gradient"]}
 
 
-def ranking_arms() -> list[Arm[RankingCase]]:
-    """The textbook, and ours on both backends."""
+def ranking_arms(*backends: str) -> list[Arm[RankingCase]]:
+    """The textbook, and ours on ``backends`` (default: those of the CPU)."""
 
     def textbook(case: RankingCase) -> dict[str, Tensor]:
         return _with_gradients(textbook_loss(case.hidden, case.weight, case.tree), case.hidden, case.weight)
@@ -105,7 +105,7 @@ def ranking_arms() -> list[Arm[RankingCase]]:
         return Arm(f"tuna {backend}", call, note, refuses=needs_backend(backend))
 
     naive = Arm("naive", textbook, "logits of every slot, log_softmax, gather, pairs", package="torch")
-    return [naive, ours("torch"), ours("cpu")]
+    return [naive, *map(ours, backends or ("torch", "cpu"))]
 
 
 def _with_gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tuna_kernels import attention_ops
 from tuna_kernels.backends import attention_flash, attention_flex, attention_reference, attention_triton
-from tuna_kernels.config import ENVIRONMENT_VARIABLE, resolve_backend
+from tuna_kernels.config import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
 
 __all__ = ["tree_attention"]
 
@@ -193,7 +193,9 @@ def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor |
     if backend == "auto":
         asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
         if asked == "auto" and q.device.type == "cuda":
-            return "torch" if attention_triton.why_not(q, v) else "triton"
+            chosen = "torch" if attention_triton.why_not(q, v) else "triton"
+            mention_unchecked(chosen, q.device)
+            return chosen
     check_backend(asked, origin)
     if asked not in ("triton", "flex", "flash"):
         return resolve_backend(backend, q.device, q.dtype)

@@ -51,13 +51,24 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
         asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
     if asked == "auto":
         first = "triton" if device.type == "cuda" else "cpu"
-        return "torch" if why_not(first, device, *dtypes) else first
+        if why_not(first, device, *dtypes):
+            return "torch"
+        mention_unchecked(first, device)
+        return first
     if asked not in BACKENDS:
         raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *BACKENDS)}")
     reason = why_not(asked, device, *dtypes)
     if reason:
         raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
     return asked
+
+
+def mention_unchecked(backend: str, device: torch.device) -> None:
+    """Say once that the kernels have not been checked on this kind of card (`tuna_kernels.self_check`)."""
+    if backend == "triton" and device.type == "cuda" and not torch.compiler.is_compiling():
+        from .self_check import warn_if_unchecked
+
+        warn_if_unchecked(device)
 
 
 def head_backend(backend: str) -> HeadBackend:

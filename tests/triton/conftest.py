@@ -6,12 +6,22 @@ collected.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tuna_kernels.backends import triton as backend
 
 if backend.why_not():
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
 
 
 def patch_the_language_once_a_launch() -> None:

@@ -52,8 +52,13 @@ def collect_info() -> dict[str, Any]:
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Hold every GPU kernel against the oracle on this machine's card.")
+    ] = False,
 ) -> None:
-    """Show versions, threads, backends (and why one is off) and optional packages."""
+    """Show versions, threads, backends (and why one is off) and optional packages; check the GPU kernels."""
+    if self_check:
+        raise typer.Exit(check_kernels(as_json=as_json))
     found = collect_info()
     if as_json:
         typer.echo(json.dumps(found))
@@ -72,6 +77,42 @@ def info(
     for name, installed in found["packages"].items():
         packages.add_row(name, installed or "not installed", PACKAGES[name])
     console.print(backends, packages)
+
+
+def check_kernels(*, as_json: bool) -> int:
+    """Run the self-check and show it; 0 when every kernel passed, 1 when one failed.
+
+    Raises:
+        ValueError: the kernels cannot run here at all.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from tuna_kernels.backends import triton
+    from tuna_kernels.self_check import run_checks
+
+    if reason := triton.why_not():
+        raise ValueError(f"--self-check: {reason}")
+    interpreted = triton.is_interpreted()
+    console = Console()
+    running = run_checks("cpu" if interpreted else "cuda", small=interpreted)
+    checks = list(track(running, "checking kernels", console=Console(stderr=True), transient=True))
+    failed = sum(not check.passed for check in checks)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) | {"passed": check.passed} for check in checks]))
+        return int(failed > 0)
+    table = Table("kernel", "error", "allowed", "", title="GPU kernels against the float64 oracle")
+    for check in checks:
+        verdict = "passed" if check.passed else f"FAILED: {check.reason}"
+        style = None if check.passed else "bold red"
+        table.add_row(check.name, f"{check.error:.1e}", f"{check.limit:.1e}", verdict, style=style)
+    console.print(table)
+    where = "Triton's interpreter" if interpreted else "this card"
+    console.print(f"{len(checks) - failed} of {len(checks)} checks passed in {where}")
+    return int(failed > 0)
 
 
 def _version(name: str) -> str | None:
