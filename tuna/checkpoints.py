@@ -126,8 +126,11 @@ def check_shape(checkpoint: Path, now: Shape) -> bool:
             f"{then.batches_a_step // then.ranks}), this run has {now.batches_a_step} ({now.ranks} ranks x "
             f"{now.batches_a_step // now.ranks}): choose gradient_accumulation_steps so that the product stays"
         )
-    if (then.zero_stage == 0) != (now.zero_stage == 0):
-        kinds = ["with DeepSpeed" if stage else "without DeepSpeed" for stage in (then.zero_stage, now.zero_stage)]
+    kinds = [
+        ("without DeepSpeed", "under ZeRO-1 or 2", "under ZeRO-1 or 2", "under ZeRO-3")[s.zero_stage]
+        for s in (then, now)
+    ]
+    if kinds[0] != kinds[1]:
         raise CheckpointError(f"{checkpoint} was written {kinds[0]}, this run is {kinds[1]}: use `tuna export` first")
     return now.zero_stage > 0 and (then.ranks, then.zero_stage) != (now.ranks, now.zero_stage)
 
