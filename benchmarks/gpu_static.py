@@ -1,11 +1,11 @@
 """``python -m benchmarks.gpu_static`` (``make gpu-static``): what the compiler made of every GPU kernel, with no GPU.
 
 Every kernel that lists itself (``STATIC`` in its file) is compiled for every architecture in every configuration that
-may be launched there, and assembled by ``ptxas``. The table tells registers, spills, shared memory, tensor-core and
+may be launched there, down to the binary. The table tells registers, spills, shared memory, tensor-core and
 asynchronous-copy instructions and the occupancy those allow; a second table the arithmetic intensity and the roofline
 time of the operations at LLaMA-7B and 128k-vocabulary shapes. What breaks a budget is named and the exit code is 1:
 
-* shared memory within what a block may take on that architecture, in every configuration;
+* shared memory within what a block may take on that architecture, in every configuration; no call into a library;
 * a configuration chosen by default spills nothing; with 16-bit inputs it uses the tensor-core instructions of its
   architecture and asynchronous copies.
 """
@@ -94,7 +94,7 @@ def examine(case: StaticCase, config: Config, capability: int, *, default: bool)
     """One kernel in one configuration on one architecture."""
     compiled = compile_case(case, config, capability)
     ptx: str = compiled.asm["ptx"]
-    registers, spills = assemble(ptx)
+    registers, spills = resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
     wanted = TENSOR_CORES.get(capability, "mma.sync")
     tensor, plain = len(re.findall(re.escape(wanted), ptx)), len(re.findall(r"\bmma\.sync", ptx))
@@ -106,6 +106,8 @@ def examine(case: StaticCase, config: Config, capability: int, *, default: bool)
         faults.append(f"spills {spills} bytes")
     if default and case.products and not tensor:
         faults.append(f"no {wanted}")
+    if re.search(r"^\s*call", ptx, re.MULTILINE):
+        faults.append("calls a function of a library")
     if default and case.products and not copies:
         faults.append("no asynchronous copies")
     return Built(
@@ -131,26 +133,18 @@ def describe_config(config: Config) -> str:
     return f"{blocks}; {config.num_warps} warps, {config.num_stages} stages"
 
 
-def assemble(ptx: str) -> tuple[int, int]:
-    """Registers a thread, and bytes spilled (stores and loads), by the ``ptxas`` that Triton ships."""
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    if target is None:
-        raise RuntimeError("the PTX names no target")
-    capability = int(re.sub(r"\D", "", target[1]))
-    folder = Path(backend_file()).parent / "backends" / "nvidia" / "bin"
-    tool = folder / ("ptxas-blackwell" if capability >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(scratch) / "kernel.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[-1]}")
-    used = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+def resources(binary: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack it needs (what did not fit into registers), of a compiled kernel."""
+    tool = Path(backend_file()).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", told, re.DOTALL)
     if used is None:
-        raise RuntimeError(f"ptxas told no registers: {done.stderr.strip()}")
-    return int(used[1]), sum(map(int, spilled))
+        raise RuntimeError(f"cuobjdump told no registers: {told.strip()}")
+    return int(used[1]), int(used[2]) + int(used[3])
 
 
 def backend_file() -> str:

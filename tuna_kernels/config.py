@@ -65,7 +65,7 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
 
 def mention_unchecked(backend: str, device: torch.device) -> None:
     """Say once that the kernels have not been checked on this kind of card (`tuna_kernels.self_check`)."""
-    if backend == "triton" and device.type == "cuda" and not torch.compiler.is_compiling():
+    if backend == "triton" and torch.cuda.is_available() and not torch.compiler.is_compiling():
         from .self_check import warn_if_unchecked
 
         warn_if_unchecked(device)

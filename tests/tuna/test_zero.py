@@ -16,6 +16,7 @@ from tests.tuna.zero_cases import CASES
 
 pytest.importorskip("deepspeed")
 
+ROUNDING = 1e-6  # of scores of some nats in float32; a hinge loss is a small difference of such
 QUICK = [
     "zero1-lora",
     "zero2-offload",
@@ -74,6 +75,6 @@ def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
     for expected, found in zip(one["log"], two["log"], strict=True):
         for name in ("loss", "loss/rank", "loss/mle", "grad_norm", "rank/accuracy", "tokens/computed"):
             if name in expected:
-                assert found[name] == pytest.approx(expected[name], rel=2e-6), name
+                assert found[name] == pytest.approx(expected[name], rel=2e-6, abs=ROUNDING), name
     for name in ("eval_loss", "eval_rank/accuracy"):
-        assert two["evaluation"][name] == pytest.approx(one["evaluation"][name], rel=2e-6)
+        assert two["evaluation"][name] == pytest.approx(one["evaluation"][name], rel=2e-6, abs=ROUNDING)
