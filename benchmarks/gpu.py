@@ -254,6 +254,8 @@ def _tree_route(name: str) -> Callable[[AttentionCase], Tensor]:
 
 def _route_refuses(name: str) -> Callable[[AttentionCase], str]:
     def refuses(case: AttentionCase) -> str:
+        if name == "flex" and case.q.device.type == "cpu":
+            return "FlexAttention has no backward on CPU"
         try:
             with torch.no_grad():
                 _tree_route(name)(case)
