@@ -27,6 +27,7 @@ from tuna.memory import ResidentPeak
 from tuna.models import SMOLLM2, load_model, load_tokenizer
 from tuna.records import read_records
 from tuna.side_by_side import (
+    WAYS,
     LossSettings,
     Stepper,
     Way,
@@ -58,13 +59,14 @@ class StepBench:
     plan: Plan
     resident: bool = True
     progress: Callable[[str], None] = lambda _: None
+    ways: Sequence[Way] = ARMS
     steppers: dict[Way, Stepper] = field(init=False)
     naive_bytes_per_token: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         model, _ = load_model(self.name)
         model.train()
-        self.steppers = {way: Stepper(way, copy.deepcopy(model), self.settings) for way in ARMS}
+        self.steppers = {way: Stepper(way, copy.deepcopy(model), self.settings) for way in self.ways}
 
     def run(self, batch: Batch, *, exact: bool = True) -> list[Comparison]:
         """Agreement of the two ways on a batch, then their times and memory.
@@ -96,7 +98,7 @@ class StepBench:
         comparison = compare(
             f"training step, {self.name}, {_count(batch)}, {tokens.tree:,} tokens in the tree, "
             f"{tokens.unshared:,} in separate sequences, {tokens.padded:,} in padded copies; oracle: {source}",
-            [self.arm(way, too_large if way == "naive" else "") for way in ARMS],
+            [self.arm(way, too_large if way == "naive" else "") for way in self.ways],
             batch,
             oracle=oracle,
             tolerance=TOLERANCE,
@@ -213,6 +215,9 @@ def main(
     exact: Annotated[
         bool, typer.Option(help="Hold the smallest batch against float64 too, which takes minutes.")
     ] = True,
+    plain: Annotated[
+        bool, typer.Option("--plain/--no-plain", help="The plain-torch tree too; its model and optimizer take memory.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the choice of batches.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for step.json, .md and .png.")] = Path("results/local"),
 ) -> None:
@@ -221,12 +226,13 @@ def main(
         raise typer.BadParameter(f"--threads {threads} must be at least 1")
     torch.set_num_threads(threads)
     sizes = sorted(groups or [1, 2, 4])
+    ways = ARMS if plain else WAYS
     told = {"model": model, "data": data.name if data else "examples", "template": template, "preset": preset}
     told |= {"max_length": str(max_length), "rounds": str(rounds), "threads": str(threads), "seed": str(seed)}
     report = Report("benchmarks.step", output, "step", ("transformers",), told)
     with Progress() as progress:
         progress(f"loading {model}")
-        bench = StepBench(model, LossSettings(preset=preset), threads, Plan(rounds), resident, progress)
+        bench = StepBench(model, LossSettings(preset=preset), threads, Plan(rounds), resident, progress, ways)
         for batch in read_batches(data, model, template, max_length, sizes, seed):
             for comparison in bench.run(batch, exact=exact and len(batch) == sizes[0]):
                 report.add(comparison)

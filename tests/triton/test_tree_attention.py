@@ -6,8 +6,10 @@ Blocks are 16 rows here, so that small trees take every path. Trees have some 60
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
 from tuna_kernels.attention import tree_attention
 from tuna_kernels.backends import attention_bounds, attention_reference, attention_triton
+from tuna_kernels.backends.triton import launch
 from tuna_kernels.backends.triton.static import Config
 from tuna_kernels.tree import Group, PackedTree, pack_groups
 
@@ -38,9 +41,8 @@ TREE = pack_groups(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        attention_triton, "choose", lambda *_: Config({"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}, num_warps=4, num_stages=2)
-    )
+    small = Config({"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}, num_warps=4, num_stages=2)
+    monkeypatch.setattr(attention_triton, "candidates", lambda *_: (small,))
 
 
 tokens = st.integers(0, 2)
@@ -476,3 +478,27 @@ def test_the_environment_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(asked, tree_attention(*leaves, end, backend="triton"))
     with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'triton' cannot serve"):
         tree_attention(*(x.double() for x in leaves), end)
+
+
+@pytest.mark.parametrize("quickest", [0, 1, 2])
+def test_whichever_configuration_tuning_takes_equals_the_oracle(
+    quickest: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = [(BLOCK, BLOCK), (2 * BLOCK, BLOCK), (BLOCK, 2 * BLOCK)]
+    configs = tuple(Config({"BLOCK_M": m, "BLOCK_N": n}) for m, n in sizes)
+    taken: list[Config] = []
+
+    def milliseconds(run: Any) -> float:
+        run()
+        taken.append(run.args[0])
+        return float(run.args[0] != configs[quickest])
+
+    monkeypatch.setattr(attention_triton, "candidates", lambda *_: configs)
+    monkeypatch.setattr(launch, "_milliseconds", milliseconds)
+    monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    launch._tuned.cache_clear()
+    assert_equals_oracle(inputs(TREE.num_tokens, TREE.num_tokens), TREE)
+    assert taken == [*configs] * 3  # forward, dq and dkv, once each
+    assert set(json.loads(launch.cache_file().read_text()).values()) == {quickest}
+    launch._tuned.cache_clear()

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from tuna_kernels.backends import triton as backend
-from tuna_kernels.backends.triton.attention_config import choose
+from tuna_kernels.backends.triton.attention_config import candidates
 from tuna_kernels.backends.triton.attention_static import STATIC
 from tuna_kernels.backends.triton.static import ARCHITECTURES, StaticCase
 
@@ -25,7 +25,7 @@ def test_each_kind_of_tensor_core_has_its_choice() -> None:
     """Two capabilities of one kind share it; a later card of the wgmma or tcgen05 family too."""
     for kernel in ("forward", "dq", "dkv"):
         for size in (16, 64, 128, 256):
-            assert choose(kernel, 80, size, 2) == choose(kernel, 120, size, 2)
-            assert choose(kernel, 100, size, 2) == choose(kernel, 103, size, 2)
-            assert choose(kernel, 80, size, 4) == choose(kernel, 90, size, 4)
-    assert choose("forward", 80, 128, 2) != choose("forward", 90, 128, 2)
+            assert candidates(kernel, 80, size, 2) == candidates(kernel, 120, size, 2)
+            assert candidates(kernel, 100, size, 2) == candidates(kernel, 103, size, 2)
+            assert candidates(kernel, 80, size, 4) == candidates(kernel, 90, size, 4)
+    assert candidates("forward", 80, 128, 2) != candidates("forward", 90, 128, 2)

@@ -8,8 +8,8 @@ is copied. All results are the same bits every time, for the same GPU and config
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from tuna_kernels.backends import triton as _triton
 from tuna_kernels.backends.attention_bounds import BlockMap, block_map
 from tuna_kernels.backends.attention_plan import check_values
 from tuna_kernels.backends.attention_torch import empty_outputs
-from tuna_kernels.backends.triton.attention_config import choose
+from tuna_kernels.backends.triton import launch
+from tuna_kernels.backends.triton.attention_config import candidates
 from tuna_kernels.backends.triton.static import Config
 
+Result = TypeVar("Result")
 MAX_SIZE = 256
 """Largest head size: beyond it the accumulators of one program no longer fit its registers."""
 
@@ -58,19 +60,22 @@ def forward(
     out, lse = empty_outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    config = _config("forward", q, v)
-    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-    _launch(
-        forward_kernel,
-        (-(-q.shape[2] // block_m), q.shape[1], q.shape[0]),
-        config,
-        q.device,
-        (q, k, v, out, lse, *_arrays(blocks, block_m, block_n)),
-        (q.shape[2], k.shape[2], q.shape[1] // k.shape[1], -(-k.shape[2] // block_n), window or 0),
-        (q, k, v, out),
-        _score_factors(scale, softcap),
-        _flags(q, v, blocks, softcap),
-    )
+
+    def run(config: Config) -> None:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        _launch(
+            forward_kernel,
+            (-(-q.shape[2] // block_m), q.shape[1], q.shape[0]),
+            config,
+            q.device,
+            (q, k, v, out, lse, *_arrays(blocks, block_m, block_n)),
+            (q.shape[2], k.shape[2], q.shape[1] // k.shape[1], -(-k.shape[2] // block_n), window or 0),
+            (q, k, v, out),
+            _score_factors(scale, softcap),
+            _flags(q, v, blocks, softcap),
+        )
+
+    _run_chosen("forward", q, v, blocks, softcap, run)
     return out, lse
 
 
@@ -103,40 +108,45 @@ def backward(
     factors = (*_score_factors(scale, softcap), scale)
     flags = _flags(q, v, blocks, softcap)
 
-    config = _config("dq", q, v)
-    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     upstream_lse = delta if grad_lse is None else grad_lse.contiguous()
-    _launch(
-        dq_kernel,
-        (-(-queries // block_m), heads, batch),
-        config,
-        q.device,
-        (q, k, v, out, grad_out, dq, lse, upstream_lse, delta, *_arrays(blocks, block_m, block_n)),
-        (queries, total, heads // kv_heads, -(-total // block_n), window or 0),
-        (q, k, v, out, grad_out, dq),
-        factors,
-        {**flags, "GRAD_LSE": grad_lse is not None},
-    )
 
-    config = _config("dkv", q, v)
-    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-    query_blocks, key_blocks = -(-queries // block_m), -(-total // block_n)
-    splits = _splits(key_blocks * kv_heads * batch, query_blocks, q.device)
-    parts = [x.unsqueeze(0) for x in (dk, dv)]
-    if splits > 1:
-        parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (dk, dv)]
-    _launch(
-        dkv_kernel,
-        (key_blocks, batch * kv_heads, splits),
-        config,
-        q.device,
-        (q, k, v, grad_out, *parts, lse, delta, *_arrays(blocks, block_m, block_n, of_keys=True)),
-        (queries, total, heads // kv_heads, kv_heads, query_blocks, window or 0),
-        (q, k, v, grad_out, *parts),
-        factors,
-        flags,
-    )
-    if splits > 1:
+    def run_dq(config: Config) -> None:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        _launch(
+            dq_kernel,
+            (-(-queries // block_m), heads, batch),
+            config,
+            q.device,
+            (q, k, v, out, grad_out, dq, lse, upstream_lse, delta, *_arrays(blocks, block_m, block_n)),
+            (queries, total, heads // kv_heads, -(-total // block_n), window or 0),
+            (q, k, v, out, grad_out, dq),
+            factors,
+            {**flags, "GRAD_LSE": grad_lse is not None},
+        )
+
+    def run_dkv(config: Config) -> list[Tensor]:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        query_blocks, key_blocks = -(-queries // block_m), -(-total // block_n)
+        splits = _splits(key_blocks * kv_heads * batch, query_blocks, q.device)
+        parts = [x.unsqueeze(0) for x in (dk, dv)]
+        if splits > 1:
+            parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (dk, dv)]
+        _launch(
+            dkv_kernel,
+            (key_blocks, batch * kv_heads, splits),
+            config,
+            q.device,
+            (q, k, v, grad_out, *parts, lse, delta, *_arrays(blocks, block_m, block_n, of_keys=True)),
+            (queries, total, heads // kv_heads, kv_heads, query_blocks, window or 0),
+            (q, k, v, grad_out, *parts),
+            factors,
+            flags,
+        )
+        return parts
+
+    _run_chosen("dq", q, v, blocks, softcap, run_dq)
+    parts = _run_chosen("dkv", q, v, blocks, softcap, run_dkv)
+    if len(parts[0]) > 1:
         dk.copy_(parts[0].sum(0))
         dv.copy_(parts[1].sum(0))
     return dq, dk, dv
@@ -179,16 +189,15 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _config(kernel: str, q: Tensor, v: Tensor) -> Config:
-    return choose(kernel, _capability(q.device), max(_padded(q.shape[3]), _padded(v.shape[3])), q.element_size())
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _run_chosen(
+    kernel: str, q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None, run: Callable[[Config], Result]
+) -> Result:
+    """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
+    device = launch.device_of(q)
+    size = max(_padded(q.shape[3]), _padded(v.shape[3]))
+    table = {launch.INTERPRETER: candidates(kernel, device.capability, size, q.element_size())}
+    key = (q.dtype, size, blocks.window is not None, softcap is not None)
+    return run(launch.choose(f"attention_{kernel}", table, device, key, run))
 
 
 def _splits(programs: int, query_blocks: int, device: torch.device) -> int:

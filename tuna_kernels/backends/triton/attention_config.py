@@ -1,4 +1,5 @@
-"""Launch configurations of tree attention: one fixed choice per kernel, kind of tensor core, head size and dtype.
+"""Launch configurations of tree attention: a fixed choice per kernel, kind of tensor core, head size and dtype, and two
+smaller tiles that tuning tries besides.
 
 (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages). They were chosen from what the compiler makes of them, without
 a GPU at hand (`make gpu-static` shows it): the largest tiles that spill nothing and fit the shared memory of a block.
@@ -44,8 +45,11 @@ _FLOAT: dict[str, dict[int, _Row]] = {
 }
 
 
-def choose(kernel: str, capability: int, size: int, itemsize: int) -> Config:
-    """The configuration of a kernel.
+def candidates(kernel: str, capability: int, size: int, itemsize: int) -> tuple[Config, ...]:
+    """The configurations of a kernel: the fixed choice, then what tuning tries besides (`launch.choose`).
+
+    Those are the same tile with half its queries, and with half its keys, with half the warps each: more programs, and
+    less shared memory than the fixed choice, so they fit wherever it does. They pay where trees are small.
 
     Args:
         kernel: `"forward"`, `"dq"` or `"dkv"`.
@@ -55,5 +59,7 @@ def choose(kernel: str, capability: int, size: int, itemsize: int) -> Config:
     """
     units = {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
     table = _HALF[units][kernel] if itemsize == 2 else _FLOAT[kernel]
-    block_m, block_n, warps, stages = next(row for limit, row in table.items() if size <= limit)
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
+    m, n, warps, stages = next(row for limit, row in table.items() if size <= limit)
+    fewer = max(4, warps // 2)
+    rows = [(m, n, warps), (max(16, m // 2), n, fewer), (m, max(16, n // 2), fewer)]
+    return tuple(Config({"BLOCK_M": a, "BLOCK_N": b}, w, stages) for a, b, w in dict.fromkeys(rows))

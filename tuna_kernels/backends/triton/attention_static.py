@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tuna_kernels.backends.triton.attention_config import choose
+from tuna_kernels.backends.triton.attention_config import candidates
 from tuna_kernels.backends.triton.static import ARCHITECTURES, StaticCase
 
 _SIDES = ("batch", "head", "row")
@@ -50,7 +50,7 @@ def _case(kernel: str, dtype: str, size: int, **flags: bool) -> StaticCase:
         name=named,
         kernel=_kernel(kernel),
         signature=signature,
-        configs={arch: (choose(kernel, arch, padded, itemsize),) for arch in ARCHITECTURES},
+        configs={arch: candidates(kernel, arch, padded, itemsize) for arch in ARCHITECTURES},
         constants=constants,
         aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), *strides),
         products=dtype != "fp32",
