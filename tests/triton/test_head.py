@@ -31,7 +31,7 @@ def rounded(case: Case) -> torch.dtype:
     return case.hidden if case.hidden == case.weight else torch.float32
 
 
-def check(case: Case) -> None:
+def check(case: Case, scale: float = 0.0) -> None:
     truth = evaluate(case, "reference", torch.float64)
     textbook = evaluate(case, "reference")
     got = evaluate(case, "triton", device=DEVICE)
@@ -42,7 +42,7 @@ def check(case: Case) -> None:
         units = 16 + (4 * truth["lse"].abs().max().item() if is_gradient and case.slots else 0)
         assert_as_good_as_textbook(
             got[name], textbook[name], truth[name], f"{name} of {case}",
-            rounded=rounded(case) if is_gradient else torch.float32, units=units,
+            rounded=rounded(case) if is_gradient else torch.float32, units=units, scale=scale,
         )  # fmt: skip
 
 
@@ -109,7 +109,8 @@ def test_any_shape(data: st.DataObject) -> None:
             frozen_head=frozen,
             hidden=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
             seed=data.draw(st.integers(0, 1000)),
-        )
+        ),
+        scale=1.0,
     )
 
 

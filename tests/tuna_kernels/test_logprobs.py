@@ -92,13 +92,14 @@ def evaluate(case: Case, backend: str, dtype: torch.dtype | None = None, device:
     return results | {f"d {k}": x.grad.cpu() for k, x in leaves.items() if x.grad is not None}
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, **slack: float) -> None:
     truth = evaluate(case, "reference", torch.float64)
     textbook = evaluate(case, "reference")
     got = evaluate(case, backend)
     assert got.keys() == truth.keys()
     for name in truth:
-        assert_as_good_as_textbook(got[name], textbook[name], truth[name], f"{name} of {case} on {backend}")
+        where = f"{name} of {case} on {backend}"
+        assert_as_good_as_textbook(got[name], textbook[name], truth[name], where, **slack)  # type: ignore[arg-type]
 
 
 VARIANTS = [
@@ -149,7 +150,7 @@ def test_any_shape(backend: str, data: st.DataObject) -> None:
         hidden=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
         seed=data.draw(st.integers(0, 1000)),
     )
-    check(case, backend)
+    check(case, backend, units=64, scale=1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
