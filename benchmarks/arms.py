@@ -136,53 +136,55 @@ def tolerance(dtype: str, vocab: int) -> dict[str, float]:
 def logprob_arms() -> list[Arm[Case]]:
     """All arms, in the order of the tables."""
     return [
-        _arm("naive", _naive, "linear, log_softmax, gather in the input type"),
-        _arm("cross_entropy", _cross_entropy, "F.cross_entropy on logits, reduction none"),
-        _arm(
+        logprob_arm("naive", _naive, "linear, log_softmax, gather in the input type"),
+        logprob_arm("cross_entropy", _cross_entropy, "F.cross_entropy on logits, reduction none"),
+        logprob_arm(
             "torch auto",
             _torch_chunked(None),
             "F.linear_cross_entropy, default options",
             refuses=_needs_chunked,
         ),
-        _arm(
+        logprob_arm(
             "torch 256 rows",
             _torch_chunked(256),
             "F.linear_cross_entropy, batch_chunk_size=256",
             refuses=_needs_chunked,
         ),
-        _arm(
+        logprob_arm(
             "Liger",
             _liger,
             "_ChunkedSelectiveLogProbFunction, its 2048x4096 chunks",
             package="liger-kernel",
             refuses=_needs("liger_kernel.chunked_loss.fused_linear_ppo"),
         ),
-        _arm(
+        logprob_arm(
             "CCE compiled",
             _cce,
             "impl=torch_compile (its Triton kernels need a GPU)",
             package="cut-cross-entropy",
             refuses=_needs("cut_cross_entropy"),
         ),
-        _arm(
+        logprob_arm(
             "TRL",
             _trl,
             f"ChunkedLogProbFunction, chunks of {TRL_CHUNK} columns, log-probs alone",
             package="trl",
             refuses=_needs("trl.kernels"),
         ),
-        _arm(
+        logprob_arm(
             "naive compiled",
             _compiled_naive(),
             "torch.compile of naive",
             refuses=_needs_compiler,
         ),
-        _arm("tuna torch", _ours("torch"), "linear_logprobs, backend torch", refuses=needs_backend("torch")),
-        _arm("tuna cpu", _ours("cpu"), "linear_logprobs, backend cpu", refuses=needs_backend("cpu")),
+        logprob_arm(
+            "tuna torch", our_logprobs("torch"), "linear_logprobs, backend torch", refuses=needs_backend("torch")
+        ),
+        logprob_arm("tuna cpu", our_logprobs("cpu"), "linear_logprobs, backend cpu", refuses=needs_backend("cpu")),
     ]
 
 
-def _arm(
+def logprob_arm(
     name: str,
     logprobs: LogProbs,
     note: str,
@@ -190,6 +192,7 @@ def _arm(
     package: str = "torch",
     refuses: Callable[[Case], str] = lambda _: "",
 ) -> Arm[Case]:
+    """``logprobs(hidden, weight, targets)`` as an arm over a `Case`."""
     return Arm(name, lambda case: run_case(case, logprobs), note, package, refuses)
 
 
@@ -257,7 +260,9 @@ def _compiled_naive() -> LogProbs:
     return logprobs
 
 
-def _ours(backend: str) -> LogProbs:
+def our_logprobs(backend: str) -> LogProbs:
+    """`tuna_kernels.linear_logprobs` on a backend."""
+
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         from tuna_kernels import linear_logprobs
 

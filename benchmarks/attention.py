@@ -26,6 +26,7 @@ from benchmarks.step import read_batches
 from tuna.models import SMOLLM2
 from tuna_kernels import Group, PackedTree, pack_groups
 from tuna_kernels.attention import tree_attention
+from tuna_kernels.backends.attention_reference import visible
 
 Mode = Literal["forward", "training"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -73,8 +74,7 @@ class AttentionCase:
     @cached_property
     def mask(self) -> Tensor:
         """[T, T] for SDPA: 0 where a row sees another, else -inf. Made once, outside the clock."""
-        rows = torch.arange(self.tree.num_tokens)
-        sees = (rows <= rows[:, None]) & (rows[:, None] < self.tree.subtree_end)
+        sees = visible(self.tree.subtree_end)
         return torch.zeros(sees.shape).masked_fill_(~sees, -torch.inf)
 
     @cached_property

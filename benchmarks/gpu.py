@@ -24,15 +24,16 @@ import typer
 from torch import Tensor
 
 from benchmarks import ranking
-from benchmarks.arms import DTYPES, MODES, Case, LogProbs, Mode, Shape, logprob_arms, make_case, oracle, run_case
+from benchmarks.arms import DTYPES, MODES, Case, Mode, Shape, logprob_arm, logprob_arms, make_case, oracle, our_logprobs
 from benchmarks.arms import tolerance as head_tolerance
 from benchmarks.harness import Arm, Clock, Plan, compare, process_clock
-from benchmarks.kernels import bounds_of
+from benchmarks.kernels import bare_multiplies, bounds_of
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from tuna.memory import allocator_peak
 from tuna_kernels import PackedTree, pack_groups, tree_attention
 from tuna_kernels.backends import triton
+from tuna_kernels.backends.attention_reference import visible
 from tuna_kernels.self_check import sample_groups
 
 HEADS = ("8192x4096x32000", "2560x4096x32000", "8192x4096x128256", "1024x4096x128256")
@@ -92,15 +93,23 @@ def head_arms() -> list[Arm[Case]]:
     common = [arm for arm in logprob_arms() if arm.name not in NOT_ON_GPU]
     return [
         *common,
-        _arm("CCE", _cce, "impl=cce", "cut-cross-entropy", _needs_gpu("cut_cross_entropy")),
-        _arm("Liger scaled CE", _liger_scaled, "fused kernels", "liger-kernel", _needs_gpu("liger_kernel")),
-        _arm("quack", _quack, "linear_cross_entropy_func, reduction none", "quack-kernels", _needs_gpu("quack")),
-        _arm("tuna triton", _ours, "linear_logprobs, backend triton", "triton", lambda _: ""),
+        logprob_arm("CCE", _cce, "impl=cce", package="cut-cross-entropy", refuses=_needs_gpu("cut_cross_entropy")),
+        logprob_arm(
+            "Liger scaled CE",
+            _liger_scaled,
+            "fused kernels",
+            package="liger-kernel",
+            refuses=_needs_gpu("liger_kernel"),
+        ),
+        logprob_arm(
+            "quack",
+            _quack,
+            "linear_cross_entropy_func, reduction none",
+            package="quack-kernels",
+            refuses=_needs_gpu("quack"),
+        ),
+        logprob_arm("tuna triton", our_logprobs("triton"), "linear_logprobs, backend triton", package="triton"),
     ]
-
-
-def _arm(name: str, call: LogProbs, note: str, package: str, refuses: Callable[[Case], str]) -> Arm[Case]:
-    return Arm(name, lambda case: run_case(case, call), note, package, refuses)
 
 
 def _needs_gpu(module: str) -> Callable[[Case], str]:
@@ -141,25 +150,6 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -loss
 
 
-def _ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from tuna_kernels import linear_logprobs
-
-    values = linear_logprobs(hidden, weight, targets, backend="triton")
-    assert isinstance(values, Tensor)  # a tuple only where more is asked for
-    return values
-
-
-def bare_multiplies(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """The three products of a head in the type of the inputs, into buffers that are there."""
-    x, w = hidden.detach(), weight.detach()
-    logits, d_x, d_w = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
-    return {
-        "mm logits": lambda: torch.mm(x, w.T, out=logits),
-        "mm d_hidden": lambda: torch.mm(logits, w, out=d_x),
-        "mm d_weight": lambda: torch.mm(logits.T, x, out=d_w),
-    }
-
-
 def move(case: Case, device: torch.device) -> Case:
     """The same inputs on a device, still leaves."""
     moved = {name: getattr(case, name).detach().to(device) for name in ("hidden", "weight", "targets", "upstream")}
@@ -177,7 +167,7 @@ def compare_head(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Plan,
         case,
         oracle=oracle(case),
         tolerance=head_tolerance(dtype, shape.vocab),
-        units=bare_multiplies(case.hidden, case.weight),
+        units=bare_multiplies(case.hidden, case.weight, dtype=case.hidden.dtype),
         bounds=bounds_of(shape, dtype, mode),
         plan=plan,
         meter=where.meter,
@@ -198,7 +188,7 @@ def compare_ranking(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Pl
         case,
         oracle=ranking.ranking_oracle(case),
         tolerance=ranking.ranking_tolerance(dtype, shape.vocab),
-        units=bare_multiplies(rows, case.weight),
+        units=bare_multiplies(rows, case.weight, dtype=rows.dtype),
         bounds=bounds_of(Shape(len(rows), shape.width, shape.vocab), dtype, mode),
         plan=plan,
         meter=where.meter,
@@ -267,8 +257,7 @@ def _route_refuses(name: str) -> Callable[[AttentionCase], str]:
 
 
 def _dense(case: AttentionCase) -> Tensor:
-    row = torch.arange(case.tree.num_tokens, device=case.q.device)
-    sees = (row[None, :] <= row[:, None]) & (row[:, None] < case.tree.subtree_end[None, :])
+    sees = visible(case.tree.subtree_end)
     return F.scaled_dot_product_attention(case.q, case.k, case.v, attn_mask=sees)
 
 

@@ -12,6 +12,7 @@ time of the operations at LLaMA-7B and 128k-vocabulary shapes. What breaks a bud
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -66,11 +67,12 @@ class Built:
     faults: tuple[str, ...]
 
 
-def all_cases() -> list[StaticCase]:
+@functools.cache
+def all_cases() -> tuple[StaticCase, ...]:
     """The ``STATIC`` of every module beside the kernels, in order of the modules' names."""
     names = sorted(module.name for module in iter_modules(backend.__path__))
     modules = [import_module(f"{backend.__name__}.{name}") for name in names]
-    return [case for module in modules for case in getattr(module, "STATIC", ())]
+    return tuple(case for module in modules for case in getattr(module, "STATIC", ()))
 
 
 def jobs(

@@ -42,14 +42,16 @@ class Options:
     progress: Callable[[str], None] = lambda _: None
 
 
-def bare_multiplies(hidden: Tensor, weight: Tensor, suffix: str = "") -> dict[str, Callable[[], object]]:
-    """The three matrix multiplies of a head, alone: float32, results written into buffers that are already
+def bare_multiplies(
+    hidden: Tensor, weight: Tensor, suffix: str = "", dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], object]]:
+    """The three matrix multiplies of a head, alone: in ``dtype``, results written into buffers that are already
     there. ``suffix`` is put behind their names.
 
     float32 whatever the input type: on a CPU that emulates half-precision products they are what can be
     reached.
     """
-    x, w = hidden.detach().float(), weight.detach().float()
+    x, w = hidden.detach().to(dtype), weight.detach().to(dtype)
     logits, d_x, d_w = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
     return {
         f"mm logits{suffix}": lambda: torch.mm(x, w.T, out=logits),

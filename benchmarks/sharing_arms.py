@@ -23,6 +23,7 @@ from benchmarks.harness import Arm
 from tuna.naive import naive_step_loss, padded_batch
 from tuna.side_by_side import gradients_of
 from tuna_kernels import Group, PackedTree, linear_ranking_loss, pack_groups
+from tuna_kernels.backends.attention_reference import visible
 from tuna_kernels.integrations.transformers import model_ranking_loss
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
@@ -73,8 +74,7 @@ def padded_fused(model: Any, groups: Sequence[Group]) -> Tensor:
 def tree_dense_mask(model: Any, groups: Sequence[Group]) -> Tensor:
     """The packed tree with SDPA and a [T, T] mask: what a few lines of plain torch give."""
     tree = pack_groups(groups)
-    rows = torch.arange(tree.num_tokens)
-    sees = (rows[None, :] <= rows[:, None]) & (rows[:, None] < tree.subtree_end[None, :])
+    sees = visible(tree.subtree_end)
     return _loss(_trunk(model, tree, attention_mask=sees[None, None]), model, tree)
 
 

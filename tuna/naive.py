@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuna_kernels import Group, pack_groups
+from tuna_kernels.backends.attention_reference import visible
 from tuna_kernels.losses import Preset
 
 IGNORED = -100
@@ -107,8 +108,7 @@ def plain_tree_loss(
     model must have transformers' own attention (``sdpa``).
     """
     tree = pack_groups(groups, device=next(model.parameters()).device)
-    row = torch.arange(tree.num_tokens, device=tree.rows.device)
-    sees = (row[None, :] <= row[:, None]) & (row[:, None] < tree.subtree_end[None, :])
+    sees = visible(tree.subtree_end)
     hidden = model.base_model(
         input_ids=tree.input_ids[None],
         position_ids=tree.position_ids[None],

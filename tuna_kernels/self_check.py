@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import user_cache
 from .tree import Group, pack_groups
 
 __all__ = ["Check", "passed", "run_checks", "warn_if_unchecked"]
 
 FACTOR, UNITS = 4.0, 16.0
+CACHE = "self_check"
 Run = Callable[[torch.dtype, str], dict[str, Tensor]]
 
 
@@ -245,26 +243,10 @@ def _version() -> str:
         return "unknown"
 
 
-def _record() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tuna_kernels" / "self_check.json"
-
-
 def _read() -> list[str]:
-    try:
-        content = json.loads(_record().read_text())
-    except (OSError, ValueError):
-        return []
+    content = user_cache.read(CACHE)
     return content if isinstance(content, list) else []
 
 
 def _remember(key: str) -> None:
-    """Atomic; an unwritable directory only means that the question is asked again."""
-    path = _record()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(sorted({*_read(), key}), file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    user_cache.write(CACHE, sorted({*_read(), key}))

@@ -9,7 +9,12 @@ from tuna_kernels.backends.attention_plan import check_values
 from tuna_kernels.backends.reference import compute_dtype
 
 
-def visible(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> Tensor:
+def visible(
+    subtree_end: Tensor,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Bool [Tq, T]: whether query i sees row j, that is ``j <= i < subtree_end[j]`` and, with a window w,
     ``0 <= depth_i - depth_j < w``."""
     keys = torch.arange(subtree_end.shape[0], device=subtree_end.device)

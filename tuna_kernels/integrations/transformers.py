@@ -151,12 +151,11 @@ class LossRequest:
     settings: LossSettings
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        options = vars(self.settings).copy()
         prepare_model(model)
         base = base_causal_lm(model)
         hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
         head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
-        found = linear_ranking_loss(hidden, head.weight, tree, **options, **head.options())
+        found = linear_ranking_loss(hidden, head.weight, tree, **vars(self.settings), **head.options())
         return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
 
 

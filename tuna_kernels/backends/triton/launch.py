@@ -9,9 +9,7 @@ no part of that key where a row's bits would depend on it.
 from __future__ import annotations
 
 import functools
-import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,14 @@ from typing import Any
 
 import torch
 
+from ... import user_cache
 from . import is_interpreted
 from .static import Config
 
 INTERPRETER = 0  # stands for a compute capability in the tables of configurations
 Table = Mapping[int, tuple[Config, ...]]
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_AUTOTUNE"
+CACHE = "autotune"
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,12 @@ def candidates(table: Table, capability: int) -> tuple[Config, ...]:
 
 def cache_file() -> Path:
     """Where tuned choices are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tuna_kernels" / "autotune.json"
+    return user_cache.path_of(CACHE)
 
 
 def _read_cache() -> dict[str, int]:
-    try:
-        content = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
-        return {}
+    content = user_cache.read(CACHE)
     return content if isinstance(content, dict) else {}
-
-
-def _write_cache(key: str, choice: int) -> None:
-    """Atomic; an unwritable directory only means that the next process tunes again."""
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(_read_cache() | {key: choice}, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
-    except OSError:
-        return
 
 
 def bucket(n: int) -> int:
@@ -121,6 +105,6 @@ def choose(
     if choice is None or choice >= len(configs):
         times = [_milliseconds(functools.partial(run, config)) for config in configs]
         choice = times.index(min(times))
-        _write_cache(name, choice)
+        user_cache.write(CACHE, _read_cache() | {name: choice})
         _tuned.cache_clear()
     return configs[choice]
