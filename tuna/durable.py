@@ -83,10 +83,13 @@ class DurableTrainer(Trainer):
         """``value`` of the first process, on all."""
         return value if self.accelerator.num_processes == 1 else list(broadcast_object_list(value))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def _prepare_for_training(self, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, loader, checkpoint)  # type: ignore[no-untyped-call]
         if self.args.deepspeed:
-            zero.check_engine(self.model_wrapped, self.accelerator.num_processes)
+            engine: Any = self.model_wrapped
+            zero.check_engine(engine, self.accelerator.num_processes)
+            if checkpoint is not None and engine.load_universal_checkpoint():
+                zero.mend_universal(engine, checkpoint)
         return prepared
 
     # Saving

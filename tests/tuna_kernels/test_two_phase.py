@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.tuna_kernels.tiny_models import (
     FAMILIES,
@@ -21,11 +22,12 @@ from tests.tuna_kernels.tiny_models import (
     bound,
     tiny,
 )
-from tuna_kernels.integrations import _shared_keys
+from tuna.memory import allocator_peak
+from tuna_kernels.integrations import _shared_keys, two_phase
 from tuna_kernels.integrations._passes import TreeGroups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
 from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
-from tuna_kernels.tree import Group, Share, pack_groups
+from tuna_kernels.tree import Group, PackedTree, Share, pack_groups
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -53,6 +55,54 @@ def test_equals_one_pass(family: str) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     two_phase_ranking_loss(model, tree, preset="released", margin=0.4)
     assert_same_gradients(gradients(model), wanted, bound(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_may_be_scored_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one on top of the kept prompt, where the tree has more rows than may be scored at once."""
+    model = prepare_model(tiny(family))
+    tree = pack_groups(GROUPS)
+    expected = two_phase_ranking_loss(model, tree, margin=0.4)
+    wanted = gradients(model)
+    monkeypatch.setattr(two_phase, "SCORING_ROWS", 0)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    with model.base_model.register_forward_pre_hook(count):
+        found = two_phase_ranking_loss(model, tree, margin=0.4, most_passes=lambda passes: passes + 2)
+    alone = tree.num_candidates + sum(len(group.prompt) > 1 for group in GROUPS)
+    assert forwards == alone + 2 + found.passes
+    assert_close(found.logprobs, expected.logprobs, bound(family))
+    assert_same_gradients(gradients(model), wanted, bound(family))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_memory_does_not_grow_with_the_candidates(checkpointed: bool) -> None:
+    """Four times the candidates: one pass takes three times the memory or more, two phases hardly more."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_hidden_layers": 6}
+    model = prepare_model(LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)).train())
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    peaks: dict[str, list[int]] = {"one": [], "two": []}
+    for k in (4, 16):
+        responses = [torch.randint(3, VOCABULARY, (48,)) for _ in range(k)]
+        tree = pack_groups([Group(torch.randint(3, VOCABULARY, (48,)), responses, ranks=range(k))])
+
+        def one_pass(tree: PackedTree = tree) -> None:
+            model_ranking_loss(model, tree, preset="released", logits_budget=0).loss.backward()
+
+        def two_phases(tree: PackedTree = tree) -> None:
+            two_phase_ranking_loss(model, tree, preset="released")
+
+        for name, call in (("one", one_pass), ("two", two_phases)):
+            call()  # gradients exist from here on
+            peaks[name].append(allocator_peak(call))
+    assert peaks["one"][1] > 3 * peaks["one"][0]
+    assert peaks["two"][1] < 1.15 * peaks["two"][0] < peaks["one"][0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -84,17 +134,20 @@ GPT2 = prepare_model(tiny("gpt2"))
 
 
 @settings(deadline=None, max_examples=25)
-@given(groups, st.sampled_from(["tree", "prompt", "none"]), st.integers(1, 3), st.booleans())
-def test_equals_one_pass_on_any_groups(drawn: list[Group], share: Share, size: int, skip: bool) -> None:
+@given(groups, st.sampled_from(["tree", "prompt", "none"]), st.integers(1, 3), st.booleans(), st.integers(0, 4))
+def test_equals_one_pass_on_any_groups(
+    drawn: list[Group], share: Share, size: int, skip: bool, scoring_rows: int
+) -> None:
     """Prompts of one token, equal candidates, one candidate within another, any packing; in float64."""
     tree = pack_groups(drawn, share=share)
     GPT2.zero_grad(set_to_none=True)
     expected = model_ranking_loss(GPT2, tree, margin=0.05, mle_weight=0.5)
     expected.loss.backward()
     wanted = gradients(GPT2)
-    found = two_phase_ranking_loss(
-        GPT2, tree, margin=0.05, mle_weight=0.5, candidates_per_pass=size, skip_inactive=skip
-    )
+    with mock.patch.object(two_phase, "SCORING_ROWS", scoring_rows):
+        found = two_phase_ranking_loss(
+            GPT2, tree, margin=0.05, mle_weight=0.5, candidates_per_pass=size, skip_inactive=skip
+        )
     assert_close(found.loss, expected.loss, bound("gpt2"))
     assert_same_gradients(gradients(GPT2), wanted, bound("gpt2"))
 

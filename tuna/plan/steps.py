@@ -15,9 +15,10 @@ from tuna.plan.settings import StepSettings
 from tuna.plan.workload import share_of
 from tuna_kernels import Group, PackedTree, pack_groups
 from tuna_kernels.integrations._passes import TreeGroups
+from tuna_kernels.integrations._requests import BranchPass, KeepPass
 from tuna_kernels.integrations.ranking_model import Request
 from tuna_kernels.integrations.transformers import model_ranking_loss
-from tuna_kernels.integrations.two_phase import _BranchPass, _Schedule, _ScoringPass, two_phase_ranking_loss
+from tuna_kernels.integrations.two_phase import SCORING_ROWS, _Schedule, _Scoring, two_phase_ranking_loss
 
 __all__ = ["make_trainable", "prepared_step"]
 
@@ -78,14 +79,23 @@ def _fake_two_phase(
     with _disable_current_modes():
         groups = TreeGroups(tree)
         upstream = torch.zeros(tree.num_slots)
-    scoring = _ScoringPass(tree, groups, "auto")
-    with torch.no_grad():
-        scoring(model)
-    schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+        scoring = _Scoring(tree, groups, "auto", SCORING_ROWS * groups.largest_pass(settings.candidates_per_pass))
+        schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+    for scored in _on_host(scoring.requests(scoring.passes)):
+        kind: tuple[int, ...] = (
+            -1,
+            len(scored.layout.input_ids),
+            len(scored.layout.slots),
+            len(scored.layout.position_ids),
+        )
+        # candidates leave nothing, prompts their keys
+        if wanted(kind, len(groups) if isinstance(scored, KeepPass) else 1):
+            with torch.no_grad():
+                scored(model)
     number = {id(keys): g for g, keys in enumerate(scoring.prompts)}
     for request in _on_host(schedule.requests(scoring.prompts, upstream, "auto", schedule.passes)):
         kind = (len(request.layout.input_ids), len(request.layout.slots), *lengths[number[id(request.prompt)]])
-        if wanted(kind, 2 if isinstance(request, _BranchPass) else 1):
+        if wanted(kind, 2 if isinstance(request, BranchPass) else 1):
             (loss,) = request(model)
             _backward(loss)
 
