@@ -57,6 +57,7 @@ def test_deepspeed_settings_are_valid(file: Path, monkeypatch: pytest.MonkeyPatc
     known |= {str(field.alias) for field in DeepSpeedZeroConfig.model_fields.values()}
     assert set(settings["zero_optimization"]) <= known  # DeepSpeed itself takes a mistyped key without a word
     DeepSpeedZeroConfig(**settings["zero_optimization"])
+    assert zero.on_nvme(settings) == ("nvme" in file.stem)
     assert zero.needs_cpu_adam(settings) == ("offload" in file.stem or "nvme" in file.stem)
 
 

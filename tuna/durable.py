@@ -75,6 +75,11 @@ class DurableTrainer(Trainer):
             raise CheckpointError(f"{found} has lost files that {checkpoints.MARKER} lists")
         universal = checkpoints.check_shape(found, self.shape)
         if universal:
+            if zero.on_nvme(self.accelerator.state.deepspeed_plugin.deepspeed_config):
+                raise CheckpointError(
+                    f"{found} was written by another number of ranks or under another ZeRO stage, which cannot be "
+                    "loaded into states on NVMe: go on with states in host memory (device: cpu)"
+                )
             logger.warning("converting %s for another number of ranks or ZeRO stage", found)
             checkpoints.make_universal(found)
         return str(found), universal

@@ -166,6 +166,12 @@ def check_engine(wrapped: Any, world_size: int) -> None:
         raise RuntimeError(f"DeepSpeed counts {wrapped.world_size} ranks, the trainer {world_size}")
 
 
+def on_nvme(settings: Mapping[str, Any]) -> bool:
+    """Whether states or weights live on a disk, where DeepSpeed cannot load a universal checkpoint into them."""
+    parts = ("offload_optimizer", "offload_param")
+    return any(settings.get("zero_optimization", {}).get(part, {}).get("device") == "nvme" for part in parts)
+
+
 def mend_universal(engine: Any, checkpoint: str | os.PathLike[str]) -> None:
     """Set right what DeepSpeed's ZeRO-3 gets wrong when it loads a universal checkpoint (seen in 0.19.8).
 
