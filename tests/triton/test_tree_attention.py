@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -380,46 +380,6 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
     assert attention_triton._splits(16, 64, device) == attention_triton.MAX_SPLITS
     assert attention_triton._splits(16, 3, device) == 3
     assert attention_triton._splits(16, 0, device) == 1
-
-
-@pytest.fixture(params=["ascending", "descending"])
-def grid_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Programs run one after the other in the interpreter; here also the other way round."""
-    from triton.runtime import interpreter
-
-    if request.param == "descending":
-        builder = interpreter.interpreter_builder
-        place = builder.set_grid_idx
-        grid = builder.set_grid_dim
-        size: list[tuple[int, int, int]] = []
-
-        def remember(x: int, y: int, z: int) -> None:
-            size[:] = [(x, y, z)]
-            grid(x, y, z)
-
-        def turned(x: int, y: int, z: int) -> None:
-            place(size[0][0] - 1 - x, size[0][1] - 1 - y, size[0][2] - 1 - z)
-
-        monkeypatch.setattr(builder, "set_grid_dim", remember)
-        monkeypatch.setattr(builder, "set_grid_idx", turned)
-    yield request.param
-
-
-_bits: dict[str, list[Tensor]] = {}
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the order of programs is the interpreter's to choose")
-def test_the_order_of_programs_does_not_show(grid_order: str) -> None:
-    """The same bits in either order, on memory that held other numbers before."""
-    leaves = inputs(TREE.num_tokens, TREE.num_tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_triton, "_splits", lambda *_: 2)
-        out, lse = tree_attention(*leaves, TREE.subtree_end, return_lse=True, backend="triton")
-        found = [out, lse, *torch.autograd.grad((out, lse), leaves, upstream((out, lse), 3))]
-    _bits[grid_order] = found
-    for other in _bits.values():
-        for a, b in zip(found, other, strict=True):
-            assert torch.equal(a, b)
 
 
 def test_opcheck() -> None:
