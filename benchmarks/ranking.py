@@ -17,6 +17,8 @@ from tuna_kernels import Group, PackedTree, linear_ranking_loss, pack_groups
 CANDIDATES = 5
 PROMPT = 4
 MARGIN = 0.1
+SMALL_BUDGETS = (48 << 20, 24 << 20)
+"""Bytes of logits kept: two groups or one of them at this shape."""
 RANKING_MODES: tuple[Mode, ...] = ("trainable", "frozen")
 
 
@@ -89,23 +91,32 @@ def ranking_tolerance(dtype: str, vocab: int) -> dict[str, float]:
 
 
 def ranking_arms(*backends: str) -> list[Arm[RankingCase]]:
-    """The textbook, and ours on ``backends`` (default: those of the CPU)."""
+    """The textbook, and ours on ``backends`` (default: those of the CPU, the native one also with little memory)."""
 
     def textbook(case: RankingCase) -> dict[str, Tensor]:
         return _with_gradients(textbook_loss(case.hidden, case.weight, case.tree), case.hidden, case.weight)
 
-    def ours(backend: str) -> Arm[RankingCase]:
+    def ours(backend: str, budget: int | None = None) -> Arm[RankingCase]:
         def call(case: RankingCase) -> dict[str, Tensor]:
             output = linear_ranking_loss(
-                case.hidden, case.weight, case.tree, preset="released", margin=MARGIN, backend=backend
+                case.hidden,
+                case.weight,
+                case.tree,
+                preset="released",
+                margin=MARGIN,
+                backend=backend,
+                logits_budget=budget,
             )
             return _with_gradients(output.loss, case.hidden, case.weight)
 
-        note = f"linear_ranking_loss, backend {backend}"
-        return Arm(f"tuna {backend}", call, note, refuses=needs_backend(backend))
+        size = "" if budget is None else f", {budget >> 20} MiB"
+        note = f"linear_ranking_loss, backend {backend}, logits_budget {size[2:] or 'as it is'}"
+        return Arm(f"tuna {backend}{size}", call, note, refuses=needs_backend(backend))
 
     naive = Arm("naive", textbook, "logits of every slot, log_softmax, gather, pairs", package="torch")
-    return [naive, *map(ours, backends or ("torch", "cpu"))]
+    if backends:
+        return [naive, *map(ours, backends)]
+    return [naive, ours("torch"), ours("cpu"), *(ours("cpu", budget) for budget in SMALL_BUDGETS)]
 
 
 def _with_gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:

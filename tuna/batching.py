@@ -22,7 +22,8 @@ epoch can be resumed by skipping the first n batches. The rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NotRequired, TypedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -216,7 +217,18 @@ class GroupCollator:
 
 
 class GroupLoader(DataLoader[TokenizedGroup]):
-    """A `DataLoader` over `GroupBatchSampler` that hands ``set_epoch`` on, as the stock trainer calls it."""
+    """A `DataLoader` over `GroupBatchSampler` that hands ``set_epoch`` on, as the stock trainer calls it.
+
+    While a batch is computed, a thread packs the next one.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # the base class promises its own iterator
+        batches = super().__iter__()
+        with ThreadPoolExecutor(1, thread_name_prefix="packing") as thread:
+            ahead = thread.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = thread.submit(next, batches, None)
+                yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the batch sampler."""

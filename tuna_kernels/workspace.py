@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from .backends import cpu as _cpu
 from .backends import triton as _triton
 from .backends.attention_plan import MAX_ROWS
+from .backends.products import MIN_ROWS
 from .backends.reference import compute_dtype
 from .backends.selective import CHUNK_BYTES
-from .backends.tiled import MIN_ROWS, UNIT_SLOTS, TilePlan
+from .backends.tiled import UNIT_SLOTS, TilePlan
 from .config import resolve_backend
 
 __all__ = ["workspace_bytes"]
@@ -80,7 +82,7 @@ def _linear_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
         return _full_logits(shape, dtype)
     # Row gradients in the computing type; with a frozen weight the kept unit gradient twice, and gathered weight rows.
     return (
-        _tiles(shape, dtype, 0 if backend == "cpu" else 3)
+        _tiles(shape, dtype, backend, 0 if backend == "cpu" else 3)
         + b * width * (2 * rows + min(rows, UNIT_SLOTS))
         + _PER_SLOT * rows
     )
@@ -95,10 +97,10 @@ def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
     # Rows that are worked on at once: groups beyond the budget are recomputed together.
     part = min(rows, capacity) if max(group, MIN_ROWS) <= capacity else rows
     block = b * vocabulary * min(capacity, max(rows, MIN_ROWS))
-    tiles = _tiles(shape, dtype, 1 if backend == "cpu" else 3)
+    tiles = _tiles(shape, dtype, backend, 1 if backend == "cpu" else 3)
     if max(group, MIN_ROWS) <= capacity and not shape.get("skips", 1):
         # All logits are kept, none are made in a tile; nor are rows of a kept block taken out into one.
-        tiles -= _logits_tile(shape, dtype) * (2 if backend == "cpu" else 1)
+        tiles -= _logits_tile(shape, dtype, backend) * (2 if backend == "cpu" else 1)
     return tiles + block + b * shape["width"] * part + _PER_SLOT * rows
 
 
@@ -116,21 +118,28 @@ def _full_logits(shape: Shape, dtype: torch.dtype) -> int:
     return b * (5 * rows * vocabulary + 2 * width * (rows + vocabulary)) + _PER_SLOT * rows
 
 
-def _tiles(shape: Shape, dtype: torch.dtype, more: int) -> int:
+def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
     """Buffers of one walk over the tiles; in half precision also a tile of the weight's gradient.
 
     ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
     """
-    compute, width = compute_dtype(dtype), shape["width"]
-    plan = TilePlan.choose(dtype, width, compute)
+    compute, width, copy = compute_dtype(dtype), shape["width"], _copy(dtype, backend)
+    plan = TilePlan.choose(width, copy)
     gradient = plan.columns * width if dtype != compute else 0
-    extra = compute.itemsize * gradient + more * _logits_tile(shape, dtype)
-    return plan.workspace(dtype, width, compute, shape["rows"]) + extra
+    extra = compute.itemsize * gradient + more * _logits_tile(shape, dtype, backend)
+    return plan.workspace(width, copy, compute, shape["rows"]) + extra
 
 
-def _logits_tile(shape: Shape, dtype: torch.dtype) -> int:
+def _copy(dtype: torch.dtype, backend: str) -> torch.dtype | None:
+    """The type of `products.Products.copy`."""
+    if backend == "cpu" and _cpu.multiplies(dtype):
+        return dtype
+    return None if dtype == compute_dtype(dtype) else compute_dtype(dtype)
+
+
+def _logits_tile(shape: Shape, dtype: torch.dtype, backend: str) -> int:
     compute = compute_dtype(dtype)
-    plan = TilePlan.choose(dtype, shape["width"], compute)
+    plan = TilePlan.choose(shape["width"], _copy(dtype, backend))
     return compute.itemsize * min(plan.rows, max(shape["rows"], MIN_ROWS)) * plan.columns
 
 

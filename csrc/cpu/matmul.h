@@ -1,8 +1,9 @@
-// C += A B for blocks that stay in the cache: float32, registers blocked by hand.
+// C += A B for blocks that stay in the cache: float32 sums, registers blocked by hand.
 //
-// Included by one translation unit per instruction set (attention_*.cpp), which sets TUNA_ISA, a namespace of its own
-// so that the linker never mixes them, and TUNA_LANES, the floats of a vector register. A register block needs to know
-// that width; compiler clones of one function (vector_math.h) all see the same.
+// Included by one translation unit per instruction set (attention_*.cpp, pairs_avx512.cpp), which sets TUNA_ISA, a
+// namespace of its own so that the linker never mixes them, and TUNA_LANES, the floats of a vector register. A register
+// block needs to know that width; compiler clones of one function (vector_math.h) all see the same. With TUNA_PAIRS an
+// "element" of A and B is a pair of bfloat16 numbers that are neighbours along `inner`, in the place of a float.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +47,26 @@ TUNA_INLINE Vector broadcast(float value) {
 #endif
 }
 
+#if defined(TUNA_PAIRS)
+TUNA_INLINE Vector broadcast_element(const float* from) {
+  int32_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (Vector)_mm512_set1_epi32(bits);
+}
+
+// Two products an element: exact in float32, then added one after the other.
+TUNA_INLINE Vector multiply_add(Vector sum, Vector left, Vector right) {
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+#else
+TUNA_INLINE Vector broadcast_element(const float* from) { return broadcast(*from); }
+
+TUNA_INLINE Vector multiply_add(Vector sum, Vector left, Vector right) {
+  sum += left * right;
+  return sum;
+}
+#endif
+
 // A [rows, inner] at a + i * row + k * column; B [inner, columns] and C [rows, columns] with unit stride along columns,
 // which count whole vectors.
 struct Product {
@@ -84,9 +105,9 @@ TUNA_INLINE void multiply_block(const Product& p, int64_t row, int64_t column) {
     for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vector left = broadcast(a[i * p.a_row]);
+      const Vector left = broadcast_element(a + i * p.a_row);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(sum[i][j], left, right[j]);
     }
   }
 #pragma GCC unroll 8

@@ -4,6 +4,8 @@ epoch is the rest of the same epoch, and batches that only keep ranks in step sa
 from __future__ import annotations
 
 from collections import Counter
+from threading import Semaphore
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +97,30 @@ def test_skipping_the_first_batches_gives_the_rest_of_the_epoch(skip: int) -> No
     whole = [batch["input_ids"].tolist() for batch in loader]
     rest = [batch["input_ids"].tolist() for batch in skip_first_batches(loader, skip)]
     assert rest == whole[skip:]
+
+
+def test_the_next_batch_is_packed_while_one_is_computed() -> None:
+    dataset = [TokenizedGroup(str(i), group, 0) for i, group in enumerate(some_groups(6))]
+    loader = group_loader(dataset, GroupBatchSampler([item.group for item in dataset], groups_per_batch=2))
+    pack, packed = loader.collate_fn, Semaphore(0)
+
+    def counting(items: list[TokenizedGroup]) -> Any:
+        batch = pack(items)
+        packed.release()
+        return batch
+
+    loader.collate_fn = counting
+    batches = iter(loader)
+    next(batches)
+    assert packed.acquire(timeout=60) and packed.acquire(timeout=60)  # nobody has asked for the second one yet
+    assert len(list(batches)) == 2
+
+
+def test_what_goes_wrong_in_packing_is_raised_where_the_batch_is_asked_for() -> None:
+    dataset = [TokenizedGroup(str(i), group, 0) for i, group in enumerate(some_groups(2))]
+    loader = group_loader(dataset[:1], GroupBatchSampler([item.group for item in dataset], groups_per_batch=1))
+    with pytest.raises(IndexError):
+        list(loader)
 
 
 def test_loader_packs_the_groups_and_marks_what_only_keeps_ranks_in_step() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
 from tuna_kernels import available_backends, linear_logprobs, selective_logprobs
-from tuna_kernels.backends import linear, tiled
+from tuna_kernels.backends import cpu, linear, tiled
+from tuna_kernels.backends.cpu import multiplies
 
 NATIVE = pytest.param(
     "cpu", marks=pytest.mark.skipif(bool(available_backends()["cpu"]), reason=available_backends()["cpu"])
@@ -93,13 +94,23 @@ def evaluate(case: Case, backend: str, dtype: torch.dtype | None = None, device:
 
 
 def check(case: Case, backend: str, **slack: float) -> None:
+    """Where products take bfloat16 as it is, gradients of logits are rounded to it first, once."""
+    types = {case.hidden, case.weight}
+    rounded = case.weight if backend == "cpu" and len(types) == 1 and multiplies(case.weight) else torch.float32
     truth = evaluate(case, "reference", torch.float64)
     textbook = evaluate(case, "reference")
     got = evaluate(case, backend)
     assert got.keys() == truth.keys()
     for name in truth:
         where = f"{name} of {case} on {backend}"
-        assert_as_good_as_textbook(got[name], textbook[name], truth[name], where, **slack)  # type: ignore[arg-type]
+        assert_as_good_as_textbook(
+            got[name],
+            textbook[name],
+            truth[name],
+            where,
+            rounded=rounded if name.startswith("d ") else torch.float32,
+            **slack,
+        )
 
 
 VARIANTS = [
@@ -134,6 +145,24 @@ def test_every_pair_of_types(hidden: torch.dtype, weight: torch.dtype, frozen: b
     check(Case(hidden=hidden, weight=weight, frozen_head=frozen, bias=True, vocabulary=2600), backend)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_packed_and_converted(packed: bool, lora: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to multiply bfloat16, several chunks of rows and tiles; the log-probs of both are float32's."""
+    if packed and not multiplies(torch.bfloat16):
+        pytest.skip("this processor has no AVX512_BF16")
+    if not packed:
+        monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
+    half = torch.bfloat16
+    case = Case(
+        slots=1300, tokens=1200, hidden=half, weight=half, lora=lora, frozen_head=frozen, entropy=True, width=37
+    )
+    check(case, "cpu")
+    exact = evaluate(case, "reference", torch.float64)["logprobs"]
+    assert (evaluate(case, "cpu")["logprobs"] - exact).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
@@ -148,6 +177,7 @@ def test_any_shape(backend: str, data: st.DataObject) -> None:
         softcap=data.draw(st.sampled_from([None, 2.0, 30.0])),
         frozen_head=data.draw(st.booleans()),
         hidden=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        weight=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
         seed=data.draw(st.integers(0, 1000)),
     )
     check(case, backend, units=64, scale=1.0)
@@ -155,7 +185,7 @@ def test_any_shape(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_rows_than_a_chunk_and_more_columns_than_a_tile(backend: str) -> None:
-    plan = tiled.TilePlan.choose(torch.float32, 8, torch.float32)
+    plan = tiled.TilePlan.choose(8, None)
     check(Case(slots=plan.rows + 300, tokens=plan.rows + 200, vocabulary=plan.columns + 5, width=8), backend)
 
 

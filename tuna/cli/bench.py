@@ -12,7 +12,7 @@ import typer
 
 __all__ = ["bench"]
 
-PROGRAMS = ("kernels", "step", "attention", "sharing", "growth", "endpoint", "diff", "document")
+PROGRAMS = ("kernels", "step", "profile", "attention", "sharing", "growth", "endpoint", "diff", "document")
 CONTEXT = {"help_option_names": [], "ignore_unknown_options": True, "allow_extra_args": True}
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pairs import PairProducts
+from .products import ComputeProducts, Products
+from .slots import Slots
 from .tiled import Head, RowGradient, SoftmaxState, Tile
 
 try:
@@ -30,6 +33,11 @@ def supports(*dtypes: torch.dtype) -> str:
         return WHY_NOT
     bad = [str(d) for d in dtypes if d not in ELEMENTS]
     return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether products of two operands of this type are taken as they are, rather than converted to float32."""
+    return dtype == torch.bfloat16 and not WHY_NOT and bool(_cpu.has_pairs())
 
 
 def native() -> Any:
@@ -90,6 +98,22 @@ class NativeTileOps:
             columns=x.shape[1],
             threads=torch.get_num_threads(),
         )
+
+    def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
+        if hidden == weight and multiplies(weight):
+            return PairProducts(_cpu, _pair_source, slots)
+        return ComputeProducts(self.load, slots, compute, weight)
+
+
+def _pair_source(source: Tensor, index: Tensor | None) -> Any:
+    return _cpu.PairSource(
+        data=source.data_ptr(),
+        element=ELEMENTS[source.dtype],
+        stride=source.stride(0),
+        index=address(index),
+        rows=source.shape[0] if index is None else index.numel(),
+        columns=source.shape[1],
+    )
 
 
 def _native_tile(tile: Tile, scale: float, softcap: float | None) -> Any:

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..losses import LossCounts, Preset, preset_upstream
 from .head import HeadBackend
 from .linear import LinearCall, Saved, row_gradient, row_grads_like
+from .products import MIN_ROWS
 from .slots import Slots
-from .tiled import MIN_ROWS, Gradients
+from .tiled import Gradients
 
 
 @dataclass(frozen=True)

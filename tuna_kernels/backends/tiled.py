@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .products import MIN_ROWS, Products
 from .slots import Slots
 
 
@@ -95,6 +96,9 @@ class TileOps(Protocol):
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
         """``x[i] *= factor[i]``."""
 
+    def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
+        """How one call over sources of these types multiplies."""
+
 
 @dataclass(frozen=True)
 class TilePlan:
@@ -104,23 +108,24 @@ class TilePlan:
     columns: int
 
     @classmethod
-    def choose(cls, weight: torch.dtype, width: int, compute: torch.dtype) -> TilePlan:
-        """About 8 MiB of logits, and at most as much of a converted weight [columns, width]."""
+    def choose(cls, width: int, copy: torch.dtype | None) -> TilePlan:
+        """About 8 MiB of logits, and at most as much of a weight tile [columns, width] copied to type ``copy``."""
         columns = 2048
-        if weight != compute:
-            columns = max(256, min(columns, (8 << 20) // (compute.itemsize * width) // 256 * 256))
+        if copy is not None:
+            columns = max(256, min(columns, (8 << 20) // (copy.itemsize * width) // 256 * 256))
         return cls(rows=1024, columns=columns)
 
-    def workspace(self, weight: torch.dtype, width: int, compute: torch.dtype, rows: int) -> int:
-        """Bytes of the buffers of one pass: logits, hidden rows (gathered), a converted weight tile."""
+    def workspace(self, width: int, copy: torch.dtype | None, compute: torch.dtype, rows: int) -> int:
+        """Bytes of the buffers of one pass: logits, hidden rows (gathered), a copy of a weight tile.
+
+        Packed bfloat16 takes those and the gradient of the logits once more, in other layouts, padded to whole panels.
+        """
         used = min(self.rows, max(rows, MIN_ROWS))
-        converted = self.columns * width if weight != compute else 0
-        return compute.itemsize * (used * self.columns + used * width + converted)
-
-
-# A product of fewer rows than this takes other code in the BLAS, which rounds otherwise: such a chunk is padded
-# with zero rows, so that a row gives the same bits whatever the number of rows beside it (docs/numerics.md).
-MIN_ROWS = 16
+        logits = compute.itemsize * used * self.columns
+        if copy is None or copy == compute:
+            return logits + compute.itemsize * width * (used + (self.columns if copy else 0))
+        padded = -(-width // 64) * 64
+        return logits + copy.itemsize * (2 * padded * (used + self.columns) + (used + 1) * (self.columns + 96))
 
 
 class _Loop:
@@ -128,7 +133,10 @@ class _Loop:
 
     def __init__(self, ops: TileOps, inputs: Inputs, head: Head, slots: Slots, compute: torch.dtype) -> None:
         self.ops, self.inputs, self.head, self.slots, self.compute = ops, inputs, head, slots, compute
-        self.plan = TilePlan.choose(head.weight.dtype, head.weight.shape[1], compute)
+        types = {t.dtype for t in (*inputs, head.weight, head.low_rank_weight) if t is not None}
+        shared = types.pop() if len(types) == 1 else compute
+        self.products = ops.products(slots, compute, shared, head.weight.dtype)
+        self.plan = TilePlan.choose(head.weight.shape[1], self.products.copy)
         self.device = inputs.hidden.device
         self.total = slots.rows.numel()
         self.chunk_rows = min(self.plan.rows, max(self.total, MIN_ROWS))
@@ -136,70 +144,39 @@ class _Loop:
         self.chunks = list(itertools.pairwise(bounds))
         # On the host: chunk c owns the sorted slots slot_bounds[c]:slot_bounds[c + 1].
         self.slot_bounds = slots.offsets[torch.tensor(bounds, device=self.device)].tolist()
-        self._loaded: dict[int, tuple[int, Tensor]] = {}
-        self._weights: dict[int, Tensor] = {}
         self._logits: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.compute, device=self.device)
 
-    def columns(self) -> Iterator[tuple[int, int]]:
+    def columns(self) -> Iterator[slice]:
         for first in range(0, self.head.vocabulary, self.plan.columns):
-            yield first, min(first + self.plan.columns, self.head.vocabulary)
+            yield slice(first, min(first + self.plan.columns, self.head.vocabulary))
 
-    def weight_tile(self, source: Tensor, first: int, last: int) -> Tensor:
-        """[columns, D] of a weight in the compute type; a view where it is that already."""
-        tile = source[first:last]
-        if tile.dtype == self.compute:
-            return tile
-        buffer = self._weights.get(id(source))
-        if buffer is None:
-            buffer = self._weights[id(source)] = self.empty(self.plan.columns, source.shape[1])
-        converted = buffer[: last - first]
-        self.ops.load(converted, tile, None)
-        return converted
-
-    def hidden_rows(self, source: Tensor, start: int, stop: int) -> Tensor:
-        """[max(stop - start, MIN_ROWS), D] hidden states of a chunk of rows, zero rows at the end."""
-        count = stop - start
-        direct = self.slots.contiguous and source.dtype == self.compute and count >= MIN_ROWS
-        if direct and source.stride(-1) == 1:
-            return source[start:stop]
-        loaded_start, buffer = self._loaded.get(id(source), (-1, None))
-        if buffer is None:
-            buffer = torch.zeros(self.chunk_rows, source.shape[1], dtype=self.compute, device=self.device)
-        if loaded_start != start:
-            self.ops.load(buffer[:count], source, self.slots.rows[start:stop])
-            if count < MIN_ROWS:
-                buffer[count:].zero_()
-            self._loaded[id(source)] = (start, buffer)
-        return buffer[: max(count, MIN_ROWS)]
-
-    def logits(self, start: int, stop: int, first: int, last: int, out: Tensor | None = None) -> Tensor:
-        """[stop - start, last - first] of h W^T + h2 W2^T, in ``out`` or in this loop's buffer."""
-        count = max(stop - start, MIN_ROWS)
+    def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
+        """[n, c] of h W^T + h2 W2^T, in ``out`` or in this loop's buffer."""
+        n, width = rows.stop - rows.start, columns.stop - columns.start
+        count = max(n, MIN_ROWS)
         if out is None or out.shape[0] < count:
             if self._logits is None:
                 self._logits = self.empty(self.chunk_rows * self.plan.columns)
-            product = self._logits[: count * (last - first)].view(count, last - first)
+            product = self._logits[: count * width].view(count, width)
         else:
             product = out
-        hidden = self.hidden_rows(self.inputs.hidden, start, stop)
-        torch.mm(hidden, self.weight_tile(self.head.weight, first, last).t(), out=product)
+        self.products.logits(product, self.inputs.hidden, rows, self.head.weight, columns, add=False)
         if self.inputs.low_rank is not None and self.head.low_rank_weight is not None:
-            low = self.hidden_rows(self.inputs.low_rank, start, stop)
-            product.addmm_(low, self.weight_tile(self.head.low_rank_weight, first, last).t())
+            self.products.logits(product, self.inputs.low_rank, rows, self.head.low_rank_weight, columns, add=True)
         if out is not None and product is not out:
-            out.copy_(product[: stop - start])
+            out.copy_(product[:n])
             return out
-        return product[: stop - start]
+        return product[:n]
 
-    def tile(self, logits: Tensor, chunk: int, first: int, last: int) -> Tile:
+    def tile(self, logits: Tensor, chunk: int, columns: slice) -> Tile:
         start, stop = self.chunks[chunk]
         low, high = self.slot_bounds[chunk], self.slot_bounds[chunk + 1]
-        bias = None if self.head.bias is None else self.head.bias[first:last]
+        bias = None if self.head.bias is None else self.head.bias[columns]
         offsets = self.slots.offsets[start : stop + 1]
-        return Tile(logits, first, bias, offsets - low if low else offsets, self.slots.targets[low:high])
+        return Tile(logits, columns.start, bias, offsets - low if low else offsets, self.slots.targets[low:high])
 
     def slots_of(self, chunk: int, values: Tensor) -> Tensor:
         return values[self.slot_bounds[chunk] : self.slot_bounds[chunk + 1]]
@@ -239,21 +216,22 @@ def forward(
     chosen = torch.full((slots.targets.numel(),), torch.nan, dtype=compute, device=loop.device)
     width = head.weight.shape[1]
     unit = torch.zeros(total, width, dtype=compute, device=loop.device) if want_unit else None
-    for first, last in loop.columns():
-        for chunk, (start, stop) in enumerate(loop.chunks):
-            kept = None if block is None else block[start:stop, first:last]
-            tile = loop.tile(loop.logits(start, stop, first, last, kept), chunk, first, last)
+    for columns in loop.columns():
+        for chunk, bounds in enumerate(loop.chunks):
+            rows = slice(*bounds)
+            kept = None if block is None else block[rows, columns]
+            tile = loop.tile(loop.logits(rows, columns, kept), chunk, columns)
             state = SoftmaxState(
-                maximum[start:stop],
-                sums[start:stop],
-                None if weighted is None else weighted[start:stop],
-                None if shrink is None else shrink[start:stop],
+                maximum[rows],
+                sums[rows],
+                None if weighted is None else weighted[rows],
+                None if shrink is None else shrink[rows],
                 loop.slots_of(chunk, chosen),
             )
             ops.softmax(tile, head, state)
             if unit is not None and state.shrink is not None:
-                ops.scale_rows(unit[start:stop], state.shrink)
-                unit[start:stop].addmm_(tile.logits, loop.weight_tile(head.weight, first, last))
+                ops.scale_rows(unit[rows], state.shrink)
+                loop.products.add_to_rows(unit[rows], tile.logits, head.weight, columns)
     lse = maximum.double() + sums.log()
     entropy = None if weighted is None else (sums.log() - weighted / sums).to(compute)
     if unit is not None:
@@ -300,28 +278,28 @@ def backward(
     for buffer in (into.rows, into.low_rank_rows):
         if buffer is not None:
             buffer.zero_()
-    for first, last in loop.columns():
-        sinks = _Sinks(loop, into, first, last)
-        for chunk, (start, stop) in enumerate(loop.chunks):
+    for columns in loop.columns():
+        sinks = _Sinks(loop, into, columns)
+        for chunk, bounds in enumerate(loop.chunks):
+            rows = slice(*bounds)
             if block is None:
-                logits = loop.logits(start, stop, first, last)
+                logits = loop.logits(rows, columns)
             elif block_rows is None:
-                logits = block[start:stop, first:last]
+                logits = block[rows, columns]
             else:
-                logits = loop.empty(stop - start, last - first)
-                ops.load(logits, block[:, first:last], block_rows[start:stop])
-            tile = loop.tile(logits, chunk, first, last)
-            of_chunk = gradient.part(slice(start, stop), loop.slots_of(chunk, gradient.slot_gradient))
-            ops.gradient(tile, head, of_chunk, is_capped=block is not None)
-            sinks.add(logits, start, stop)
+                logits = loop.empty(rows.stop - rows.start, columns.stop - columns.start)
+                ops.load(logits, block[:, columns], block_rows[rows])
+            of_chunk = gradient.part(rows, loop.slots_of(chunk, gradient.slot_gradient))
+            ops.gradient(loop.tile(logits, chunk, columns), head, of_chunk, is_capped=block is not None)
+            sinks.add(logits, rows)
         sinks.finish()
 
 
 class _Sinks:
     """Multiplies the gradient tiles of one vocabulary range into the gradients asked for."""
 
-    def __init__(self, loop: _Loop, into: Gradients, first: int, last: int) -> None:
-        self.loop, self.into, self.first, self.last = loop, into, first, last
+    def __init__(self, loop: _Loop, into: Gradients, columns: slice) -> None:
+        self.loop, self.into, self.columns = loop, into, columns
         self.beta = 1.0 if into.accumulate else 0.0  # the first product overwrites, later ones add
         self.weight = self._buffer(into.weight)
         self.low_rank_weight = self._buffer(into.low_rank_weight)
@@ -331,25 +309,21 @@ class _Sinks:
         """A compute-type tile of a vocabulary-sized gradient: a view of it where it has that type."""
         if target is None:
             return None
-        tile = target[self.first : self.last]
+        tile = target[self.columns]
         if tile.dtype != self.loop.compute:
             tile = self.loop.empty(*tile.shape)
         return tile if self.loop.chunks else tile.zero_()
 
-    def add(self, gradient: Tensor, start: int, stop: int) -> None:
-        loop, head, into = self.loop, self.loop.head, self.into
-        count = stop - start
+    def add(self, gradient: Tensor, rows: slice) -> None:
+        inputs, head, into, products = self.loop.inputs, self.loop.head, self.into, self.loop.products
         if into.rows is not None:
-            into.rows[start:stop].addmm_(gradient, loop.weight_tile(head.weight, self.first, self.last))
+            products.add_to_rows(into.rows[rows], gradient, head.weight, self.columns)
         if into.low_rank_rows is not None and head.low_rank_weight is not None:
-            low = loop.weight_tile(head.low_rank_weight, self.first, self.last)
-            into.low_rank_rows[start:stop].addmm_(gradient, low)
+            products.add_to_rows(into.low_rank_rows[rows], gradient, head.low_rank_weight, self.columns)
         if self.weight is not None:
-            hidden = loop.hidden_rows(loop.inputs.hidden, start, stop)[:count]
-            self.weight.addmm_(gradient.t(), hidden, beta=self.beta)
-        if self.low_rank_weight is not None and loop.inputs.low_rank is not None:
-            low = loop.hidden_rows(loop.inputs.low_rank, start, stop)[:count]
-            self.low_rank_weight.addmm_(gradient.t(), low, beta=self.beta)
+            products.add_to_weight(self.weight, gradient, inputs.hidden, rows, beta=self.beta)
+        if self.low_rank_weight is not None and inputs.low_rank is not None:
+            products.add_to_weight(self.low_rank_weight, gradient, inputs.low_rank, rows, beta=self.beta)
         if self.bias is not None:
             torch.add(gradient.sum(0), self.bias if self.beta else 0, out=self.bias)
         self.beta = 1.0
@@ -363,7 +337,7 @@ class _Sinks:
         )
         for tile, target in pairs:
             if tile is not None and target is not None and tile.dtype != target.dtype:
-                target[self.first : self.last].copy_(tile)
+                target[self.columns].copy_(tile)
 
 
 UNIT_SLOTS = 1024

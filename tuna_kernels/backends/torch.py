@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .products import ComputeProducts, Products
+from .slots import Slots
 from .tiled import Head, RowGradient, SoftmaxState, Tile
 
 
@@ -55,6 +57,9 @@ class TorchTileOps:
 
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
         x.mul_(factor.unsqueeze(1))
+
+    def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
+        return ComputeProducts(self.load, slots, compute, weight)
 
 
 def _transform_(tile: Tile, head: Head) -> Tensor:
