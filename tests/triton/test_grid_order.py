@@ -88,7 +88,7 @@ def _selective(patch: PATCH) -> list[Tensor]:
 def _attention(patch: PATCH) -> list[Tensor]:
     """Splits, a window, chosen queries in an order of their own, an upstream of the log-sum-exp."""
     small = Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2)
-    patch.setattr(attention_triton, "candidates", lambda *_: (small,))
+    patch.setattr(attention_triton, "candidates", lambda *_, **__: (small,))
     patch.setattr(attention_triton, "_splits", lambda *_: 3)
     tree = pack_groups([Group([1] * 21, [[i, *[7] * 12] for i in range(3)]), Group([5, 6], [[1], [2] * 9])])
     rows = torch.arange(tree.num_tokens).flip(0)[:-3]

@@ -29,3 +29,4 @@ def test_each_kind_of_tensor_core_has_its_choice() -> None:
             assert candidates(kernel, 100, size, 2) == candidates(kernel, 103, size, 2)
             assert candidates(kernel, 80, size, 4) == candidates(kernel, 90, size, 4)
     assert candidates("forward", 80, 128, 2) != candidates("forward", 90, 128, 2)
+    assert candidates("dq", 89, 128, 2, softcap=True) != candidates("dq", 89, 128, 2)

@@ -22,9 +22,9 @@ _Row = tuple[int, int, int, int]
 
 _HALF: dict[str, dict[str, dict[int, _Row]]] = {
     "mma": {
-        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     },
     "wgmma": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
@@ -39,13 +39,19 @@ _HALF: dict[str, dict[str, dict[int, _Row]]] = {
 }
 
 _FLOAT: dict[str, dict[int, _Row]] = {
-    "forward": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-    "dq": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 16, 8, 1)},
-    "dkv": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 1)},
+    "forward": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (32, 32, 8, 1)},
+    "dq": {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (32, 16, 8, 1)},
+    "dkv": {64: (16, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 1)},
+}
+
+# A cap keeps the scores alive to the end of an iteration, for its slope: half as many queries at a time.
+_SOFTCAP: dict[tuple[str, str, int], _Row] = {
+    ("mma", "dq", 128): (64, 32, 8, 2),
+    ("wgmma", "dkv", 128): (16, 128, 8, 2),
 }
 
 
-def candidates(kernel: str, capability: int, size: int, itemsize: int) -> tuple[Config, ...]:
+def candidates(kernel: str, capability: int, size: int, itemsize: int, *, softcap: bool = False) -> tuple[Config, ...]:
     """The configurations of a kernel: the fixed choice, then what tuning tries besides (`launch.choose`).
 
     Those are the same tile with half its queries, and with half its keys, with half the warps each: more programs, and
@@ -56,10 +62,14 @@ def candidates(kernel: str, capability: int, size: int, itemsize: int) -> tuple[
         capability: compute capability, e.g. 90.
         size: the larger padded head size, a power of two up to 256.
         itemsize: bytes of an element, 2 or 4.
+        softcap: whether scores are capped.
     """
     units = {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
     table = _HALF[units][kernel] if itemsize == 2 else _FLOAT[kernel]
-    m, n, warps, stages = next(row for limit, row in table.items() if size <= limit)
+    limit = next(limit for limit in table if size <= limit)
+    m, n, warps, stages = table[limit]
+    if softcap and itemsize == 2:
+        m, n, warps, stages = _SOFTCAP.get((units, kernel, limit), table[limit])
     fewer = max(4, warps // 2)
     rows = [(m, n, warps), (max(16, m // 2), n, fewer), (m, max(16, n // 2), fewer)]
     return tuple(Config({"BLOCK_M": a, "BLOCK_N": b}, w, stages) for a, b, w in dict.fromkeys(rows))

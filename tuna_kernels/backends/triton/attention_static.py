@@ -44,13 +44,13 @@ def _case(kernel: str, dtype: str, size: int, **flags: bool) -> StaticCase:
     constants["PRECISION"] = "tf32" if flags.get("TF32") else "ieee"
     if kernel == "dq":
         constants["GRAD_LSE"] = flags.get("GRAD_LSE", False)
-    itemsize = 4 if dtype == "fp32" else 2
+    itemsize, capped = 4 if dtype == "fp32" else 2, flags.get("SOFTCAP", False)
     named = " ".join([f"attention_{kernel}", dtype, f"d{size}", *(f.lower() for f in flags)])
     return StaticCase(
         name=named,
         kernel=_kernel(kernel),
         signature=signature,
-        configs={arch: candidates(kernel, arch, padded, itemsize) for arch in ARCHITECTURES},
+        configs={arch: candidates(kernel, arch, padded, itemsize, softcap=capped) for arch in ARCHITECTURES},
         constants=constants,
         aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), *strides),
         products=dtype != "fp32",
