@@ -178,7 +178,7 @@ def _attention_triton(shape: Shape, dtype: torch.dtype) -> int:
         shape.get("queries", rows),
         rows,
         shape["head_size"],
-        dtype.itemsize,
+        dtype,
         launch.planned_device(),
     )
 

@@ -156,7 +156,14 @@ def backward(
 
 
 def workspace_bytes(
-    batch: int, heads: int, kv_heads: int, queries: int, rows: int, size: int, itemsize: int, device: launch.Device
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    rows: int,
+    size: int,
+    dtype: torch.dtype,
+    device: launch.Device,
 ) -> int:
     """Peak of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
 
@@ -165,7 +172,7 @@ def workspace_bytes(
     """
     most, sums = {"forward": 0, "dq": 0, "dkv": 0}, 0
     for kernel in most:
-        for config in candidates(kernel, device.capability, max(16, _padded(size)), itemsize):
+        for config in candidates(kernel, device.capability, _padded(size), _products(dtype)):
             query_blocks, key_blocks = -(-queries // config.blocks["BLOCK_M"]), -(-rows // config.blocks["BLOCK_N"])
             most[kernel] = max(most[kernel], query_blocks * key_blocks)
             splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.processors)
@@ -203,8 +210,17 @@ def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dic
         "WINDOW": blocks.window is not None,
         "SOFTCAP": softcap is not None,
         "UPCAST": _triton.is_interpreted() and q.dtype == torch.bfloat16,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(),
     }
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _products(dtype: torch.dtype) -> str:
+    """How matrices are multiplied, as `candidates` wants it."""
+    return _precision() if dtype == torch.float32 else "half"
 
 
 def _padded(size: int) -> int:
@@ -218,9 +234,9 @@ def _run_chosen(
     """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
     device = launch.device_of(q)
     size = max(_padded(q.shape[3]), _padded(v.shape[3]))
-    configs = candidates(kernel, device.capability, size, q.element_size(), softcap=softcap is not None)
+    configs = candidates(kernel, device.capability, size, _products(q.dtype), softcap=softcap is not None)
     table = {launch.INTERPRETER: configs}
-    key = (q.dtype, size, blocks.window is not None, softcap is not None)
+    key = (q.dtype, size, _products(q.dtype), blocks.window is not None, softcap is not None)
     return run(launch.choose(f"attention_{kernel}", table, device, key, run))
 
 
