@@ -7,7 +7,9 @@ time of the operations at LLaMA-7B and 128k-vocabulary shapes. What breaks a bud
 
 * shared memory within what a block may take on that architecture, in every configuration; no call into a library;
 * a configuration chosen by default spills nothing; with 16-bit inputs it uses the tensor-core instructions of its
-  architecture and asynchronous copies.
+  architecture (unless the kernel's file says why not: `StaticCase.mma_sync`) and asynchronous copies.
+
+What tuning tries besides may spill: it is timed, and taken only where it is quicker all the same. How many do is told.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def examine(case: StaticCase, config: Config, capability: int, *, default: bool)
     ptx: str = compiled.asm["ptx"]
     registers, spills = resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
-    wanted = TENSOR_CORES.get(capability, "mma.sync")
+    wanted = "mma.sync" if capability in case.mma_sync else TENSOR_CORES.get(capability, "mma.sync")
     tensor, plain = len(re.findall(re.escape(wanted), ptx)), len(re.findall(r"\bmma\.sync", ptx))
     copies = len(re.findall(r"\bcp\.async(?!\.(?:wait|commit|mbarrier))", ptx))
     faults = []
@@ -225,6 +227,9 @@ def markdown(found: Sequence[Built], amd: dict[str, str]) -> str:
                 f"| {one.kernel} | {one.capability} | {one.config} | {one.registers} | {one.spill_bytes} | "
                 f"{one.shared_bytes / 1024:.1f} | {one.tensor_core} | {one.async_copies} | {one.occupancy:.0%} |"
             )
+    lines += [
+        f"\n{case.name} uses mma.sync on sm_{c}: {why}." for case in all_cases() for c, why in case.mma_sync.items()
+    ]
     lines += ["", "Roofline: the least time the operation can take, by arithmetic and by memory traffic.", ""]
     header, *rows = roofline_rows()
     lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
@@ -274,6 +279,10 @@ def main(
     broken = [one for one in found if one.faults]
     for one in broken:
         console.print(f"{one.kernel}, sm_{one.capability}, {one.config}: {'; '.join(one.faults)}", style="red")
+    tuned = [one for one in found if not one.default]
+    console.print(
+        f"{len(tuned)} builds are of configurations for tuning, {sum(one.spill_bytes > 0 for one in tuned)} spill"
+    )
     console.print(
         f"{len(found)} builds, {len(broken)} break a budget; {sum(not r for r in on_amd.values())} of "
         f"{len(on_amd)} kernels compile for {AMD}"

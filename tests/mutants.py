@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -103,7 +104,7 @@ def main() -> None:
         outcomes = list(progress)
     table = Table("mutant", "fate", "caught by", title=f"{len(chosen)} seeded faults")
     for one in outcomes:
-        table.add_row(one.name, one.fate, one.test, style=None if one.fate == "caught" else "red")
+        table.add_row(one.name, one.fate, escape(one.test), style=None if one.fate == "caught" else "red")
     if not console.is_terminal:
         console.width = 180
     console.print(table)

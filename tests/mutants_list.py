@@ -9,6 +9,7 @@ _ATTENTION, _OUT, _BACK = (f"backends/triton/attention_{name}.py" for name in ("
 _BOUNDS = "backends/attention_bounds.py"
 _HEAD_TESTS = ("tests/triton/test_head.py",)
 _TREE_TESTS = ("tests/triton/test_tree_attention.py",)
+_ORDER_TESTS = ("tests/triton/test_grid_order.py",)
 
 
 def _head(name: str, file: str, right: str, wrong: str) -> Mutant:
@@ -120,6 +121,30 @@ MUTANTS: tuple[Mutant, ...] = (
         _BOUNDS,
         "live &= (nearest < self.window)",
         "live &= (farthest < self.window)",
+    ),
+    # Races. Programs of the interpreter run upwards, where these give the right numbers and every other test passes.
+    Mutant(
+        "a split of dV adds the one before it, without waiting",
+        _BACK,
+        "    tl.store(dv_pointers, dv.to(",
+        """    if split > 0:
+        former = dv_pointers - dv_stride_split
+        dv += tl.load(former, mask=here[:, None] & (values < DV)[None, :], other=0.0)
+        tl.store(former, tl.zeros_like(dv), mask=here[:, None] & (values < DV)[None, :])
+    tl.store(dv_pointers, dv.to(""",
+        _ORDER_TESTS,
+    ),
+    Mutant(
+        "a row block adds its column sums to those before it, without waiting",
+        "backends/triton/gradient.py",
+        "    if column_sums is not None:\n",
+        """    if column_sums is not None:
+        if block > 0:
+            former = column_sums + partial - (last_column - first_column)
+            d += tl.where(tl.arange(0, ROWS)[:, None] == 0, tl.load(former, mask=inside, other=0.0)[None, :], 0.0)
+            tl.store(former, tl.zeros([COLUMNS], tl.float32), mask=inside)
+""",
+        _ORDER_TESTS,
     ),
     # Losses and scores, on any backend.
     Mutant(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from .backends import attention_triton
 from .backends import cpu as _cpu
 from .backends import triton as _triton
 from .backends.attention_plan import MAX_ROWS
@@ -18,6 +19,7 @@ from .backends.products import MIN_ROWS
 from .backends.reference import compute_dtype
 from .backends.selective import CHUNK_BYTES
 from .backends.tiled import UNIT_SLOTS, TilePlan
+from .backends.triton import launch
 from .config import resolve_backend
 
 __all__ = ["workspace_bytes"]
@@ -166,6 +168,21 @@ def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
     return batch * b * (5 * heads * queries * rows + 4 * heads * size * (queries + 2 * rows)) + queries * rows * 4
 
 
+def _attention_triton(shape: Shape, dtype: torch.dtype) -> int:
+    """On the GPU at hand; asked on a machine without one, on an H100."""
+    rows = shape["rows"]
+    return attention_triton.workspace_bytes(
+        shape.get("batch", 1),
+        shape["heads"],
+        shape["kv_heads"],
+        shape.get("queries", rows),
+        rows,
+        shape["head_size"],
+        dtype,
+        launch.planned_device(),
+    )
+
+
 _HEADS: dict[str, Callable[[Shape, torch.dtype, str], int]] = {
     "linear_logprobs": _linear_logprobs,
     "linear_ranking_loss": _linear_ranking_loss,
@@ -174,4 +191,5 @@ _HEADS: dict[str, Callable[[Shape, torch.dtype, str], int]] = {
 _ATTENTION: dict[str, Callable[[Shape, torch.dtype], int]] = {
     "reference": _attention_reference,
     "torch": _attention_torch,
+    "triton": _attention_triton,
 }

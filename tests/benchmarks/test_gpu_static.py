@@ -26,6 +26,11 @@ SAMPLE = [
     ("attention_dq bf16 d64", 80),
     ("attention_dkv bf16 d64", 80),
     ("attention_forward bf16 d128", 90),
+    ("attention_forward bf16 d128 rows", 80),
+    ("attention_dkv bf16 d96", 120),
+    ("attention_forward fp32 d64", 90),
+    ("head_forward fp32", 86),
+    ("logits_forward bf16", 120),
 ]
 
 
@@ -47,7 +52,7 @@ def test_a_sample_keeps_its_budgets(name: str, capability: int) -> None:
     kernel = case(name)
     built = gpu_static.examine(kernel, kernel.configs[capability][0], capability, default=True)
     assert built.faults == (), built
-    assert built.tensor_core > 0 and built.async_copies > 0 and 0 < built.occupancy <= 1
+    assert 0 < built.occupancy <= 1 and (not kernel.products or built.tensor_core > 0 < built.async_copies)
     assert 16 < built.registers <= 255 and 0 < built.shared_bytes <= SHARED_MEMORY[capability]
 
 

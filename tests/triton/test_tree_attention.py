@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tuna.memory import allocator_peak
+from tuna_kernels import workspace_bytes
 from tuna_kernels.attention import tree_attention
 from tuna_kernels.backends import attention_bounds, attention_reference, attention_triton
 from tuna_kernels.backends.triton import launch
@@ -42,7 +44,7 @@ TREE = pack_groups(
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Config({"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}, num_warps=4, num_stages=2)
-    monkeypatch.setattr(attention_triton, "candidates", lambda *_: (small,))
+    monkeypatch.setattr(attention_triton, "candidates", lambda *_, **__: (small,))
 
 
 tokens = st.integers(0, 2)
@@ -373,53 +375,32 @@ def test_splits_add_up_to_the_same_gradients() -> None:
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
     """108 processors: few key blocks are split, many are not, none into more parts than there are query blocks."""
-    device = torch.device("cpu")
-    assert attention_triton._splits(2048, 64, device) == 1
-    assert attention_triton._splits(864, 64, device) == 1
-    assert attention_triton._splits(432, 64, device) == 2
-    assert attention_triton._splits(16, 64, device) == attention_triton.MAX_SPLITS
-    assert attention_triton._splits(16, 3, device) == 3
-    assert attention_triton._splits(16, 0, device) == 1
+    assert attention_triton._splits(2048, 64, 108) == 1
+    assert attention_triton._splits(864, 64, 108) == 1
+    assert attention_triton._splits(432, 64, 108) == 2
+    assert attention_triton._splits(16, 64, 108) == attention_triton.MAX_SPLITS
+    assert attention_triton._splits(16, 3, 108) == 3
+    assert attention_triton._splits(16, 0, 108) == 1
 
 
-@pytest.fixture(params=["ascending", "descending"])
-def grid_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Programs run one after the other in the interpreter; here also the other way round."""
-    from triton.runtime import interpreter
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is measured in CPU memory")
+@pytest.mark.parametrize("splits", [1, 7])
+def test_stated_workspace_is_what_is_allocated(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, the tree's lists made on the way, beyond results and the upstream they are given."""
+    monkeypatch.setattr(attention_triton, "_splits", lambda *_: splits)
+    tree = pack_groups([Group([1] * 300, [[i, *[7] * 99] for i in range(4)])])
+    total, heads, kv_heads, size = tree.num_tokens, 2, 1, 16
+    shape = {"rows": total, "heads": heads, "kv_heads": kv_heads, "head_size": size, "longest": 400}
+    stated = workspace_bytes("tree_attention", shape, torch.float32, "triton")
+    q, k, v = inputs(total, total, (heads, kv_heads), size)
+    given = torch.randn(1, total, heads, size).transpose(1, 2)
 
-    if request.param == "descending":
-        builder = interpreter.interpreter_builder
-        place = builder.set_grid_idx
-        grid = builder.set_grid_dim
-        size: list[tuple[int, int, int]] = []
+    def call() -> object:
+        out = tree_attention(q, k, v, tree.subtree_end.clone(), backend="triton")
+        return torch.autograd.grad(out, (q, k, v), given)
 
-        def remember(x: int, y: int, z: int) -> None:
-            size[:] = [(x, y, z)]
-            grid(x, y, z)
-
-        def turned(x: int, y: int, z: int) -> None:
-            place(size[0][0] - 1 - x, size[0][1] - 1 - y, size[0][2] - 1 - z)
-
-        monkeypatch.setattr(builder, "set_grid_dim", remember)
-        monkeypatch.setattr(builder, "set_grid_idx", turned)
-    yield request.param
-
-
-_bits: dict[str, list[Tensor]] = {}
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the order of programs is the interpreter's to choose")
-def test_the_order_of_programs_does_not_show(grid_order: str) -> None:
-    """The same bits in either order, on memory that held other numbers before."""
-    leaves = inputs(TREE.num_tokens, TREE.num_tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_triton, "_splits", lambda *_: 2)
-        out, lse = tree_attention(*leaves, TREE.subtree_end, return_lse=True, backend="triton")
-        found = [out, lse, *torch.autograd.grad((out, lse), leaves, upstream((out, lse), 3))]
-    _bits[grid_order] = found
-    for other in _bits.values():
-        for a, b in zip(found, other, strict=True):
-            assert torch.equal(a, b)
+    taken = allocator_peak(call) - 4 * total * (2 * heads * size + 2 * kv_heads * size + heads)
+    assert taken <= stated <= 1.5 * taken + (16 << 10)
 
 
 def test_opcheck() -> None:
@@ -493,7 +474,7 @@ def test_whichever_configuration_tuning_takes_equals_the_oracle(
         taken.append(run.args[0])
         return float(run.args[0] != configs[quickest])
 
-    monkeypatch.setattr(attention_triton, "candidates", lambda *_: configs)
+    monkeypatch.setattr(attention_triton, "candidates", lambda *_, **__: configs)
     monkeypatch.setattr(launch, "_milliseconds", milliseconds)
     monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

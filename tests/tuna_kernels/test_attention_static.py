@@ -25,7 +25,8 @@ def test_each_kind_of_tensor_core_has_its_choice() -> None:
     """Two capabilities of one kind share it; a later card of the wgmma or tcgen05 family too."""
     for kernel in ("forward", "dq", "dkv"):
         for size in (16, 64, 128, 256):
-            assert candidates(kernel, 80, size, 2) == candidates(kernel, 120, size, 2)
-            assert candidates(kernel, 100, size, 2) == candidates(kernel, 103, size, 2)
-            assert candidates(kernel, 80, size, 4) == candidates(kernel, 90, size, 4)
-    assert candidates("forward", 80, 128, 2) != candidates("forward", 90, 128, 2)
+            assert candidates(kernel, 80, size, "half") == candidates(kernel, 120, size, "half")
+            assert candidates(kernel, 100, size, "half") == candidates(kernel, 103, size, "half")
+            assert candidates(kernel, 80, size, "ieee") == candidates(kernel, 90, size, "ieee")
+    assert candidates("forward", 80, 128, "half") != candidates("forward", 90, 128, "half")
+    assert candidates("dq", 89, 128, "half", softcap=True) != candidates("dq", 89, 128, "half")

@@ -27,6 +27,9 @@ MAX_SIZE = 256
 """Largest head size: beyond it the accumulators of one program no longer fit its registers."""
 
 MAX_SPLITS = 16
+_MAKING_A_LIST = 24
+"""Bytes a pair of blocks takes while the lists are made: flags, sort keys and places, beyond the int32 that is kept."""
+
 _LOG2E = 1.4426950408889634
 
 
@@ -127,7 +130,7 @@ def backward(
     def run_dkv(config: Config) -> list[Tensor]:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         query_blocks, key_blocks = -(-queries // block_m), -(-total // block_n)
-        splits = _splits(key_blocks * kv_heads * batch, query_blocks, q.device)
+        splits = _splits(key_blocks * kv_heads * batch, query_blocks, launch.device_of(q).processors)
         parts = [x.unsqueeze(0) for x in (dk, dv)]
         if splits > 1:
             parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (dk, dv)]
@@ -150,6 +153,33 @@ def backward(
         dk.copy_(parts[0].sum(0))
         dv.copy_(parts[1].sum(0))
     return dq, dk, dv
+
+
+def workspace_bytes(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    rows: int,
+    size: int,
+    dtype: torch.dtype,
+    device: launch.Device,
+) -> int:
+    """Peak of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
+
+    Delta and an upstream of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
+    block lists, which the first layer makes and all others share. A bound for any configuration, tuned or not.
+    """
+    most, sums = {"forward": 0, "dq": 0, "dkv": 0}, 0
+    for kernel in most:
+        for config in candidates(kernel, device.capability, _padded(size), _products(dtype)):
+            query_blocks, key_blocks = -(-queries // config.blocks["BLOCK_M"]), -(-rows // config.blocks["BLOCK_N"])
+            most[kernel] = max(most[kernel], query_blocks * key_blocks)
+            splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.processors)
+            if kernel == "dkv" and splits > 1:
+                sums = max(sums, (2 * splits + 1) * 4 * batch * kv_heads * rows * size)
+    lists = 4 * sum(most.values()) + _MAKING_A_LIST * max(most.values())
+    return lists + 16 * rows + 24 * queries + 8 * batch * heads * queries + sums
 
 
 def _map(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> BlockMap:
@@ -180,8 +210,17 @@ def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dic
         "WINDOW": blocks.window is not None,
         "SOFTCAP": softcap is not None,
         "UPCAST": _triton.is_interpreted() and q.dtype == torch.bfloat16,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(),
     }
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _products(dtype: torch.dtype) -> str:
+    """How matrices are multiplied, as `candidates` wants it."""
+    return _precision() if dtype == torch.float32 else "half"
 
 
 def _padded(size: int) -> int:
@@ -195,19 +234,19 @@ def _run_chosen(
     """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
     device = launch.device_of(q)
     size = max(_padded(q.shape[3]), _padded(v.shape[3]))
-    table = {launch.INTERPRETER: candidates(kernel, device.capability, size, q.element_size())}
-    key = (q.dtype, size, blocks.window is not None, softcap is not None)
+    configs = candidates(kernel, device.capability, size, _products(q.dtype), softcap=softcap is not None)
+    table = {launch.INTERPRETER: configs}
+    key = (q.dtype, size, _products(q.dtype), blocks.window is not None, softcap is not None)
     return run(launch.choose(f"attention_{kernel}", table, device, key, run))
 
 
-def _splits(programs: int, query_blocks: int, device: torch.device) -> int:
+def _splits(programs: int, query_blocks: int, processors: int) -> int:
     """Over how many programs a key block is split: four programs for each of a GPU's places for two, if need be.
 
     A prompt's key block may be seen by every query, and nothing shorter than its walk ends the kernel. With that many
     programs the longest walk is about an even share of all work. The workspace is then bounded by the GPU, not by the
     problem: some 8 programs per multiprocessor, each with its BLOCK_N rows of dK and dV.
     """
-    processors = 108 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(MAX_SPLITS, query_blocks, -(-8 * processors // programs)))
 
 

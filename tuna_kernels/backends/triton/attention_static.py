@@ -15,6 +15,12 @@ _LISTS = {"end_ptr": "*i32", "rows_ptr": "*i32", "order_ptr": "*i32", "depth_ptr
     "live_ptr": "*i32",
 }
 
+_NO_TCGEN05 = (
+    "tcgen05 takes 64 keys at least, and two accumulators of 64 x 256 come back to registers between walks: tiles of "
+    "16 or 32 queries spill 592 and 608 bytes with 8 warps, 120 and 160 without a pipeline, 1456 with 4 warps; with 16 "
+    "warps Triton takes mma.sync and spills 208"
+)
+
 
 def _case(kernel: str, dtype: str, size: int, **flags: bool) -> StaticCase:
     """One specialisation, with the strides of a model's [B, T, H, d] views."""
@@ -41,19 +47,20 @@ def _case(kernel: str, dtype: str, size: int, **flags: bool) -> StaticCase:
     constants: dict[str, Any] = {"D": size, "DV": size, "PAD_D": padded, "PAD_V": padded, "UPCAST": False}
     constants |= {f"{name}_stride_column": 1 for name in tensors}
     constants |= {name: flags.get(name, False) for name in ("ROWS", "WINDOW", "SOFTCAP")}
-    constants["PRECISION"] = "tf32" if flags.get("TF32") else "ieee"
+    precision = constants["PRECISION"] = "tf32" if flags.get("TF32") else "ieee"
     if kernel == "dq":
         constants["GRAD_LSE"] = flags.get("GRAD_LSE", False)
-    itemsize = 4 if dtype == "fp32" else 2
+    products, capped = precision if dtype == "fp32" else "half", flags.get("SOFTCAP", False)
     named = " ".join([f"attention_{kernel}", dtype, f"d{size}", *(f.lower() for f in flags)])
     return StaticCase(
         name=named,
         kernel=_kernel(kernel),
         signature=signature,
-        configs={arch: candidates(kernel, arch, padded, itemsize) for arch in ARCHITECTURES},
+        configs={arch: candidates(kernel, arch, padded, products, softcap=capped) for arch in ARCHITECTURES},
         constants=constants,
         aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), *strides),
         products=dtype != "fp32",
+        mma_sync={100: _NO_TCGEN05} if (kernel, padded) == ("dkv", 256) else {},
     )
 
 
@@ -78,6 +85,7 @@ STATIC: tuple[StaticCase, ...] = tuple(
         ("bf16", 256, {}),
         ("fp16", 128, {}),
         ("fp32", 64, {}),
+        ("fp32", 64, {"TF32": True}),
         ("fp32", 128, {}),
         ("fp32", 128, {"TF32": True}),
         ("bf16", 128, {"SOFTCAP": True}),

@@ -155,7 +155,7 @@ def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Confi
 # 16-bit row, one shared-memory swizzle; stages fill what the architecture has (99 KiB on 86, 89, 120). Candidates for
 # tuning: [128, 256], which spills a little in the epilogue and reads shared memory less; a shallower, a narrower.
 # A softcap, an adapter or the entropy need registers too: half the columns. float32 as six bfloat16 products (or TF32)
-# holds the parts in registers: smaller tiles.
+# holds the parts in registers: smaller tiles, and 16 deep.
 _ONE = _tile(128, 128, 64, 8, 4)
 CONFIGS_16: dict[int, tuple[Config, ...]] = {
     launch.INTERPRETER: (Config({"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "GROUP": 2}),),
@@ -172,7 +172,7 @@ RICH_16: dict[int, tuple[Config, ...]] = {
 }
 CONFIGS_32: dict[int, tuple[Config, ...]] = {
     launch.INTERPRETER: CONFIGS_16[launch.INTERPRETER],
-    80: (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
+    80: (_tile(64, 64, 16, 8, 3), _tile(64, 32, 32, 4, 3)),
 }
 
 

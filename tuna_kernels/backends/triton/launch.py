@@ -36,6 +36,9 @@ class Device:
     processors: int
 
 
+_INTERPRETED = Device("interpreter", INTERPRETER, 4)
+
+
 @functools.cache
 def _cuda(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
@@ -45,9 +48,16 @@ def _cuda(index: int) -> Device:
 def device_of(tensor: torch.Tensor) -> Device:
     """The GPU of a tensor; the interpreter counts as one of four processors."""
     if is_interpreted():
-        return Device("interpreter", INTERPRETER, 4)
+        return _INTERPRETED
     index = tensor.device.index
     return _cuda(torch.cuda.current_device() if index is None else index)
+
+
+def planned_device() -> Device:
+    """The GPU at hand or, for a plan made without one, an H100."""
+    if is_interpreted():
+        return _INTERPRETED
+    return _cuda(torch.cuda.current_device()) if torch.cuda.is_available() else Device("NVIDIA H100", 90, 132)
 
 
 def candidates(table: Table, capability: int) -> tuple[Config, ...]:

@@ -136,19 +136,20 @@ def logits_gradient_kernel(
         tl.store(column_sums + block * column_count + first + column, tl.sum(d, 0), mask=inside)
 
 
-# Bandwidth is the bound: 16 elements a thread keep enough loads in flight.
-FORWARD = Config({"ROWS": 4, "COLUMNS": 1024}, num_warps=8)
-GRADIENT = Config({"ROWS": 4, "COLUMNS": 1024}, num_warps=8)
-CONFIGS: launch.Table = {launch.INTERPRETER: (Config({"ROWS": 16, "COLUMNS": 32}),), 80: (FORWARD,)}
+# Bandwidth is the bound: 8 elements a thread, in few enough registers for half of all threads and more to be resident.
+# The gradient takes several rows a program, as its column sums are one partial a row block.
+_INTERPRETED = Config({"ROWS": 16, "COLUMNS": 32})
+FORWARD: launch.Table = {launch.INTERPRETER: (_INTERPRETED,), 80: (Config({"ROWS": 1, "COLUMNS": 1024}, num_warps=4),)}
+GRADIENT: launch.Table = {launch.INTERPRETER: (_INTERPRETED,), 80: (Config({"ROWS": 4, "COLUMNS": 512}, num_warps=8),)}
 
 
-def _config(logits: Tensor) -> Config:
-    return launch.candidates(CONFIGS, launch.device_of(logits).capability)[0]
+def _config(table: launch.Table, logits: Tensor) -> Config:
+    return launch.candidates(table, launch.device_of(logits).capability)[0]
 
 
 def splits_of(logits: Tensor) -> int:
     """Partials a row has in :func:`launch_logits_forward`."""
-    return int(triton.cdiv(logits.shape[1], _config(logits).blocks["COLUMNS"] * TILES_PER_SPLIT))
+    return int(triton.cdiv(logits.shape[1], _config(FORWARD, logits).blocks["COLUMNS"] * TILES_PER_SPLIT))
 
 
 def launch_logits_forward(
@@ -168,7 +169,7 @@ def launch_logits_forward(
 
     ``offsets`` None: row r has slot r, unless its target is ``ignore_index``.
     """
-    config, (rows, columns) = _config(logits), logits.shape
+    config, (rows, columns) = _config(FORWARD, logits), logits.shape
     logits_forward_kernel[(triton.cdiv(rows, config.blocks["ROWS"]) * splits_of(logits),)](
         logits,
         head.bias,
@@ -211,7 +212,7 @@ def launch_logits_gradient(
 
     ``gradient.lse`` is in base 2 here. ``rows`` [R]: the row of ``logits`` each row of ``out`` is made from.
     """
-    config, (count, columns) = _config(logits), out.shape
+    config, (count, columns) = _config(GRADIENT, logits), out.shape
     blocks = triton.cdiv(count, config.blocks["ROWS"])
     sums = torch.empty(blocks, columns, device=out.device) if want_sums else None
     logits_gradient_kernel[(blocks * triton.cdiv(columns, config.blocks["COLUMNS"]),)](
@@ -255,7 +256,7 @@ def _cases() -> Iterator[StaticCase]:
                 name=f"logits_forward {suffix}",
                 kernel=lambda: logits_forward_kernel,
                 signature=common | outputs | ({} if plain else {"weighted": "*fp32"}),
-                configs=dict.fromkeys(ARCHITECTURES, (FORWARD,)),
+                configs=dict.fromkeys(ARCHITECTURES, FORWARD[80]),
                 constants=absent
                 | {"CAPPED": not plain, "TILES": TILES_PER_SPLIT}
                 | ({"weighted": None} if plain else {}),
@@ -267,7 +268,7 @@ def _cases() -> Iterator[StaticCase]:
                 name=f"logits_gradient {suffix}",
                 kernel=lambda: logits_gradient_kernel,
                 signature=common | inputs | {"out": f"*{element}", "out_stride": "i32"} | ({} if plain else optional),
-                configs=dict.fromkeys(ARCHITECTURES, (GRADIENT,)),
+                configs=dict.fromkeys(ARCHITECTURES, GRADIENT[80]),
                 constants=absent | {"CAPPED": not plain} | (dict.fromkeys(optional) if plain else {}),
                 aligned=("logits", "logits_stride", "out", "out_stride"),
             )

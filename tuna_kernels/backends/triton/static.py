@@ -38,6 +38,7 @@ class StaticCase:
         aligned: arguments known to be multiples of 16 (pointers: bytes; integers: the value), as Triton's launcher
             finds them for ordinary tensors; without them there are no asynchronous copies.
         products: whether it multiplies 16-bit matrices, so that tensor-core instructions must be there.
+        mma_sync: compute capability -> why the fixed choice there multiplies by mma.sync, the older instruction.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StaticCase:
     constants: Mapping[str, Any] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     products: bool = False
+    mma_sync: Mapping[int, str] = field(default_factory=dict)
 
 
 def compile_case(case: StaticCase, config: Config, capability: int) -> Any:
