@@ -140,10 +140,16 @@ def draw(found: list[Fit], path: Path, title: str) -> None:
 
 
 def _panel(ax: Axes, found: list[Fit], varied: str, name: str) -> None:
+    from matplotlib.ticker import NullFormatter
+
     for fit in found:
         x, y = zip(*fit.points, strict=True)
         colour = "#c2410c" if fit.arm.startswith("tuna") else "#94a3b8"
         ax.loglog(x, y, "o-", color=colour, markersize=3, label=f"{fit.arm}: x^{fit.exponent:.2f}")
+    for axis, sizes in ((ax.xaxis, sorted({x for fit in found for x, _ in fit.points})), (ax.yaxis, None)):
+        axis.set_minor_formatter(NullFormatter())
+        if sizes:
+            axis.set_ticks(sizes, [f"{size / 1024:.0f}k" if size >= 4096 else f"{size:.0f}" for size in sizes])
     ax.set_title(name, fontsize=9, loc="left")
     ax.set_xlabel(varied, fontsize=8)
     ax.tick_params(labelsize=7)

@@ -27,11 +27,11 @@ from tuna.memory import ResidentPeak
 from tuna.models import SMOLLM2, load_model, load_tokenizer
 from tuna.records import read_records
 from tuna.side_by_side import (
-    WAYS,
     LossSettings,
     Stepper,
     Way,
     count_tokens,
+    enable_checkpointing,
     gradients_of,
     loss_and_gradients,
     step_memory,
@@ -47,6 +47,10 @@ DRAWS = 25
 TOLERANCE = {"loss": 1e-4, "gradient": 1e-2}
 GIB = 2**30
 ARMS: tuple[Way, ...] = ("tuna", "naive", "plain tree")
+BOUNDS: dict[Way, Bound] = {
+    "naive": Bound("naive step", {"naive": 1}),
+    "plain tree": Bound("plain-torch tree", {"plain tree": 1}),
+}
 
 
 @dataclass
@@ -60,12 +64,15 @@ class StepBench:
     resident: bool = True
     progress: Callable[[str], None] = lambda _: None
     ways: Sequence[Way] = ARMS
+    checkpointed: bool = False
     steppers: dict[Way, Stepper] = field(init=False)
     naive_bytes_per_token: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         model, _ = load_model(self.name)
         model.train()
+        if self.checkpointed:
+            enable_checkpointing(model)
         self.steppers = {way: Stepper(way, copy.deepcopy(model), self.settings) for way in self.ways}
 
     def run(self, batch: Batch, *, exact: bool = True) -> list[Comparison]:
@@ -73,15 +80,16 @@ class StepBench:
 
         ``exact``: hold both against the textbook in float64 (minutes for a large batch), else ours against float32.
         """
-        if self.lacks_memory(count_tokens(batch).padded):
-            oracle = self.gradients("tuna", batch, self.settings)
-            return [self.compare_steps(batch, oracle, "our own step, since the textbook does not fit")]
+        if "naive" not in self.ways or self.lacks_memory(count_tokens(batch).padded):
+            other: Way = "plain tree" if "plain tree" in self.ways else "tuna"
+            oracle = self.gradients(other, batch, self.settings)
+            return [self.compare_steps(batch, oracle, f"the float32 step of {other}, without the textbook")]
         fits = exact and not self.lacks_memory(2 * count_tokens(batch).padded)
         dtype = torch.float64 if fits else torch.float32
-        other: Preset = "paper" if self.settings.preset == "released" else "released"
+        second: Preset = "paper" if self.settings.preset == "released" else "released"
         reports: list[ArmReport] = []
         oracle = {}
-        for preset in (other, self.settings.preset):  # the last oracle is that of the steps timed
+        for preset in (second, self.settings.preset):  # the last oracle is that of the steps timed
             oracle.clear()
             settings = replace(self.settings, preset=preset)
             oracle = self.gradients("naive", batch, settings, dtype)
@@ -103,13 +111,13 @@ class StepBench:
             oracle=oracle,
             tolerance=TOLERANCE,
             units={"AdamW alone": self.steppers["tuna"].optimizer.step},
-            bounds=[Bound("naive step", {"naive": 1}), Bound("plain-torch tree", {"plain tree": 1})],
+            bounds=[BOUNDS[way] for way in BOUNDS if way in self.ways],
             plan=self.plan,
             resident=self.memory_meter(batch) if self.resident else None,
             setting=setting,
             progress=self.progress,
         )
-        peak = comparison.arm("naive").allocator_peak
+        peak = comparison.arm("naive").allocator_peak if "naive" in self.ways else None
         if peak is not None:
             self.naive_bytes_per_token = max(self.naive_bytes_per_token, peak / tokens.padded)
         return comparison
@@ -160,7 +168,7 @@ class StepBench:
         Predicted from the bytes a padded token took in the batches before; a fresh process also needs the model, its
         gradients and the optimizer's state.
         """
-        weights = sum(p.numel() * p.element_size() for p in self.steppers["naive"].model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in self.steppers["tuna"].model.parameters())
         needed = self.naive_bytes_per_token * padded_tokens + 4 * weights
         free = psutil.virtual_memory().available
         if self.naive_bytes_per_token == 0 or needed < free:
@@ -172,7 +180,9 @@ class StepBench:
 
         def measure(way: str) -> ResidentPeak:
             self.progress(f"memory of a fresh process, {way}")
-            return step_memory(_way(way), self.name, batch, self.settings, threads=self.threads)
+            return step_memory(
+                _way(way), self.name, batch, self.settings, threads=self.threads, checkpointed=self.checkpointed
+            )
 
         return measure
 
@@ -215,9 +225,10 @@ def main(
     exact: Annotated[
         bool, typer.Option(help="Hold the smallest batch against float64 too, which takes minutes.")
     ] = True,
-    plain: Annotated[
-        bool, typer.Option("--plain/--no-plain", help="The plain-torch tree too; its model and optimizer take memory.")
-    ] = True,
+    way: Annotated[
+        list[str] | None, typer.Option(help="naive or plain tree beside ours; may be repeated. Default: both.")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing, in all ways.")] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of batches.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for step.json, .md and .png.")] = Path("results/local"),
 ) -> None:
@@ -225,14 +236,19 @@ def main(
     if threads < 1:
         raise typer.BadParameter(f"--threads {threads} must be at least 1")
     torch.set_num_threads(threads)
+    if unknown := set(way or ()) - set(ARMS):
+        raise typer.BadParameter(f"--way {', '.join(sorted(unknown))} is not one of {', '.join(ARMS)}")
     sizes = sorted(groups or [1, 2, 4])
-    ways = ARMS if plain else WAYS
+    ways = tuple(arm for arm in ARMS if not way or arm in ("tuna", *way))
     told = {"model": model, "data": data.name if data else "examples", "template": template, "preset": preset}
     told |= {"max_length": str(max_length), "rounds": str(rounds), "threads": str(threads), "seed": str(seed)}
+    told |= {"checkpointing": "yes"} if checkpointing else {}
     report = Report("benchmarks.step", output, "step", ("transformers",), told)
     with Progress() as progress:
         progress(f"loading {model}")
-        bench = StepBench(model, LossSettings(preset=preset), threads, Plan(rounds), resident, progress, ways)
+        bench = StepBench(
+            model, LossSettings(preset=preset), threads, Plan(rounds), resident, progress, ways, checkpointing
+        )
         for batch in read_batches(data, model, template, max_length, sizes, seed):
             for comparison in bench.run(batch, exact=exact and len(batch) == sizes[0]):
                 report.add(comparison)

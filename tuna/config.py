@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -25,8 +25,8 @@ class TunaConfig(TrainingArguments):
     Everything of the parent that is not named below works as documented there, except that
     **batch sizes count groups** (a prompt with its k responses), not sequences, and that
     ``label_smoothing_factor``, ``dataloader_drop_last``, ``train_sampling_strategy``, ``bf16_full_eval``,
-    ``fp16_full_eval``, ``parallelism_config``, ``torch_compile`` and DataParallel are refused: they would
-    have no effect, or a wrong one.
+    ``fp16_full_eval``, ``parallelism_config`` and DataParallel are refused: they would have no effect, or a wrong
+    one. ``torch_compile`` compiles the decoder layers, one by one, around the attention over the tree.
 
     >>> config = TunaConfig(output_dir="out", preset="released", use_cpu=True)
     >>> config.margin, config.learning_rate, config.lr_scheduler_type.value
@@ -122,6 +122,9 @@ class TunaConfig(TrainingArguments):
     kahan: bool = field(init=False, default=False)
     """Set by ``optim="adamw_kahan"``: `tuna.adamw_kahan.AdamWKahan`, for bfloat16 weights without float32 masters."""
 
+    compile_options: dict[str, Any] | None = field(init=False, default=None)
+    """Set by ``torch_compile`` and its backend and mode: keywords of `torch.compile` for each decoder layer."""
+
     # Defaults of the paper, where they differ from the parent's
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate. The paper: 1e-5 probabilistic, 1e-6 contextual."}
@@ -146,8 +149,15 @@ class TunaConfig(TrainingArguments):
         self._check_ours()
         if self.optim == "adamw_kahan":  # a name that the parent does not know
             self.kahan, self.optim = True, "adamw_torch"
+        compile_options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+        if self.torch_compile or any(compile_options.values()):
+            self.compile_options = {name: value for name, value in compile_options.items() if value}
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if self.deepspeed:
-            self.deepspeed = zero.prepare(zero.read_settings(self.deepspeed))
+            ours = zero.read_settings(self.deepspeed)
+            if self.compile_options is not None and zero.stage_of(ours) == 3:
+                raise ValueError("torch_compile is not supported under ZeRO-3: a layer gathers its weights as it runs")
+            self.deepspeed = zero.prepare(ours)
             # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
             self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -195,7 +205,6 @@ class TunaConfig(TrainingArguments):
             "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),
             "fp16_full_eval": (self.fp16_full_eval, "load the model in float16 instead"),
             "parallelism_config": (self.parallelism_config, "ranks that share a batch would count it twice"),
-            "torch_compile": (self.torch_compile, "the loss does not go through the model's own forward"),
         }
         for name, (value, reason) in refused.items():
             if value:
@@ -208,6 +217,8 @@ class TunaConfig(TrainingArguments):
                 f"optim = {self.optim} updates weights during the backward, of which two phases take several: "
                 f"memory = {self.memory!r} must then be 'one_pass'"
             )
+        if self.compile_options is not None and self.fsdp:
+            raise ValueError("torch_compile is not supported under FSDP: a layer gathers its weights as it runs")
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy = {self.train_sampling_strategy!r} is not supported: batches are "

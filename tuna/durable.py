@@ -75,6 +75,11 @@ class DurableTrainer(Trainer):
             raise CheckpointError(f"{found} has lost files that {checkpoints.MARKER} lists")
         universal = checkpoints.check_shape(found, self.shape)
         if universal:
+            if zero.on_nvme(self.accelerator.state.deepspeed_plugin.deepspeed_config):
+                raise CheckpointError(
+                    f"{found} was written by another number of ranks or under another ZeRO stage, which cannot be "
+                    "loaded into states on NVMe: go on with states in host memory (device: cpu)"
+                )
             logger.warning("converting %s for another number of ranks or ZeRO stage", found)
             checkpoints.make_universal(found)
         return str(found), universal
@@ -83,10 +88,13 @@ class DurableTrainer(Trainer):
         """``value`` of the first process, on all."""
         return value if self.accelerator.num_processes == 1 else list(broadcast_object_list(value))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def _prepare_for_training(self, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, loader, checkpoint)  # type: ignore[no-untyped-call]
         if self.args.deepspeed:
-            zero.check_engine(self.model_wrapped, self.accelerator.num_processes)
+            engine: Any = self.model_wrapped
+            zero.check_engine(engine, self.accelerator.num_processes)
+            if checkpoint is not None and engine.load_universal_checkpoint():
+                zero.mend_universal(engine, checkpoint)
         return prepared
 
     # Saving

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,8 +29,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["SMOLLM2", "TINY", "cache_folder", "load_model", "load_tokenizer", "smollm2_folder", "tiny_model"]
+__all__ = [
+    "SMOLLM2",
+    "TINY",
+    "cache_folder",
+    "compile_layers",
+    "load_model",
+    "load_tokenizer",
+    "smollm2_folder",
+    "tiny_model",
+]
 
 SMOLLM2 = "smollm2-135m"
 TINY = "tiny"
@@ -239,3 +251,22 @@ def _tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         pad_token=eos,
         chat_template=TINY_CHAT,
     )
+
+
+def compile_layers(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Compile each decoder layer on its own, for any number of tokens; activation checkpointing stays around it.
+
+    A compiled layer calls the attention over the tree between two graphs.
+
+    Args:
+        model: a transformers model, or a peft model around one.
+        options: keyword arguments of `torch.compile`.
+
+    Raises:
+        ValueError: no layers to be found.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"torch_compile: {type(model).__name__} has no decoder layers that could be compiled")
+    for layer in layers:
+        layer.compile(dynamic=True, **options)

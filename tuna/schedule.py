@@ -20,7 +20,7 @@ from torch import nn
 
 from tuna.config import TunaConfig
 from tuna_kernels import PackedTree
-from tuna_kernels.integrations.two_phase import TwoPhaseOutput, why_not_two_phase
+from tuna_kernels.integrations.two_phase import SCORING_ROWS, TwoPhaseOutput, why_not_two_phase
 from tuna_kernels.ranking import default_logits_budget
 
 logger = logging.getLogger(__name__)
@@ -88,12 +88,15 @@ class ActivationModel:
     def two_phase(self, tree: PackedTree, candidates_per_pass: int) -> int:
         """Bytes of `two_phase_ranking_loss`."""
         prompts = [prompt for prompt, _ in _lengths(tree)]
-        largest = 0.0
+        largest, rows = 0.0, 0
         for prompt, responses in _lengths(tree):
             longest = sum(sorted(responses)[-candidates_per_pass:]) + 1
             largest = max(largest, self.graph(prompt), self.graph(longest, prompt))
-        shared = self.layers * (sum(prompts) * self.keys + max(prompts) * self.exact_keys)
-        return int(MARGIN * (largest + shared) + self.head)
+            rows = max(rows, prompt, longest)
+        kept = self.layers * sum(prompts) * self.keys
+        gradients = MARGIN * (largest + kept + self.layers * max(prompts) * self.exact_keys)
+        scoring = min(tree.num_tokens, SCORING_ROWS * rows) * self.inside + kept
+        return int(max(gradients, scoring) + self.head)
 
 
 class Schedule:

@@ -163,7 +163,20 @@ def count_tokens(groups: Sequence[Group]) -> StepTokens:
     return StepTokens(int(tree_tokens(groups).sum()), sum(lengths), len(lengths) * max(lengths))
 
 
-def step_memory(way: Way, model: str, groups: Sequence[Group], settings: LossSettings, *, threads: int) -> ResidentPeak:
+def enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing of a transformers model, the kind that keeps to autograd's hooks."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def step_memory(
+    way: Way,
+    model: str,
+    groups: Sequence[Group],
+    settings: LossSettings,
+    *,
+    threads: int,
+    checkpointed: bool = False,
+) -> ResidentPeak:
     """Memory of one whole step in a fresh process: growth above weights and optimizer state, and the process in all.
 
     Args:
@@ -172,6 +185,7 @@ def step_memory(way: Way, model: str, groups: Sequence[Group], settings: LossSet
         groups: the batch.
         settings: of the loss.
         threads: of the fresh process.
+        checkpointed: with activation checkpointing.
 
     Raises:
         RuntimeError: the process failed, or died for want of memory.
@@ -185,13 +199,23 @@ def step_memory(way: Way, model: str, groups: Sequence[Group], settings: LossSet
         }
         for group in groups
     ]
-    arguments = {"way": way, "model": model, "groups": plain, "settings": asdict(settings)}
+    arguments = {
+        "way": way,
+        "model": model,
+        "groups": plain,
+        "settings": asdict(settings),
+        "checkpointed": checkpointed,
+    }
     return ResidentPeak(*in_fresh_process("tuna.side_by_side:measure_step", arguments, threads=threads))
 
 
-def measure_step(way: Way, model: str, groups: list[dict[str, Any]], settings: dict[str, Any]) -> ResidentPeak:
+def measure_step(
+    way: Way, model: str, groups: list[dict[str, Any]], settings: dict[str, Any], checkpointed: bool = False
+) -> ResidentPeak:
     """What `step_memory` runs in the fresh process, after a step on a few tokens that makes the optimizer's state."""
     network, _ = load_model(model)
+    if checkpointed:
+        enable_checkpointing(network)
     step = Stepper(way, network.train(), LossSettings(**settings))
     batch = [Group(**group) for group in groups]
     step([Group(batch[0].prompt[:8], [response[:2] for response in batch[0].responses], ranks=None)])

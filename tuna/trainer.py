@@ -35,6 +35,7 @@ from tuna.evaluation import PendingScores, in_dataset_order
 from tuna.guards import FiniteLoss
 from tuna.meters import TrainingMeter
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
+from tuna.models import compile_layers
 from tuna.records import Record
 from tuna.schedule import Schedule
 from tuna.tokenization import TokenizedGroup, tokenize_records
@@ -95,6 +96,8 @@ class TunaTrainer(DurableTrainer):
             else eval_dataset and tokenize(eval_dataset)
         )
         model = prepare_model(model, attention=args.tree_attention)
+        if args.compile_options is not None:
+            compile_layers(model, args.compile_options)
         config: Any = model.config
         use_cache = config.use_cache
         super().__init__(

@@ -164,3 +164,28 @@ def check_engine(wrapped: Any, world_size: int) -> None:
         )
     if wrapped.world_size != world_size:
         raise RuntimeError(f"DeepSpeed counts {wrapped.world_size} ranks, the trainer {world_size}")
+
+
+def on_nvme(settings: Mapping[str, Any]) -> bool:
+    """Whether states or weights live on a disk, where DeepSpeed cannot load a universal checkpoint into them."""
+    parts = ("offload_optimizer", "offload_param")
+    return any(settings.get("zero_optimization", {}).get(part, {}).get("device") == "nvme" for part in parts)
+
+
+def mend_universal(engine: Any, checkpoint: str | os.PathLike[str]) -> None:
+    """Set right what DeepSpeed's ZeRO-3 gets wrong when it loads a universal checkpoint (seen in 0.19.8).
+
+    It puts one and the same ``step`` tensor into the states of all sub-groups, so that each update counts as
+    many steps as there are sub-groups, and gives the settings of the first parameter group (its weight decay)
+    to all. Both change the steps that follow. Other stages are left as they are.
+    """
+    if engine.zero_optimization_stage() != 3:
+        return
+    optimizer = engine.optimizer.optimizer
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    tag = (Path(checkpoint) / "latest_universal").read_text("utf-8").strip()
+    saved = torch.load(Path(checkpoint) / tag / "zero" / "optimizer_state.pt", weights_only=False, map_location="cpu")
+    for group, settings in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
+        group.update({name: value for name, value in settings.items() if name != "params"})

@@ -12,7 +12,7 @@ from benchmarks.harness import Plan
 from benchmarks.record import read_record
 from benchmarks.step import StepBench, read_batches, typical_batch
 from tuna.models import TINY
-from tuna.side_by_side import LossSettings, count_tokens
+from tuna.side_by_side import LossSettings, Way, count_tokens
 from tuna_kernels import Group
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,17 @@ def test_a_textbook_step_that_would_not_fit_is_skipped_and_said_so() -> None:
     (step,) = bench.run(batch)
     assert step.arm("naive").status == "unsupported" and "GiB are free" in step.arm("naive").reason
     assert step.arm("tuna").status == "ok" and step.arm("tuna").samples
-    assert "the textbook does not fit" in step.title
+    assert "oracle: the float32 step of plain tree, without the textbook" in step.title
+
+
+def test_ways_can_be_left_out_and_activations_computed_again() -> None:
+    ways: tuple[Way, ...] = ("tuna", "plain tree")
+    bench = StepBench(TINY, LossSettings(), 1, Plan(rounds=1), resident=False, ways=ways, checkpointed=True)
+    (batch,) = read_batches(None, TINY, "alpaca", 128, [1], seed=0)
+    (step,) = bench.run(batch)
+    assert [arm.name for arm in step.arms] == list(ways)
+    assert all(arm.status == "ok" for arm in step.arms) and set(step.arm("tuna").ratios) == {"plain-torch tree"}
+    assert bench.steppers["tuna"].model.is_activation_checkpointing
 
 
 def test_a_typical_batch_is_of_median_size_and_reproducible() -> None:

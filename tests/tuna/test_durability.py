@@ -246,14 +246,14 @@ def train_command(folder: Path, stage: int, steps: int, *more: str) -> list[str]
 def test_killed_five_times_it_ends_in_the_same_weights(tmp_path: Path, stage: int) -> None:
     steps = 60
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    launching.run(2, "tuna", train_command(straight, stage, steps), cwd=tmp_path, timeout=300)
+    launching.run(2, "tuna", train_command(straight, stage, steps), cwd=tmp_path, timeout=900)
     seed = random.randrange(2**32)
     moment = random.Random(seed)
     places = []
     for _ in range(5):
         before = checkpoints.last_complete(killed) if killed.exists() else None
         process = launching.start(2, "tuna", *train_command(killed, stage, steps), cwd=tmp_path)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < deadline:
             if killed.exists() and checkpoints.last_complete(killed) != before:
                 break
@@ -266,7 +266,7 @@ def test_killed_five_times_it_ends_in_the_same_weights(tmp_path: Path, stage: in
         assert last is not None
         places.append(int(last.name.partition("-")[2]))
     assert places == sorted(places) and places[-1] < steps, places
-    launching.run(2, "tuna", train_command(killed, stage, steps), cwd=tmp_path, timeout=300)
+    launching.run(2, "tuna", train_command(killed, stage, steps), cwd=tmp_path, timeout=900)
     expected, found = (load_file(folder / "model.safetensors") for folder in (straight, killed))
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -279,27 +279,27 @@ def test_killed_five_times_it_ends_in_the_same_weights(tmp_path: Path, stage: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "lora"),
-    [
-        (1, 0),
-        (2, 0),
-        pytest.param(3, 0, marks=pytest.mark.xfail(reason="open: weights differ by more than 1e-6 after the change")),
-        (3, 4),
-    ],
+    ("stage", "then", "ranks", "lora"),
+    [(1, 1, 1, 0), (2, 2, 1, 0), (1, 2, 4, 0), (3, 3, 1, 0), (3, 3, 4, 0), (3, 3, 1, 4)],
+    ids=lambda value: str(value),
 )
-def test_going_on_with_another_number_of_ranks(tmp_path: Path, stage: int, lora: int) -> None:
-    more = ["--lora-r", str(lora), "--lora-targets", "q_proj,v_proj"] if lora else []
+def test_going_on_with_another_number_of_ranks(tmp_path: Path, stage: int, then: int, ranks: int, lora: int) -> None:
+    # Norms and biases have no weight decay: two groups of parameters, so two steps to count, where all are trained.
+    more = ["--set", "weight_decay=0.1"]
+    more += ["--lora-r", str(lora), "--lora-targets", "q_proj,v_proj"] if lora else []
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    launching.run(2, "tuna", train_command(straight, stage, 5, *more), cwd=tmp_path, timeout=300)
+    words = [*train_command(straight, stage, 5, *more), "--accumulate", "2"]
+    launching.run(2, "tuna", words, cwd=tmp_path, timeout=900)
     shutil.copytree(straight, moved)
     for step in (4, 5):
         shutil.rmtree(moved / f"checkpoint-{step}")
-    launching.run(1, "tuna", [*train_command(moved, stage, 5, *more), "--accumulate", "2"], cwd=tmp_path, timeout=300)
+    words = [*train_command(moved, then, 5, *more), "--accumulate", str(4 // ranks)]
+    launching.run(ranks, "tuna", words, cwd=tmp_path, timeout=900)
     compare(load_file(moved / "model.safetensors"), load_file(straight / "model.safetensors"))
     assert (moved / "checkpoint-3" / "latest_universal").exists()
     # And the checkpoint that ZeRO wrote in shards is the model that was saved whole.
     words = ["--model", "tiny"] if lora else []
-    launching.run(0, "tuna", ["export", str(moved), str(tmp_path / "plain"), *words], cwd=tmp_path, timeout=300)
+    launching.run(0, "tuna", ["export", str(moved), str(tmp_path / "plain"), *words], cwd=tmp_path, timeout=900)
     compare(load_file(tmp_path / "plain" / "model.safetensors"), load_file(moved / "model.safetensors"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tuna.batching import GroupBatchSampler
@@ -324,12 +325,46 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path, targets: list[str]) -> No
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"torch_compile": True}, "torch_compile"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+HARD: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("eager", {}),  # what is captured, run as it is: seconds
+        pytest.param("aot_eager", {**HARD, "memory": "two_phase"}, marks=pytest.mark.slow),
+        pytest.param("inductor", {}, marks=pytest.mark.slow),
+        pytest.param("inductor", HARD, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_layers_take_the_same_steps(tmp_path: Path, backend: str, changes: dict[str, Any]) -> None:
+    torch._dynamo.reset()  # graphs of an earlier case would serve this one, and none be counted
+    dynamo = torch._dynamo.utils.counters
+    dynamo.clear()
+    losses = []
+    for compiled in ({}, {"torch_compile_backend": backend}):
+        trainer = TunaTrainer(tiny_llama(), config(tmp_path, max_steps=4, **changes, **compiled), ragged(8), ragged(4))
+        trainer.train()
+        log = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        losses.append([*log, trainer.evaluate()["eval_loss"]])
+        assert bool(dynamo["stats"]["unique_graphs"]) == bool(compiled)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    trainer.save_model(str(tmp_path / "plain"))
+    assert set(load_file(tmp_path / "plain" / "model.safetensors")) >= {"model.layers.0.mlp.up_proj.weight"}
+
+
+def test_compiling_sharded_layers_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    zero3 = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0}
+    with pytest.raises(ValueError, match="torch_compile is not supported under ZeRO-3"):
+        config(tmp_path, torch_compile=True, deepspeed=zero3)
 
 
 def test_bad_datasets_are_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def results(folder: Path, names: list[str]) -> tuple[Results, Results]:
     for ranks in (0, 2):
         place = folder / str(ranks)
         place.mkdir()
-        run(ranks, "tests.tuna.zero_cases", [str(place), *names], cwd=ROOT, timeout=60 + 45 * len(names))
+        run(ranks, "tests.tuna.zero_cases", [str(place), *names], cwd=ROOT, timeout=120 + 90 * len(names))
         found.append({name: torch.load(place / f"{name}.pt", weights_only=False) for name in names})
     return found[0], found[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.tuna_kernels.tiny_models import (
     bound,
     tiny,
 )
-from tuna_kernels.integrations import _shared_keys
+from tuna_kernels.integrations import _shared_keys, two_phase
 from tuna_kernels.integrations._passes import TreeGroups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
 from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
@@ -55,6 +56,28 @@ def test_equals_one_pass(family: str) -> None:
     assert_same_gradients(gradients(model), wanted, bound(family))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_may_be_scored_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one on top of the kept prompt, where the tree has more rows than may be scored at once."""
+    model = prepare_model(tiny(family))
+    tree = pack_groups(GROUPS)
+    expected = two_phase_ranking_loss(model, tree, margin=0.4)
+    wanted = gradients(model)
+    monkeypatch.setattr(two_phase, "SCORING_ROWS", 0)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    with model.base_model.register_forward_pre_hook(count):
+        found = two_phase_ranking_loss(model, tree, margin=0.4, most_passes=lambda passes: passes + 2)
+    alone = tree.num_candidates + sum(len(group.prompt) > 1 for group in GROUPS)
+    assert forwards == alone + 2 + found.passes
+    assert_close(found.logprobs, expected.logprobs, bound(family))
+    assert_same_gradients(gradients(model), wanted, bound(family))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_equals_one_pass_to_a_millionth_in_float32(family: str) -> None:
     """As float32 models are trained: 1e-6 of the largest gradient."""
@@ -84,17 +107,20 @@ GPT2 = prepare_model(tiny("gpt2"))
 
 
 @settings(deadline=None, max_examples=25)
-@given(groups, st.sampled_from(["tree", "prompt", "none"]), st.integers(1, 3), st.booleans())
-def test_equals_one_pass_on_any_groups(drawn: list[Group], share: Share, size: int, skip: bool) -> None:
+@given(groups, st.sampled_from(["tree", "prompt", "none"]), st.integers(1, 3), st.booleans(), st.integers(0, 4))
+def test_equals_one_pass_on_any_groups(
+    drawn: list[Group], share: Share, size: int, skip: bool, scoring_rows: int
+) -> None:
     """Prompts of one token, equal candidates, one candidate within another, any packing; in float64."""
     tree = pack_groups(drawn, share=share)
     GPT2.zero_grad(set_to_none=True)
     expected = model_ranking_loss(GPT2, tree, margin=0.05, mle_weight=0.5)
     expected.loss.backward()
     wanted = gradients(GPT2)
-    found = two_phase_ranking_loss(
-        GPT2, tree, margin=0.05, mle_weight=0.5, candidates_per_pass=size, skip_inactive=skip
-    )
+    with mock.patch.object(two_phase, "SCORING_ROWS", scoring_rows):
+        found = two_phase_ranking_loss(
+            GPT2, tree, margin=0.05, mle_weight=0.5, candidates_per_pass=size, skip_inactive=skip
+        )
     assert_close(found.loss, expected.loss, bound("gpt2"))
     assert_same_gradients(gradients(GPT2), wanted, bound("gpt2"))
 

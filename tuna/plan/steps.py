@@ -15,9 +15,11 @@ from tuna.plan.settings import StepSettings
 from tuna.plan.workload import share_of
 from tuna_kernels import Group, PackedTree, pack_groups
 from tuna_kernels.integrations._passes import TreeGroups
+from tuna_kernels.integrations._requests import BranchPass, KeepPass
+from tuna_kernels.integrations._shared_keys import PromptKeys
 from tuna_kernels.integrations.ranking_model import Request
 from tuna_kernels.integrations.transformers import model_ranking_loss
-from tuna_kernels.integrations.two_phase import _BranchPass, _Schedule, _ScoringPass, two_phase_ranking_loss
+from tuna_kernels.integrations.two_phase import SCORING_ROWS, _Schedule, _Scoring, two_phase_ranking_loss
 
 __all__ = ["make_trainable", "prepared_step"]
 
@@ -78,16 +80,31 @@ def _fake_two_phase(
     with _disable_current_modes():
         groups = TreeGroups(tree)
         upstream = torch.zeros(tree.num_slots)
-    scoring = _ScoringPass(tree, groups, "auto")
-    with torch.no_grad():
-        scoring(model)
-    schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+        scoring = _Scoring(tree, groups, "auto", SCORING_ROWS * groups.largest_pass(settings.candidates_per_pass))
+        schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+    kept: dict[tuple[int, ...], list[PromptKeys]] = {}
+    for scored in _on_host(scoring.requests(scoring.passes)):
+        layout = scored.layout
+        kind: tuple[int, ...] = (-1, len(layout.input_ids), len(layout.slots), len(layout.position_ids))
+        if wanted(kind, 1):
+            with torch.no_grad():
+                scored(model)
+        elif isinstance(scored, KeepPass):
+            scored.prompts = [_likewise(keys) for keys in kept[kind]]
+        if isinstance(scored, KeepPass):
+            kept[kind] = scored.prompts
+    del scored, kept  # or prompts would outlive their own passes
     number = {id(keys): g for g, keys in enumerate(scoring.prompts)}
     for request in _on_host(schedule.requests(scoring.prompts, upstream, "auto", schedule.passes)):
         kind = (len(request.layout.input_ids), len(request.layout.slots), *lengths[number[id(request.prompt)]])
-        if wanted(kind, 2 if isinstance(request, _BranchPass) else 1):
+        if wanted(kind, 2 if isinstance(request, BranchPass) else 1):
             (loss,) = request(model)
             _backward(loss)
+
+
+def _likewise(keys: PromptKeys) -> PromptKeys:
+    """Other keys and values of the same sizes."""
+    return PromptKeys({layer: (torch.empty_like(k), torch.empty_like(v)) for layer, (k, v) in keys.kept.items()})
 
 
 def _on_host(requests: Iterator[Request]) -> Iterator[Any]:

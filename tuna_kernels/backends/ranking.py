@@ -8,7 +8,7 @@ group whose logits alone exceed the budget is recomputed instead (four products)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,7 +109,8 @@ def linear_ranking(
     scores = torch.zeros(candidates.ranks.numel(), dtype=compute, device=device)
     ranking = torch.zeros((), dtype=torch.float64, device=device)
     mle = torch.zeros_like(ranking)
-    gradients = _zero_gradients(call, needs)
+    gradients = _new_gradients(call, needs)
+    started = False
     parts = list(_parts(candidates, call.weight.shape[0], compute.itemsize, logits_budget))
     largest = max((p.slots.stop - p.slots.start for p in parts if p.keep), default=0)
     keeps = largest > 0 and gradients.any
@@ -139,7 +140,11 @@ def linear_ranking(
         upstream[part.slots] = of_part.upstream.to(compute)
         if gradients.any:
             saved = _saved(logprobs[part.slots], lse[part.slots], upstream[part.slots])
-            _add_gradients(backend, call, slots, saved, kept, gradients)
+            started |= _add_gradients(backend, call, slots, saved, kept, replace(gradients, accumulate=started))
+    if not started:
+        for unwritten in (gradients.weight, gradients.low_rank_weight, gradients.bias):
+            if unwritten is not None:
+                unwritten.zero_()
     return Result(ranking, mle, scores, logprobs, lse, upstream, gradients)
 
 
@@ -148,32 +153,39 @@ def _saved(logprobs: Tensor, lse: Tensor, upstream: Tensor) -> Saved:
     return Saved(logprobs, lse, empty, empty, upstream, None, None)
 
 
-def _zero_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:
-    """Zeros in the compute type: parts of the batch are added up before anything is rounded."""
-    sources = (call.hidden, call.weight, call.bias, call.low_rank_hidden, call.low_rank_weight)
-    hidden, weight, bias, low_hidden, low_weight = (
-        torch.zeros(t.shape, dtype=call.compute, device=t.device) if wanted and t is not None else None
-        for t, wanted in zip(sources, needs, strict=True)
+def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:
+    """In the compute type: parts of the batch are added up before anything is rounded. Those of rows are zeros, those
+    of the size of the vocabulary (weight, low-rank weight, bias) are written whole by the first part that has any."""
+
+    def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor | None:
+        if source is None or not wanted:
+            return None
+        make = torch.zeros if of_rows else torch.empty
+        return make(source.shape, dtype=call.compute, device=source.device)
+
+    hidden, weight, bias, low_hidden, low_weight = needs
+    return Gradients(
+        rows=new(call.hidden, hidden, of_rows=True),
+        low_rank_rows=new(call.low_rank_hidden, low_hidden, of_rows=True),
+        weight=new(call.weight, weight),
+        low_rank_weight=new(call.low_rank_weight, low_weight),
+        bias=new(call.bias, bias),
     )
-    return Gradients(hidden, low_hidden, weight, low_weight, bias, accumulate=True)
 
 
 def _add_gradients(
     backend: HeadBackend, call: LinearCall, slots: Slots, saved: Saved, block: Tensor | None, total: Gradients
-) -> None:
-    """Add one part's gradients, from its kept block or by recomputing its logits."""
+) -> bool:
+    """Add one part's gradients, from its kept block or by recomputing its logits; whether it has any."""
     every_row = slots.rows.numel()
     slots, kept, coefficients = row_gradient(slots, call, saved)
     count = slots.rows.numel()
     if count == 0:
-        return
-    of_part = Gradients(
+        return False
+    of_part = replace(
+        total,
         rows=None if total.rows is None else row_grads_like(total.rows, count, call.compute),
         low_rank_rows=None if total.low_rank_rows is None else row_grads_like(total.low_rank_rows, count, call.compute),
-        weight=total.weight,
-        low_rank_weight=total.low_rank_weight,
-        bias=total.bias,
-        accumulate=True,
     )
     block_rows = None if count == every_row else kept
     backend.backward(
@@ -189,3 +201,4 @@ def _add_gradients(
     for target, part in ((total.rows, of_part.rows), (total.low_rank_rows, of_part.low_rank_rows)):
         if target is not None and part is not None:
             target.index_add_(0, slots.rows, part)
+    return True

@@ -102,7 +102,8 @@ _current: ContextVar[TreePass | None] = ContextVar("tuna_tree_pass", default=Non
 
 def register() -> None:
     """Make ``"tuna_tree"`` known to transformers. Safe to repeat."""
-    AttentionInterface.register(NAME, tuna_tree_attention)
+    # Compiled layers call it as it is: what it notes on the tree and keeps for later passes is no part of a graph.
+    AttentionInterface.register(NAME, torch.compiler.disable(tuna_tree_attention))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(NAME, tuna_tree_mask)
 
 

@@ -34,7 +34,7 @@ class Layout:
         input_ids: [Tq] tokens of the rows computed.
         position_ids: [T] depth of all rows.
         subtree_end: [T] as in `PackedTree`.
-        query_rows: [Tq] the rows computed: T - Tq, …, T - 1.
+        query_rows: [Tq] the rows computed: T - Tq, …, T - 1; None: all.
         rows: [m] which of the Tq rows predicts each slot.
         targets: [m] the slots' tokens.
         slots: [m] where the slots stand in the whole tree.
@@ -43,21 +43,22 @@ class Layout:
     input_ids: Tensor
     position_ids: Tensor
     subtree_end: Tensor
-    query_rows: Tensor
+    query_rows: Tensor | None
     rows: Tensor
     targets: Tensor
     slots: Tensor
 
     def to(self, device: torch.device) -> Layout:
         """The same on ``device``."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        return replace(self, **moved)
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 class TreeGroups:
     """The groups of a packed tree as tokens again, whatever it shares."""
 
     def __init__(self, tree: PackedTree) -> None:
+        self._tree = tree
         self._offsets, self._groups = tree.candidate_offsets_host, tree.group_offsets_host
         self._ids, self._targets = tree.input_ids.cpu(), tree.targets.cpu()
         first = torch.from_numpy(self._offsets[self._groups[:-1]])  # the first slot of each group
@@ -82,6 +83,35 @@ class TreeGroups:
     def response(self, candidate: int) -> Tensor:
         """Its tokens."""
         return self._targets[slice(*self._offsets[candidate : candidate + 2].tolist())]
+
+    def whole(self) -> Layout:
+        """The pass of the whole tree, as it was packed."""
+        tree = self._tree
+        slots = torch.arange(tree.num_slots)
+        return Layout(tree.input_ids, tree.position_ids, tree.subtree_end, None, tree.rows, tree.targets, slots)
+
+    def largest_pass(self, candidates_per_pass: int) -> int:
+        """Rows of the largest pass of so many candidates of a group, or of a prompt, at most."""
+        largest = 0
+        for g in range(len(self)):
+            longest = sorted(map(self._length, self.candidates(g)))[-candidates_per_pass:]
+            largest = max(largest, 1 + sum(longest), len(self.prompt(g)) - 1)
+        return largest
+
+    def chunks(self, group: int, most_rows: int) -> list[list[int]]:
+        """The group's candidates in order, as many together as have ``most_rows`` rows, and one at least."""
+        found: list[list[int]] = []
+        rows = most_rows
+        for c in self.candidates(group):
+            if rows + self._length(c) > most_rows:
+                found.append([])
+                rows = 1
+            found[-1].append(c)
+            rows += self._length(c)
+        return found
+
+    def _length(self, candidate: int) -> int:
+        return int(self._offsets[candidate + 1] - self._offsets[candidate])
 
     def branches(self, group: int, candidates: Sequence[int]) -> Layout:
         """The pass of some candidates of a group; common beginnings among them are shared."""

@@ -1,14 +1,16 @@
 """The ranking loss in two phases: the gradient of all k candidates in the memory of a few.
 
-    1. Score all candidates in one pass without a graph. The gradient of the loss with respect to every
-       log-probability is a closed form of the scores (`losses.preset_upstream`); the keys and values of each
-       prompt are kept.
+    1. Score all candidates without a graph. The gradient of the loss with respect to every log-probability is a
+       closed form of the scores (`losses.preset_upstream`); the keys and values of each prompt are kept.
     2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
        values as constants; their gradients are summed in float32. Then once forward through the prompt, and
        backward from that sum.
 
 The chain rule in another order: exact up to rounding. At no time is the graph of more than one pass alive. The
 price is one more forward, and the last prompt token once a pass (`_passes`).
+
+Scoring takes one forward while that is no more than `SCORING_ROWS` times the rows of the largest gradient pass, else
+several (`_Scoring`), or it would be what grows with k.
 
 Separable losses have been trained on shared prompts in this order (arXiv 2606.01143, arXiv 2602.00482); scoring
 first, for a loss that couples its candidates, is gradient caching (arXiv 2101.06983).
@@ -18,25 +20,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from tuna_kernels.integrations._attention import TreePass
-from tuna_kernels.integrations._heads import base_causal_lm, compute_device, read_head
 from tuna_kernels.integrations._passes import Layout, TreeGroups, dummy_layout, prompt_layout
-from tuna_kernels.integrations._shared_keys import AttendToPrompt, CollectRoots, KeepPrompts, KeyRole, PromptKeys
+from tuna_kernels.integrations._requests import BranchPass, KeepPass, PromptPass, why_not_two_phase
+from tuna_kernels.integrations._shared_keys import PromptKeys
 from tuna_kernels.integrations.ranking_model import Carrier, Request, carrier
-from tuna_kernels.integrations.transformers import LossSettings, attention_backend, prepare_model, run_backbone
-from tuna_kernels.logprobs import linear_logprobs
+from tuna_kernels.integrations.transformers import LossSettings
 from tuna_kernels.losses import Kind, LossCounts, Preset, PresetResult, preset_upstream
 from tuna_kernels.ranking import RankingLossOutput, active_candidates, check_choices
 from tuna_kernels.tree import PackedTree
 
 __all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
+
+
+SCORING_ROWS = 4
+"""Rows scored at once, in those of the largest gradient pass. Without a graph a row holds one layer's temporaries, some
+10 hidden states in a Llama; forward and backward hold 22 and one for each layer, with checkpointing."""
 
 
 class Backward(Protocol):
@@ -111,8 +115,9 @@ def two_phase_ranking_loss(
             ``lambda last: nullcontext() if last else model.no_sync()``.
         before_backward: called once with the loss and its parts, before any gradient is made.
         most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
-            fewer make up for it by passes of one token that weigh nothing. Default: `largest_over_ranks` where
-            ``model`` is wrapped and torch.distributed is initialised, else the number itself.
+            fewer make up for it by passes of one token that weigh nothing. Called for the scoring passes, then for
+            the gradient passes. Default: `largest_over_ranks` where ``model`` is wrapped and torch.distributed is
+            initialised, else the number itself.
 
     Raises:
         ValueError: ``candidates_per_pass`` below 1; dropout in training mode (the phases would draw it apart);
@@ -126,11 +131,15 @@ def two_phase_ranking_loss(
     if not torch.is_grad_enabled():
         raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
     settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    if tree.num_tokens == 0:
+        raise ValueError("tree holds no groups: there is nothing to run the model on")
     carry = carrier(model)
     groups = TreeGroups(tree)
-    scoring = _ScoringPass(tree, groups, backend)
+    if most_passes is None:
+        most_passes = largest_over_ranks if carry is model else int
+    scoring = _Scoring(tree, groups, backend, SCORING_ROWS * groups.largest_pass(candidates_per_pass))
     with torch.no_grad(), _nothing_random(tree):
-        (logprobs,) = carry(scoring)
+        logprobs = scoring.run(carry, most_passes(scoring.passes))
     tree = tree.to(logprobs.device)
     result = _upstream(logprobs, tree, settings)
     active = active_candidates(result.upstream, tree)
@@ -146,8 +155,6 @@ def two_phase_ranking_loss(
         before_backward(output)
     taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
     schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
-    if most_passes is None:
-        most_passes = largest_over_ranks if carry is model else int
     passes = most_passes(max(schedule.passes, 1))
     upstream = result.upstream.to(logprobs.dtype) * scale
     requests = schedule.requests(scoring.prompts, upstream, backend, passes)
@@ -175,6 +182,51 @@ def largest_over_ranks(number: int) -> int:
     return int(largest)
 
 
+class _Scoring:
+    """The passes without a graph: in one where the tree has at most ``most_rows`` rows, else group by group the
+    prompt, then as many candidates at a time as fit."""
+
+    def __init__(self, tree: PackedTree, groups: TreeGroups, backend: str, most_rows: int) -> None:
+        self._groups, self._slots, self._backend = groups, tree.num_slots, backend
+        self._chunks: list[list[list[int]]] = []
+        self.prompts: list[PromptKeys] = []
+        self.passes = 1
+        if tree.num_tokens > most_rows:
+            self._chunks = [groups.chunks(g, most_rows) for g in range(len(groups))]
+            self.passes = sum(len(chunks) + (len(groups.prompt(g)) > 1) for g, chunks in enumerate(self._chunks))
+
+    def run(self, carry: Carrier, passes: int) -> Tensor:
+        """The log-probabilities [M] of all slots; leaves the prompts' keys in ``prompts``."""
+        logprobs: Tensor | None = None
+        for request in self.requests(passes):
+            (found,) = carry(request)
+            if logprobs is None:
+                logprobs = found.new_empty(self._slots)
+            slots = request.layout.slots.to(found.device)
+            logprobs[slots] = found[: len(slots)]  # the slot of a prompt alone has no place
+        assert logprobs is not None
+        return logprobs
+
+    def requests(self, passes: int) -> Iterator[KeepPass | BranchPass]:
+        """All passes in order, made up to ``passes`` by dummies. Each has to run before the next is asked for."""
+        groups = self._groups
+        if not self._chunks:
+            # the last prompt token is computed again by every pass: its keys are not shared
+            bounds = [(start, stop - 1) for start, stop in groups.prompt_rows]
+            yield (whole := KeepPass(groups.whole(), bounds, self._backend))
+            self.prompts = whole.prompts
+        for g, chunks in enumerate(self._chunks):
+            keys = PromptKeys()
+            if (shared := len(groups.prompt(g)) - 1) > 0:
+                yield (alone := KeepPass(prompt_layout(groups.prompt(g)), [(0, shared)], self._backend))
+                keys = alone.prompts[0]
+            self.prompts.append(keys)
+            for chunk in chunks:
+                yield BranchPass(groups.branches(g, chunk), keys, None, self._backend)
+        for _ in range(self.passes, passes):
+            yield KeepPass(dummy_layout(groups.prompt(0), groups.response(0)), [], self._backend)
+
+
 class _Schedule:
     """The gradient passes of a tree, group by group: its candidates, then its prompt."""
 
@@ -195,14 +247,14 @@ class _Schedule:
             keys = prompts[g]
             for chunk in chunks:
                 layout = self._alive(self._groups.branches(g, chunk))
-                yield _BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
+                yield BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
             self._count(prompts)
             keys.kept.clear()
             if chunks and len(self._groups.prompt(g)) > 1:
-                yield _PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
+                yield PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
         dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
         for _ in range(self.passes, passes):
-            yield _PromptPass(self._alive(dummy), PromptKeys(), backend)
+            yield PromptPass(self._alive(dummy), PromptKeys(), backend)
 
     def _alive(self, layout: Layout) -> Layout:
         self.rows_alive = max(self.rows_alive, len(layout.input_ids))
@@ -210,126 +262,6 @@ class _Schedule:
 
     def _count(self, prompts: list[PromptKeys]) -> None:
         self.shared_bytes = max(self.shared_bytes, sum(keys.nbytes() for keys in prompts))
-
-
-@dataclass(eq=False)
-class _ScoringPass:
-    """All candidates of the tree, without a graph: (logprobs [M],). Leaves the prompts' keys in ``prompts``."""
-
-    tree: PackedTree
-    groups: TreeGroups
-    backend: str
-    prompts: list[PromptKeys] = field(default_factory=list)
-
-    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        if self.tree.num_tokens == 0:
-            raise ValueError("tree holds no groups: there is nothing to run the model on")
-        prepare_model(model)
-        base = base_causal_lm(model)
-        if reason := why_not_two_phase(base):
-            raise ValueError(reason)
-        tree = self.tree.to(compute_device(base))
-        # the last prompt token is computed again by every pass: its keys are not shared
-        role = KeepPrompts([(start, stop - 1) for start, stop in self.groups.prompt_rows])
-        tree_pass = TreePass(tree.subtree_end, tree.position_ids, attention_backend(base, self.backend), role=role)
-        hidden = run_backbone(base, tree.input_ids, tree_pass)
-        self.prompts = role.groups
-        return (_logprobs(base, hidden, tree.rows, tree.targets, self.backend),)
-
-
-@dataclass(frozen=True, eq=False)
-class _BranchPass:
-    """Some candidates of a group on top of its prompt: (sum of upstream [m] times log-probability,)."""
-
-    layout: Layout
-    prompt: PromptKeys
-    upstream: Tensor
-    backend: str
-
-    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        base = base_causal_lm(model)
-        hidden = _run(base, self.layout, AttendToPrompt(self.prompt), self.backend)
-        logprobs = _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend)
-        return ((logprobs * self.upstream.to(logprobs.device)).sum(),)
-
-
-@dataclass(frozen=True, eq=False)
-class _PromptPass:
-    """The shared prompt rows: (a scalar whose backward starts at their keys and values,).
-
-    It goes on to the head, with weight 0, so that every parameter takes part as in any other pass: that is what
-    the hooks of DDP, FSDP and ZeRO wait for.
-    """
-
-    layout: Layout
-    prompt: PromptKeys
-    backend: str
-
-    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        base = base_causal_lm(model)
-        role = CollectRoots()
-        hidden = _run(base, self.layout, role, self.backend)
-        nothing = 0 * _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend).sum()
-        roots, gradients = self._known(role)
-        if not roots:
-            return (nothing,)
-        return (nothing + _KnownGradients.apply(gradients, *roots),)  # type: ignore[no-untyped-call]
-
-    def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
-        """Roots and their gradients, which are taken from ``prompt.sums``."""
-        roots: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for layer, sums in self.prompt.sums.items():
-            for root, total in zip(role.roots[layer], sums, strict=True):
-                if total is None:
-                    continue
-                if not root.requires_grad:
-                    raise ValueError(
-                        f"the prompt's keys in {type(layer).__name__} are outside the graph, as under reentrant "
-                        "activation checkpointing: use gradient_checkpointing_kwargs={'use_reentrant': False}"
-                    )
-                roots.append(root)
-                gradients.append(total.to(root.dtype))
-        self.prompt.sums.clear()
-        return roots, gradients
-
-
-class _KnownGradients(torch.autograd.Function):
-    """A scalar 0 whose backward hands each root the gradient that is known for it.
-
-    The gradient that arrives is not multiplied in: the known ones come from backwards of the same call, which had it
-    in them already (loss scaling, accumulation).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *roots: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return roots[0].new_zeros((), dtype=torch.promote_types(roots[0].dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, []
-        return None, *gradients
-
-
-def _run(base: PreTrainedModel, layout: Layout, role: KeyRole, backend: str) -> Tensor:
-    layout = layout.to(compute_device(base))
-    tree_pass = TreePass(
-        layout.subtree_end,
-        layout.position_ids,
-        attention_backend(base, backend),
-        query_rows=layout.query_rows,
-        role=role,
-    )
-    return run_backbone(base, layout.input_ids, tree_pass)
-
-
-def _logprobs(base: PreTrainedModel, hidden: Tensor, rows: Tensor, targets: Tensor, backend: str) -> Tensor:
-    head = read_head(base)
-    rows, targets = rows.to(hidden.device), targets.to(hidden.device)
-    found = linear_logprobs(hidden, head.weight, targets, rows=rows, backend=backend, **head.options())
-    assert isinstance(found, Tensor)
-    return found
 
 
 def _upstream(logprobs: Tensor, tree: PackedTree, settings: LossSettings) -> PresetResult:
@@ -348,27 +280,6 @@ def _upstream(logprobs: Tensor, tree: PackedTree, settings: LossSettings) -> Pre
 
 def _plain_backward(loss: Tensor, last: bool) -> None:
     torch.autograd.backward(loss)
-
-
-def why_not_two_phase(model: nn.Module) -> str:
-    """The reason why a model as it is now cannot be trained in two phases; "" if it can, as far as can be seen."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return (
-                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set it "
-                "to 0 (also lora_dropout) or use the one-pass loss"
-            )
-        # transformers leaves the checkpointing function on every module that checkpoints
-        checkpointing = getattr(module, "_gradient_checkpointing_func", None)
-        in_use = checkpointing is not None and getattr(module, "gradient_checkpointing", False)
-        if in_use and getattr(checkpointing, "keywords", {}).get("use_reentrant", True):
-            return (
-                "reentrant activation checkpointing keeps the prompt's keys out of the graph: enable it with "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-    return ""
 
 
 class _nothing_random:
