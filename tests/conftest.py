@@ -1,9 +1,13 @@
-"""Property tests draw the same examples every time; ``HYPOTHESIS_PROFILE=explore`` draws new ones."""
+"""Property tests draw the same examples every time; ``HYPOTHESIS_PROFILE=explore`` draws new ones.
+
+``unshrunk``: a failing example is not made smaller, where it only matters that a test fails (`tests.mutants`).
+"""
 
 import os
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", derandomize=False)
+settings.register_profile("unshrunk", derandomize=True, phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -74,7 +74,7 @@ def run(mutant: Mutant) -> Outcome:
             (root / name).symlink_to(ROOT / name)
         seed(mutant, root)
         environment = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-        environment["TRITON_INTERPRET"] = str(int(mutant.interpret))
+        environment |= {"TRITON_INTERPRET": str(int(mutant.interpret)), "HYPOTHESIS_PROFILE": "unshrunk"}
         words = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", str(root), *mutant.tests]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *words], cwd=root, env=environment, capture_output=True, text=True
@@ -84,6 +84,9 @@ def run(mutant: Mutant) -> Outcome:
         return Outcome(mutant.name, "survived", "")
     if done.returncode == 1 and failed:
         return Outcome(mutant.name, "caught", failed[0])
+    # A wild address may end the process: pytest's fault handler names the test.
+    if done.returncode < 0 and (died := re.search(r'File "\S*?(tests/\S+)", line \d+ in (test_\w+)', done.stderr)):
+        return Outcome(mutant.name, "caught", f"{died[1]}::{died[2]} (signal {-done.returncode})")
     lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
     return Outcome(mutant.name, "broken", lines[-1])
 
@@ -101,7 +104,10 @@ def main() -> None:
     console = Console()
     with ThreadPoolExecutor(told.processes) as pool:
         progress = track(pool.map(run, chosen), "mutants", total=len(chosen), console=Console(stderr=True))
-        outcomes = list(progress)
+        outcomes = []
+        for one in progress:
+            outcomes.append(one)
+            print(f"{one.fate}: {one.name}", file=sys.stderr, flush=True)
     table = Table("mutant", "fate", "caught by", title=f"{len(chosen)} seeded faults")
     for one in outcomes:
         table.add_row(one.name, one.fate, escape(one.test), style=None if one.fate == "caught" else "red")

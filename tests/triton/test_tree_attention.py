@@ -388,9 +388,9 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
 def test_stated_workspace_is_what_is_allocated(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, the tree's lists made on the way, beyond results and the upstream they are given."""
     monkeypatch.setattr(attention_triton, "_splits", lambda *_: splits)
-    tree = pack_groups([Group([1] * 300, [[i, *[7] * 99] for i in range(4)])])
-    total, heads, kv_heads, size = tree.num_tokens, 2, 1, 16
-    shape = {"rows": total, "heads": heads, "kv_heads": kv_heads, "head_size": size, "longest": 400}
+    tree = pack_groups([Group([1] * 70, [[i, *[7] * 22] for i in range(4)])])
+    total, heads, kv_heads, size = tree.num_tokens, 2, 1, 64
+    shape = {"rows": total, "heads": heads, "kv_heads": kv_heads, "head_size": size, "longest": 93}
     stated = workspace_bytes("tree_attention", shape, torch.float32, "triton")
     q, k, v = inputs(total, total, (heads, kv_heads), size)
     given = torch.randn(1, total, heads, size).transpose(1, 2)
@@ -400,7 +400,7 @@ def test_stated_workspace_is_what_is_allocated(splits: int, monkeypatch: pytest.
         return torch.autograd.grad(out, (q, k, v), given)
 
     taken = allocator_peak(call) - 4 * total * (2 * heads * size + 2 * kv_heads * size + heads)
-    assert taken <= stated <= 1.5 * taken + (16 << 10)
+    assert taken <= stated <= 1.5 * taken + (8 << 10)
 
 
 def test_opcheck() -> None:
