@@ -165,7 +165,7 @@ def count_tokens(groups: Sequence[Group]) -> StepTokens:
 
 def enable_checkpointing(model: Any) -> None:
     """Activation checkpointing of a transformers model, the kind that keeps to autograd's hooks."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def step_memory(

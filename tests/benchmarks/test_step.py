@@ -51,7 +51,7 @@ def test_ways_can_be_left_out_and_activations_computed_again() -> None:
     (step,) = bench.run(batch)
     assert [arm.name for arm in step.arms] == list(ways)
     assert all(arm.status == "ok" for arm in step.arms) and set(step.arm("tuna").ratios) == {"plain-torch tree"}
-    assert bench.steppers["tuna"].model.is_activation_checkpointing
+    assert bench.steppers["tuna"].model.is_gradient_checkpointing
 
 
 def test_a_typical_batch_is_of_median_size_and_reproducible() -> None:
