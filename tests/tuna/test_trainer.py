@@ -427,14 +427,15 @@ def test_two_phases_and_dropout_exclude_each_other(tmp_path: Path) -> None:
     TunaTrainer(model, config(tmp_path), ragged(2))  # auto stays with one pass
 
 
-def test_optimizers_by_name(tmp_path: Path) -> None:
+def test_optimizers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama().to(torch.bfloat16)
     before = weights(model)
     trainer = TunaTrainer(model, config(tmp_path, optim="adamw_kahan", max_steps=1), ragged(2))
     trainer.train()
     assert type(trainer.optimizer.optimizer).__name__ == "AdamWKahan"  # type: ignore[union-attr]
     assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
-    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="pip install bitsandbytes"):
+        patched.setattr("tuna.config.find_spec", lambda name: None)
         config(tmp_path, optim="paged_adamw_8bit")
     with pytest.raises(ValueError, match="one_pass"):
         config(tmp_path, optim="galore_adamw_layerwise")
