@@ -57,6 +57,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._flops_of: dict[tuple[int, ...], int] = {}
         self._start = 0
+        self._table: torch.Size | None = None
         self._backends = {"attention": attention_backend, "head": head_backend}
 
     @contextmanager
@@ -64,6 +65,8 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         """Track what happens inside; the model's parameters, buffers and gradients are the start."""
         self.track_external(model)
         self._start = self.held()
+        inner: Any = backbone
+        self._table = inner.get_input_embeddings().weight.shape
         hooks = [
             backbone.register_forward_pre_hook(self._backbone_begins),
             backbone.register_forward_hook(self._backbone_ends),
@@ -108,6 +111,9 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         elif func.overloadpacket in _FLASH_FLOPS:
             self.flops += _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
+        elif func is torch.ops.aten.add.Tensor and self._moment[1] == "embedding" and result.shape == self._table:
+            # The gradients of a tied embedding: autograd adds one to the other in place, but not where they are fake.
+            extra = -result.nbytes
         self._note(extra)
         return result
 
