@@ -50,7 +50,13 @@ MUTANTS: tuple[Mutant, ...] = (
     _head(
         "log-sum-exp in base 2", _FORWARD, "tl.store(lse + row, (m + log_s) * LN_2", "tl.store(lse + row, (m + log_s)"
     ),
-    _head("ignored rows get a gradient", _LOGITS, "d = tl.where(read[:, None], d, 0.0)", "d = d + 0.0"),
+    Mutant(
+        "ignored rows get a gradient",
+        _LOGITS,
+        "d = tl.where(read[:, None], d, 0.0)",
+        "d = d + 0.0",
+        ("tests/triton/test_selective.py",),
+    ),
     _head(
         "rows whose slots cancel are dropped",
         "backends/linear.py",

@@ -142,6 +142,12 @@ def test_stated_workspace_bounds_what_is_allocated() -> None:
     assert 0 < peak - results <= 1.1 * stated
 
 
+def test_splits_are_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than one step of `finish_kernel` takes: the running sums are rescaled to each new maximum."""
+    monkeypatch.setattr(head_forward, "FINISH", Config({"ROWS": 32, "SPLITS": 2}))
+    check(replace(SMALL, entropy=True, spread=3.0))
+
+
 def test_slab_columns_keep_the_budget() -> None:
     for rows, itemsize in ((1, 2), (8192, 2), (100_000, 2), (8192, 4)):
         columns = triton.slab_columns(rows, 128257, itemsize)
