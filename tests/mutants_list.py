@@ -128,7 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "live &= (nearest < self.window)",
         "live &= (farthest < self.window)",
     ),
-    # Races. Programs of the interpreter run upwards, where these give the right numbers and every other test passes.
+    # Races. Programs of the interpreter run upwards, where these give the right numbers: only a walk in another order shows them.
     Mutant(
         "a split of dV adds the one before it, without waiting",
         _BACK,
