@@ -128,7 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "live &= (nearest < self.window)",
         "live &= (farthest < self.window)",
     ),
-    # Races. Programs of the interpreter run upwards, where these give the right numbers: only a walk in another order shows them.
+    # Races. The interpreter runs programs upwards, and so they give the right numbers; another order shows them.
     Mutant(
         "a split of dV adds the one before it, without waiting",
         _BACK,
