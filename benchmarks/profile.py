@@ -90,7 +90,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.5 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 0.8 + 0.5 * len(rows)), layout="constrained")
     names = [f"{row['way']}, {row['groups']} groups" for row in rows]
     left = [0.0] * len(rows)
     for part in PARTS:
@@ -99,7 +99,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     axis.invert_yaxis()
     axis.set_xlabel("seconds of a step")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
