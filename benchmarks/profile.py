@@ -42,10 +42,10 @@ def part_of(event: Any, vocabulary: int) -> str:
             return PARTS[3]
         if "tree_attention" in name or "scaled_dot_product" in name or "ScaledDotProduct" in name:
             return PARTS[1]
-        is_head = any(vocabulary in shape for shape in outer.input_shapes or () if isinstance(shape, list))
         if "ranking" in name.lower() or name.startswith("tuna_kernels::") or name in _LOSS:
             return PARTS[2]
         if name in _PRODUCTS:
+            is_head = any(vocabulary in shape for shape in outer.input_shapes or () if isinstance(shape, list))
             return PARTS[2] if is_head else PARTS[0]
     return PARTS[4]
 

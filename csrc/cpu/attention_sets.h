@@ -2,14 +2,9 @@
 #pragma once
 
 #include "attention.h"
+#include "vector_math.h"
 
 // As TUNA_CLONES (vector_math.h); but these are files of their own, since a register block must know its width.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TUNA_HAS_X86_SETS 1
-#else
-#define TUNA_HAS_X86_SETS 0
-#endif
-
 #define TUNA_DECLARE_SET(name)                                                                          \
   namespace name {                                                                                      \
   void forward(const PlanView& plan, const Attention& call, float* workspace, int threads);             \

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "attention_sets.h"
+#include "vector_math.h"
 
 #if TUNA_HAS_X86_SETS
 #pragma GCC target("arch=x86-64-v4,avx512bf16")

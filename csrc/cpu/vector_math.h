@@ -5,7 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
+// Whether code for several x86 instruction sets can stand in one library, chosen at run time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TUNA_HAS_X86_SETS 1
+#else
+#define TUNA_HAS_X86_SETS 0
+#endif
+
+#if TUNA_HAS_X86_SETS
 // The compiler makes one copy per instruction set and the loader picks the best the processor has.
 #define TUNA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
