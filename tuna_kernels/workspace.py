@@ -102,7 +102,7 @@ def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
     tiles = _tiles(shape, dtype, backend, 1 if backend == "cpu" else 3)
     if max(group, MIN_ROWS) <= capacity and not shape.get("skips", 1):
         # All logits are kept, none are made in a tile; nor are rows of a kept block taken out into one.
-        tiles -= _logits_tile(shape, dtype, backend) * (2 if backend == "cpu" else 1)
+        tiles -= _logits_tile(shape, dtype) * (2 if backend == "cpu" else 1)
     return tiles + block + b * shape["width"] * part + _PER_SLOT * rows
 
 
@@ -121,28 +121,29 @@ def _full_logits(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
-    """Buffers of one walk over the tiles; in half precision also a tile of the weight's gradient.
+    """Buffers of one walk over the tiles: logits and hidden rows; in half precision a tile of the weight's gradient
+    and, where products do not convert it, one of the weight; where they are our own, a packed left operand.
 
     ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
     """
-    compute, width, copy = compute_dtype(dtype), shape["width"], _copy(dtype, backend)
-    plan = TilePlan.choose(width, copy)
-    gradient = plan.columns * width if dtype != compute else 0
-    extra = compute.itemsize * gradient + more * _logits_tile(shape, dtype, backend)
-    return plan.workspace(width, copy, compute, shape["rows"]) + extra
+    compute, width, plan = compute_dtype(dtype), shape["width"], _plan(shape, dtype)
+    is_native = backend == "cpu" and _cpu.has_products()
+    weights = 0 if dtype == compute else 1 if is_native else 2
+    rows, columns = min(plan.rows, max(shape["rows"], MIN_ROWS)), min(plan.columns, shape["vocabulary"])
+    packed = 0
+    if is_native:
+        scratch = _cpu.native().product_scratch
+        packed = max(scratch(columns, rows), scratch(rows, columns) if _cpu.multiplies(dtype) else 0)
+    entries = (1 + more) * plan.logits(shape["rows"]) + width * (rows + weights * columns) + packed
+    return compute.itemsize * entries
 
 
-def _copy(dtype: torch.dtype, backend: str) -> torch.dtype | None:
-    """The type of `products.Products.copy`."""
-    if backend == "cpu" and _cpu.multiplies(dtype):
-        return dtype
-    return None if dtype == compute_dtype(dtype) else compute_dtype(dtype)
+def _plan(shape: Shape, dtype: torch.dtype) -> TilePlan:
+    return TilePlan.choose(shape["width"], converts=dtype != compute_dtype(dtype))
 
 
-def _logits_tile(shape: Shape, dtype: torch.dtype, backend: str) -> int:
-    compute = compute_dtype(dtype)
-    plan = TilePlan.choose(shape["width"], _copy(dtype, backend))
-    return compute.itemsize * min(plan.rows, max(shape["rows"], MIN_ROWS)) * plan.columns
+def _logits_tile(shape: Shape, dtype: torch.dtype) -> int:
+    return compute_dtype(dtype).itemsize * _plan(shape, dtype).logits(shape["rows"])
 
 
 def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:

@@ -16,19 +16,10 @@ int64_t Workspace::backward(const PlanView& plan, const Attention& call, int thr
   return shares + threads * carve(buffers, nullptr, plan, call, true);
 }
 
-InstructionSet best_instruction_set() {
-#if TUNA_HAS_X86_SETS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return InstructionSet::kAvx512;
-  if (__builtin_cpu_supports("x86-64-v3")) return InstructionSet::kAvx2;
-#endif
-  return InstructionSet::kGeneric;
-}
-
 void attention_forward(const PlanView& plan, const Attention& call, float* workspace, int threads,
                        InstructionSet set) {
 #if TUNA_HAS_X86_SETS
-  if (set == InstructionSet::kAvx512) return avx512::forward(plan, call, workspace, threads);
+  if (set >= InstructionSet::kAvx512) return avx512::forward(plan, call, workspace, threads);
   if (set == InstructionSet::kAvx2) return avx2::forward(plan, call, workspace, threads);
 #endif
   (void)set;
@@ -38,7 +29,7 @@ void attention_forward(const PlanView& plan, const Attention& call, float* works
 void attention_backward(const PlanView& plan, const Attention& call, const AttentionGradients& gradients,
                         float* workspace, int threads, InstructionSet set) {
 #if TUNA_HAS_X86_SETS
-  if (set == InstructionSet::kAvx512) return avx512::backward(plan, call, gradients, workspace, threads);
+  if (set >= InstructionSet::kAvx512) return avx512::backward(plan, call, gradients, workspace, threads);
   if (set == InstructionSet::kAvx2) return avx2::backward(plan, call, gradients, workspace, threads);
 #endif
   (void)set;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "element.h"
+#include "instruction_sets.h"
 
 namespace tuna {
 
@@ -95,9 +96,6 @@ struct Workspace {
   static int64_t forward(const PlanView& plan, const Attention& call, int threads);
   static int64_t backward(const PlanView& plan, const Attention& call, int threads);
 };
-
-enum class InstructionSet : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
-InstructionSet best_instruction_set();
 
 void attention_forward(const PlanView& plan, const Attention& call, float* workspace, int threads, InstructionSet set);
 void attention_backward(const PlanView& plan, const Attention& call, const AttentionGradients& gradients,

@@ -31,12 +31,6 @@ struct Call {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  py::enum_<tuna::InstructionSet>(m, "InstructionSet")
-      .value("generic", tuna::InstructionSet::kGeneric)
-      .value("avx2", tuna::InstructionSet::kAvx2)
-      .value("avx512", tuna::InstructionSet::kAvx512);
-  m.def("best_instruction_set", &tuna::best_instruction_set);
-
   py::class_<Call>(m, "Attention")
       .def(py::init([](uintptr_t subtree_end, uintptr_t depth, int64_t rows, int64_t window, uintptr_t query_rows,
                        int64_t batch, int64_t heads, int64_t key_heads, int64_t queries, int64_t size,

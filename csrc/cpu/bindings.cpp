@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "pairs.h"
+#include "products.h"
 #include "tiles.h"
 
 namespace py = pybind11;
@@ -31,9 +31,8 @@ struct TileArguments {
 void bind_attention(py::module_& m);  // attention_bindings.cpp
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "What tuna_kernels' cpu backend computes: tiles of logits (csrc/cpu/tiles.h), products of bfloat16 (pairs.h), "
+  m.doc() = "What tuna_kernels' cpu backend computes: tiles of logits (csrc/cpu/tiles.h), matrix products (products.h), "
             "tree attention (attention.h)";
-  bind_attention(m);
 
   py::class_<TileArguments>(m, "Tile")
       .def(py::init([](uintptr_t x, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, float scale,
@@ -90,49 +89,31 @@ PYBIND11_MODULE(_cpu, m) {
       py::kw_only(), py::arg("x"), py::arg("stride"), py::arg("factor"), py::arg("rows"), py::arg("columns"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
-  m.attr("LEFT_PANEL") = tuna::kLeftPanel;
-  m.attr("RIGHT_PANEL") = tuna::kRightPanel;
-  m.def("has_pairs", tuna::has_pairs);
+  py::enum_<tuna::InstructionSet>(m, "InstructionSet")
+      .value("generic", tuna::InstructionSet::kGeneric)
+      .value("avx2", tuna::InstructionSet::kAvx2)
+      .value("avx512", tuna::InstructionSet::kAvx512)
+      .value("avx512_bf16", tuna::InstructionSet::kAvx512Bf16);
+  m.def("best_instruction_set", &tuna::best_instruction_set);
+  m.def("has_products", &tuna::has_products, py::arg("instruction_set"));
+  m.def("product_scratch", &tuna::product_scratch, py::arg("rows"), py::arg("inner"));
 
-  py::class_<tuna::PairSource>(m, "PairSource")
-      .def(py::init([](uintptr_t data, int element, int64_t stride, uintptr_t index, int64_t rows, int64_t columns) {
-             return tuna::PairSource{at<const void>(data), static_cast<tuna::Element>(element), stride,
-                                     at<const int64_t>(index), rows, columns};
+  py::class_<tuna::Matrix>(m, "Matrix")
+      .def(py::init([](uintptr_t data, int element, int64_t stride, bool transposed) {
+             return tuna::Matrix{at<const void>(data), static_cast<tuna::Element>(element), stride, transposed};
            }),
-           py::kw_only(), py::arg("data"), py::arg("element"), py::arg("stride"), py::arg("index"), py::arg("rows"),
-           py::arg("columns"));
+           py::kw_only(), py::arg("data"), py::arg("element"), py::arg("stride"), py::arg("transposed"));
 
   m.def(
-      "pack_lines",
-      [](uintptr_t out, const tuna::PairSource& along, int threads) {
-        tuna::pack_lines(at<uint32_t>(out), along, threads);
+      "multiply_matrices",
+      [](uintptr_t c, int64_t stride, int64_t rows, int64_t columns, int64_t inner, const tuna::Matrix& left,
+         const tuna::Matrix& right, bool add, uintptr_t scratch, int threads, tuna::InstructionSet set) {
+        tuna::multiply_matrices({at<float>(c), stride, rows, columns, inner, left, right, add}, at<float>(scratch),
+                                threads, set);
       },
-      py::arg("out"), py::arg("along"), py::kw_only(), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::kw_only(), py::arg("c"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("inner"),
+      py::arg("left"), py::arg("right"), py::arg("add"), py::arg("scratch"), py::arg("threads"),
+      py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 
-  m.def(
-      "pack_panels_along",
-      [](uintptr_t out, const tuna::PairSource& along, int threads) {
-        tuna::pack_panels_along(at<uint32_t>(out), along, threads);
-      },
-      py::arg("out"), py::arg("along"), py::kw_only(), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "pack_panels_across",
-      [](uintptr_t out, const tuna::PairSource& across, int64_t width, int threads) {
-        tuna::pack_panels_across(at<uint32_t>(out), across, width, threads);
-      },
-      py::arg("out"), py::arg("across"), py::kw_only(), py::arg("width"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "multiply_pairs",
-      [](uintptr_t c, int64_t stride, int64_t rows, int64_t columns, uintptr_t left, bool left_in_panels,
-         uintptr_t right, int64_t pairs, bool add, int threads) {
-        tuna::multiply_pairs({at<float>(c), stride, rows, columns, at<const uint32_t>(left), left_in_panels,
-                              at<const uint32_t>(right), pairs, add},
-                             threads);
-      },
-      py::kw_only(), py::arg("c"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("left"),
-      py::arg("left_in_panels"), py::arg("right"), py::arg("pairs"), py::arg("add"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
+  bind_attention(m);
 }

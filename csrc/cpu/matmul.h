@@ -1,6 +1,6 @@
 // C += A B for blocks that stay in the cache: float32 sums, registers blocked by hand.
 //
-// Included by one translation unit per instruction set (attention_*.cpp, pairs_avx512.cpp), which sets TUNA_ISA, a
+// Included by one translation unit per instruction set (attention_*.cpp, products_*.cpp), which sets TUNA_ISA, a
 // namespace of its own so that the linker never mixes them, and TUNA_LANES, the floats of a vector register. A register
 // block needs to know that width; compiler clones of one function (vector_math.h) all see the same. With TUNA_PAIRS an
 // "element" of A and B is a pair of bfloat16 numbers that are neighbours along `inner`, in the place of a float.

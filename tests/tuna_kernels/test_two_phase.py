@@ -80,15 +80,16 @@ def test_candidates_may_be_scored_apart(family: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_equals_one_pass_to_a_millionth_in_float32(family: str) -> None:
-    """As float32 models are trained: 1e-6 of the largest gradient."""
+    """As float32 models are trained: 1e-6 in norm; single entries 2e-6 of the largest, which is how far either way is
+    from float64."""
     model = prepare_model(tiny(family, torch.float32))
     tree = pack_groups(GROUPS)
     model_ranking_loss(model, tree, margin=0.4).loss.backward()
     expected = gradients(model)
     two_phase_ranking_loss(model, tree, margin=0.4)
-    largest = max(grad.abs().max().item() for grad in expected.values())
-    for name, grad in gradients(model).items():
-        assert (grad - expected[name]).abs().max().item() <= 1e-6 * largest, name
+    wanted, found = (torch.cat([g.flatten() for _, g in sorted(gs.items())]) for gs in (expected, gradients(model)))
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 tokens = st.integers(3, VOCABULARY - 1)

@@ -6,14 +6,12 @@ in a time that is small beside the work, so that nothing is kept between calls.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tuna_kernels.backends.attention_plan import check_rows, check_subtree_end
 from tuna_kernels.backends.attention_torch import empty_outputs
-from tuna_kernels.backends.cpu import ELEMENTS, address, native
+from tuna_kernels.backends.cpu import ELEMENTS, address, instruction_set, native
 
 
 def forward(
@@ -157,11 +155,6 @@ class _Call:
             if gradient is not buffer:
                 gradient.copy_(buffer)
         return dq, dk, dv
-
-
-def instruction_set() -> Any:
-    """What the native code is run with: the best this processor has."""
-    return native().best_instruction_set()
 
 
 def _dense_rows(x: Tensor) -> Tensor:

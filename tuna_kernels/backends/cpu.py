@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pairs import PairProducts
-from .products import ComputeProducts, Products
+from .products import Products, TorchMultiply
 from .slots import Slots
 from .tiled import Head, RowGradient, SoftmaxState, Tile
 
@@ -37,7 +36,17 @@ def supports(*dtypes: torch.dtype) -> str:
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether products of two operands of this type are taken as they are, rather than converted to float32."""
-    return dtype == torch.bfloat16 and not WHY_NOT and bool(_cpu.has_pairs())
+    return dtype == torch.bfloat16 and not WHY_NOT and instruction_set() == _cpu.InstructionSet.avx512_bf16
+
+
+def has_products() -> bool:
+    """Whether matrices are multiplied by the native code, rather than by the BLAS."""
+    return not WHY_NOT and bool(_cpu.has_products(instruction_set()))
+
+
+def instruction_set() -> Any:
+    """What the native code is run with: the best this processor has (TUNA_CPU_ISA may ask for less)."""
+    return _cpu.best_instruction_set()
 
 
 def native() -> Any:
@@ -100,19 +109,64 @@ class NativeTileOps:
         )
 
     def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
-        if hidden == weight and multiplies(weight):
-            return PairProducts(_cpu, _pair_source, slots)
-        return ComputeProducts(self.load, slots, compute, weight)
+        if not has_products():
+            return Products(TorchMultiply(compute), self.load, slots, compute)
+        return Products(_NativeMultiply(as_it_is=hidden == weight and multiplies(weight)), self.load, slots, compute)
 
 
-def _pair_source(source: Tensor, index: Tensor | None) -> Any:
-    return _cpu.PairSource(
-        data=source.data_ptr(),
-        element=ELEMENTS[source.dtype],
-        stride=source.stride(0),
-        index=address(index),
-        rows=source.shape[0] if index is None else index.numel(),
-        columns=source.shape[1],
+class _NativeMultiply:
+    """See :class:`tuna_kernels.backends.products.Multiply` and csrc/cpu/products.h.
+
+    ``as_it_is``: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
+    logits not at all. Otherwise everything is float32.
+    """
+
+    converts = True
+
+    def __init__(self, *, as_it_is: bool) -> None:
+        self.rows = torch.bfloat16 if as_it_is else torch.float32
+        best, sets = instruction_set(), _cpu.InstructionSet
+        self._set = best if as_it_is or best != sets.avx512_bf16 else sets.avx512
+        self._scratch: Tensor | None = None
+
+    def __call__(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+        rows, inner = left.shape
+        is_read_in_place = self.rows == torch.float32 and not _is_transposed(left)
+        scratch = None if is_read_in_place else self._buffer(rows, inner)
+        _cpu.multiply_matrices(
+            c=out.data_ptr(),
+            stride=out.stride(0),
+            rows=rows,
+            columns=right.shape[1],
+            inner=inner,
+            left=_native_matrix(left),
+            right=_native_matrix(right),
+            add=add,
+            scratch=address(scratch),
+            threads=torch.get_num_threads(),
+            instruction_set=self._set,
+        )
+
+    def _buffer(self, rows: int, inner: int) -> Tensor:
+        size = _cpu.product_scratch(rows, inner)
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None  # freed before there is a larger one
+            self._scratch = torch.empty(size)
+        return self._scratch
+
+
+def _is_transposed(matrix: Tensor) -> bool:
+    return matrix.shape[1] > 1 and matrix.stride(1) != 1
+
+
+def _native_matrix(matrix: Tensor) -> Any:
+    """Rows, or columns, may lie anywhere, but their entries are neighbours."""
+    transposed = _is_transposed(matrix)
+    return _cpu.Matrix(
+        data=matrix.data_ptr(),
+        element=ELEMENTS[matrix.dtype],
+        stride=matrix.stride(1 if transposed else 0),
+        transposed=transposed,
     )
 
 

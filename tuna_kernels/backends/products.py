@@ -1,4 +1,4 @@
-"""The three matrix products of the tile loop, with the operands they convert or pack and use again."""
+"""The three matrix products of the tile loop, with the operands they convert and use again."""
 
 from __future__ import annotations
 
@@ -15,54 +15,63 @@ from .slots import Slots
 MIN_ROWS = 16
 
 
-class Products(Protocol):
+class Multiply(Protocol):
+    """How a backend multiplies matrices of a call's types."""
+
+    rows: torch.dtype
+    """The type hidden rows must have."""
+    converts: bool
+    """Whether it takes a weight of another type than it computes in as it is."""
+
+    def __call__(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+        """``out = left right``, or added to it; ``out`` [m, n], operands may be transposed views."""
+
+
+class TorchMultiply:
+    """See :class:`Multiply`. Everything in one type."""
+
+    converts = False
+
+    def __init__(self, compute: torch.dtype) -> None:
+        self.rows = compute
+
+    def __call__(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+        if add:
+            out.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=out)
+
+
+class Products:
     """``rows`` are places in ``slots.rows``, ``columns`` vocabulary entries; both at most those of the first call."""
-
-    copy: torch.dtype | None
-    """The type a tile of the weight is copied to; None where it is used as it is."""
-
-    def logits(self, out: Tensor, source: Tensor, rows: slice, weight: Tensor, columns: slice, *, add: bool) -> None:
-        """``out[:n] (+)= source[rows] weight[columns]^T``; ``out`` [max(n, MIN_ROWS), c]."""
-
-    def add_to_rows(self, out: Tensor, gradient: Tensor, weight: Tensor, columns: slice) -> None:
-        """``out += gradient weight[columns]``; ``gradient`` [n, c], ``out`` [n, D]."""
-
-    def add_to_weight(self, out: Tensor, gradient: Tensor, source: Tensor, rows: slice, *, beta: float) -> None:
-        """``out = beta out + gradient^T source[rows]``; ``out`` [c, D]."""
-
-
-class ComputeProducts:
-    """``torch.mm`` in the compute type, over converted tiles where the sources have another."""
 
     def __init__(
         self,
+        multiply: Multiply,
         load: Callable[[Tensor, Tensor, Tensor | None], None],
         slots: Slots,
         compute: torch.dtype,
-        weight: torch.dtype,
     ) -> None:
-        self._load, self._slots, self._compute = load, slots, compute
-        self.copy = None if weight == compute else compute
+        self._multiply, self._load, self._slots, self._compute = multiply, load, slots, compute
         self._rows: dict[int, tuple[int, Tensor]] = {}  # of a source: first row held, buffer
         self._weights: dict[int, Tensor] = {}
 
     def logits(self, out: Tensor, source: Tensor, rows: slice, weight: Tensor, columns: slice, *, add: bool) -> None:
-        right = self._weight_tile(weight, columns).t()
-        if add:
-            out.addmm_(self._source_rows(source, rows), right)
-        else:
-            torch.mm(self._source_rows(source, rows), right, out=out)
+        """``out (+)= source[rows] weight[columns]^T``; ``out`` [max(n, MIN_ROWS), c]."""
+        self._multiply(out, self._source_rows(source, rows), self._weight_tile(weight, columns).t(), add=add)
 
     def add_to_rows(self, out: Tensor, gradient: Tensor, weight: Tensor, columns: slice) -> None:
-        out.addmm_(gradient, self._weight_tile(weight, columns))
+        """``out += gradient weight[columns]``; ``gradient`` [n, c], ``out`` [n, D]."""
+        self._multiply(out, gradient, self._weight_tile(weight, columns), add=True)
 
-    def add_to_weight(self, out: Tensor, gradient: Tensor, source: Tensor, rows: slice, *, beta: float) -> None:
-        out.addmm_(gradient.t(), self._source_rows(source, rows)[: rows.stop - rows.start], beta=beta)
+    def to_weight(self, out: Tensor, gradient: Tensor, source: Tensor, rows: slice, *, add: bool) -> None:
+        """``out (+)= gradient^T source[rows]``; ``out`` [c, D]."""
+        self._multiply(out, gradient.t(), self._source_rows(source, rows)[: rows.stop - rows.start], add=add)
 
     def _weight_tile(self, source: Tensor, columns: slice) -> Tensor:
-        """[c, D] of a weight in the compute type; a view where it is that already."""
+        """[c, D] of a weight, in the compute type unless products convert it: a view where it can be."""
         tile = source[columns]
-        if tile.dtype == self._compute:
+        if self._multiply.converts or tile.dtype == self._compute:
             return tile
         buffer = self._weights.get(id(source))
         if buffer is None:
@@ -73,16 +82,18 @@ class ComputeProducts:
 
     def _source_rows(self, source: Tensor, rows: slice) -> Tensor:
         """[max(n, MIN_ROWS), D] hidden states of some rows, zero rows at the end."""
-        count = rows.stop - rows.start
-        direct = self._slots.contiguous and source.dtype == self._compute and count >= MIN_ROWS
-        if direct and source.stride(-1) == 1:
+        count, dtype = rows.stop - rows.start, self._multiply.rows
+        if self._slots.contiguous and source.dtype == dtype and count >= MIN_ROWS:
             return source[rows]
         start, buffer = self._rows.get(id(source), (-1, None))
         if buffer is None:
             shape = (max(count, MIN_ROWS), source.shape[1])
-            buffer = torch.zeros(shape, dtype=self._compute, device=source.device)
+            buffer = torch.zeros(shape, dtype=dtype, device=source.device)
         if start != rows.start:
-            self._load(buffer[:count], source, self._slots.rows[rows])
+            if dtype == source.dtype:
+                torch.index_select(source, 0, self._slots.rows[rows], out=buffer[:count])
+            else:
+                self._load(buffer[:count], source, self._slots.rows[rows])
             if count < MIN_ROWS:
                 buffer[count:].zero_()
             self._rows[id(source)] = (rows.start, buffer)

@@ -108,24 +108,15 @@ class TilePlan:
     columns: int
 
     @classmethod
-    def choose(cls, width: int, copy: torch.dtype | None) -> TilePlan:
-        """About 8 MiB of logits, and at most as much of a weight tile [columns, width] copied to type ``copy``."""
-        columns = 2048
-        if copy is not None:
-            columns = max(256, min(columns, (8 << 20) // (copy.itemsize * width) // 256 * 256))
+    def choose(cls, width: int, *, converts: bool) -> TilePlan:
+        """About 8 MiB of logits, and at most as much of a float32 weight tile [columns, width] where the weight has
+        another type than is computed in: its gradient, or a copy of it, is made one tile at a time."""
+        columns = max(256, min(2048, (2 << 20) // width // 256 * 256)) if converts else 2048
         return cls(rows=1024, columns=columns)
 
-    def workspace(self, width: int, copy: torch.dtype | None, compute: torch.dtype, rows: int) -> int:
-        """Bytes of the buffers of one pass: logits, hidden rows (gathered), a copy of a weight tile.
-
-        Packed bfloat16 takes those and the gradient of the logits once more, in other layouts, padded to whole panels.
-        """
-        used = min(self.rows, max(rows, MIN_ROWS))
-        logits = compute.itemsize * used * self.columns
-        if copy is None or copy == compute:
-            return logits + compute.itemsize * width * (used + (self.columns if copy else 0))
-        padded = -(-width // 64) * 64
-        return logits + copy.itemsize * (2 * padded * (used + self.columns) + (used + 1) * (self.columns + 96))
+    def logits(self, rows: int) -> int:
+        """Entries of a tile of logits, of so many rows in all."""
+        return min(self.rows, max(rows, MIN_ROWS)) * self.columns
 
 
 class _Loop:
@@ -136,7 +127,7 @@ class _Loop:
         types = {t.dtype for t in (*inputs, head.weight, head.low_rank_weight) if t is not None}
         shared = types.pop() if len(types) == 1 else compute
         self.products = ops.products(slots, compute, shared, head.weight.dtype)
-        self.plan = TilePlan.choose(head.weight.shape[1], self.products.copy)
+        self.plan = TilePlan.choose(head.weight.shape[1], converts=head.weight.dtype != compute)
         self.device = inputs.hidden.device
         self.total = slots.rows.numel()
         self.chunk_rows = min(self.plan.rows, max(self.total, MIN_ROWS))
@@ -300,7 +291,7 @@ class _Sinks:
 
     def __init__(self, loop: _Loop, into: Gradients, columns: slice) -> None:
         self.loop, self.into, self.columns = loop, into, columns
-        self.beta = 1.0 if into.accumulate else 0.0  # the first product overwrites, later ones add
+        self.add_to = into.accumulate  # otherwise the first product overwrites, and later ones add
         self.weight = self._buffer(into.weight)
         self.low_rank_weight = self._buffer(into.low_rank_weight)
         self.bias = self._buffer(into.bias)
@@ -321,12 +312,12 @@ class _Sinks:
         if into.low_rank_rows is not None and head.low_rank_weight is not None:
             products.add_to_rows(into.low_rank_rows[rows], gradient, head.low_rank_weight, self.columns)
         if self.weight is not None:
-            products.add_to_weight(self.weight, gradient, inputs.hidden, rows, beta=self.beta)
+            products.to_weight(self.weight, gradient, inputs.hidden, rows, add=self.add_to)
         if self.low_rank_weight is not None and inputs.low_rank is not None:
-            products.add_to_weight(self.low_rank_weight, gradient, inputs.low_rank, rows, beta=self.beta)
+            products.to_weight(self.low_rank_weight, gradient, inputs.low_rank, rows, add=self.add_to)
         if self.bias is not None:
-            torch.add(gradient.sum(0), self.bias if self.beta else 0, out=self.bias)
-        self.beta = 1.0
+            torch.add(gradient.sum(0), self.bias if self.add_to else 0, out=self.bias)
+        self.add_to = True
 
     def finish(self) -> None:
         """Write tiles that live in a buffer of their own, in the gradient's type."""

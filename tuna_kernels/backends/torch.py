@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import ComputeProducts, Products
+from .products import Products, TorchMultiply
 from .slots import Slots
 from .tiled import Head, RowGradient, SoftmaxState, Tile
 
@@ -59,7 +59,7 @@ class TorchTileOps:
         x.mul_(factor.unsqueeze(1))
 
     def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
-        return ComputeProducts(self.load, slots, compute, weight)
+        return Products(TorchMultiply(compute), self.load, slots, compute)
 
 
 def _transform_(tile: Tile, head: Head) -> Tensor:

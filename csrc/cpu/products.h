@@ -1,0 +1,46 @@
+// Matrix products with float32 sums, for the tile loop. Against a BLAS: the right operand may be of 16 bits, which are
+// converted as it is packed, so that no converted copy of a weight tile is made; and bfloat16 operands may be multiplied
+// as they are, where the processor can (AVX512_BF16), at twice the speed of float32 and without rounding the result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "element.h"
+#include "instruction_sets.h"
+
+namespace tuna {
+
+// Entry (i, j) at i * stride + j, or at j * stride + i if transposed.
+struct Matrix {
+  const void* data;
+  Element element;
+  int64_t stride;
+  bool transposed;
+};
+
+// C [rows, columns] = or += left [rows, inner] right [inner, columns], C's rows `stride` apart. An entry of C is summed in
+// one order, whatever lies beside it and whoever computes it.
+struct MatrixProduct {
+  float* c;
+  int64_t stride, rows, columns, inner;
+  Matrix left, right;
+  bool add;
+};
+
+constexpr int64_t kChunk = 96;   // rows of C that one task computes
+constexpr int64_t kInner = 512;  // terms summed in one go: a panel of the right operand stays in the second-level cache
+
+// Floats of working memory for a product of so many rows and terms.
+inline int64_t product_scratch(int64_t rows, int64_t inner) {
+  return (rows + kChunk - 1) / kChunk * kChunk * std::min(kInner, (inner + 15) / 16 * 16);
+}
+
+// Whether there is code for the set; that of kGeneric is left to a BLAS.
+inline bool has_products(InstructionSet set) { return set != InstructionSet::kGeneric; }
+
+// kAvx2 and kAvx512 take a float32 left and any right operand. kAvx512Bf16 takes a bfloat16 right operand, and a left one
+// of bfloat16 or of float32, which it rounds to nearest even.
+void multiply_matrices(const MatrixProduct& product, float* scratch, int threads, InstructionSet set);
+
+}  // namespace tuna
