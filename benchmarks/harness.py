@@ -62,12 +62,14 @@ class Arm(Generic[Inputs]):
 class Plan:
     """How long to measure: ``rounds`` rounds, of which an arm skips the later ones once it has taken part in
     ``least`` rounds and used more than ``budget`` wall seconds (slow arms would otherwise take most of the
-    time)."""
+    time). ``once``: an arm is called one time for everything, its check, its memory and its time, for calls of many
+    minutes."""
 
     rounds: int = 5
     budget: float = 60.0
     least: int = 3
     clock: Clock = process_clock
+    once: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.least < 1:
@@ -106,16 +108,20 @@ def compare(
     """
     plan, units = plan or Plan(), dict(units or {})
     _refuse_doubles([arm.name for arm in arms] + list(units))
-    reports = {}
+    reports, samples = {}, {}
     for arm in arms:
         progress(f"{title}: checking {arm.name}")
+        if plan.once:
+            reports[arm.name], samples[arm.name] = _once(arm, inputs, oracle, tolerance, meter, plan.clock)
+            continue
         report = check_arm(arm, inputs, oracle, tolerance)
         if report.status == "ok":
             report = _with_memory(report, arm, inputs, resident, meter)
         reports[arm.name] = report
     timed = {name: unit for name, unit in units.items() if _warm(unit)}
-    timed |= {arm.name: _bind(arm, inputs) for arm in arms if reports[arm.name].status == "ok"}
-    samples = run_rounds(timed, plan, lambda line: progress(f"{title}: {line}"))
+    if not plan.once:
+        timed |= {arm.name: _bind(arm, inputs) for arm in arms if reports[arm.name].status == "ok"}
+    samples |= run_rounds(timed, plan, lambda line: progress(f"{title}: {line}"))
     finished = [
         replace(report, samples=samples.get(name, []), ratios=_ratios(report, samples, bounds, reports))
         for name, report in reports.items()
@@ -231,6 +237,36 @@ def _with_memory(
         return replace(report, resident_growth=peak.growth, process_peak=peak.process)
     except RuntimeError as error:  # the fresh process died (of memory, say): the arm can still be timed
         return replace(report, reason=str(error))
+
+
+def _once(
+    arm: Arm[Inputs],
+    inputs: Inputs,
+    oracle: Results,
+    tolerance: Mapping[str, float],
+    meter: Callable[[Callable[[], object]], int],
+    clock: Clock,
+) -> tuple[ArmReport, list[Sample]]:
+    """Check, memory and time of a single call."""
+    samples: list[Sample] = []
+    peaks: list[int] = []
+
+    def call(inputs: Inputs) -> Any:
+        kept = []
+
+        def work() -> None:
+            before = clock()
+            kept.append(arm.call(inputs))
+            after = clock()
+            samples.append(Sample(0, 0, after[0] - before[0], after[1] - before[1]))
+
+        peaks.append(meter(work))
+        return kept[0]
+
+    report = check_arm(replace(arm, call=call), inputs, oracle, tolerance)
+    if report.status != "ok":
+        return report, []
+    return replace(report, allocator_peak=peaks[0]), samples
 
 
 def _bind(arm: Arm[Inputs], inputs: Inputs) -> Callable[[], Any]:

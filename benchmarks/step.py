@@ -81,9 +81,8 @@ class StepBench:
         ``exact``: hold both against the textbook in float64 (minutes for a large batch), else ours against float32.
         """
         if "naive" not in self.ways or self.lacks_memory(count_tokens(batch).padded):
-            other: Way = "plain tree" if "plain tree" in self.ways else "tuna"
-            oracle = self.gradients(other, batch, self.settings)
-            return [self.compare_steps(batch, oracle, f"the float32 step of {other}, without the textbook")]
+            oracle = self.gradients("tuna", batch, self.settings)
+            return [self.compare_steps(batch, oracle, "our own float32 step, without the textbook")]
         fits = exact and not self.lacks_memory(2 * count_tokens(batch).padded)
         dtype = torch.float64 if fits else torch.float32
         second: Preset = "paper" if self.settings.preset == "released" else "released"
@@ -229,6 +228,9 @@ def main(
         list[str] | None, typer.Option(help="naive or plain tree beside ours; may be repeated. Default: both.")
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing, in all ways.")] = False,
+    once: Annotated[
+        bool, typer.Option(help="One call an arm for check, memory and time: for steps of minutes.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of batches.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for step.json, .md and .png.")] = Path("results/local"),
 ) -> None:
@@ -243,11 +245,19 @@ def main(
     told = {"model": model, "data": data.name if data else "examples", "template": template, "preset": preset}
     told |= {"max_length": str(max_length), "rounds": str(rounds), "threads": str(threads), "seed": str(seed)}
     told |= {"checkpointing": "yes"} if checkpointing else {}
+    told |= {"once": "yes"} if once else {}
     report = Report("benchmarks.step", output, "step", ("transformers",), told)
     with Progress() as progress:
         progress(f"loading {model}")
         bench = StepBench(
-            model, LossSettings(preset=preset), threads, Plan(rounds), resident, progress, ways, checkpointing
+            model,
+            LossSettings(preset=preset),
+            threads,
+            Plan(1 if once else rounds, once=once),
+            resident and not once,
+            progress,
+            ways,
+            checkpointing,
         )
         for batch in read_batches(data, model, template, max_length, sizes, seed):
             for comparison in bench.run(batch, exact=exact and len(batch) == sizes[0]):
