@@ -94,6 +94,10 @@ def show_config() -> str:
         f"threads {torch.get_num_threads()}, float32 products: {torch.get_float32_matmul_precision()}",
         f"{ENVIRONMENT_VARIABLE} = {os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}",
     ]
+    if not _cpu_backend.WHY_NOT:
+        lines.append(
+            f"native code for {_cpu_backend.instruction_set().name} ({_cpu_backend.ISA_VARIABLE} may ask for less)"
+        )
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         chosen = resolve_backend("auto", torch.device(device), torch.float32)

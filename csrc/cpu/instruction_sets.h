@@ -5,7 +5,7 @@ namespace tuna {
 
 enum class InstructionSet : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// The best that this processor has, the compiler could make, and TUNA_CPU_ISA (generic, avx2, avx512) allows.
+// The best that this processor has and the compiler could make.
 InstructionSet best_instruction_set();
 
 }  // namespace tuna

@@ -163,6 +163,29 @@ def test_memory_ratio_is_that_of_the_allocator_peak() -> None:
     assert table.arm("arm").ratios["bound"].memory == peak / 2**18
 
 
+def test_once_checks_times_and_meters_in_one_call() -> None:
+    calls: list[str] = []
+
+    def arm(name: str, result: torch.Tensor) -> Arm[None]:
+        def call(_: None) -> dict[str, torch.Tensor]:
+            calls.append(name)
+            return {"value": torch.cat([result, torch.zeros(2**16, dtype=torch.float64)])[:2]}
+
+        return Arm(name, call)
+
+    arms = [arm("good", ORACLE["value"]), arm("bad", ORACLE["value"] + 1)]
+    bounds = [Bound("unit", {"unit": 1})]
+    units = {"unit": lambda: sum(range(1000))}
+    table = compare(
+        "t", arms, None, oracle=ORACLE, tolerance=TOLERANCE, units=units, bounds=bounds, plan=Plan(rounds=1, once=True)
+    )
+    assert calls == ["good", "bad"]
+    good, bad = table.arm("good"), table.arm("bad")
+    assert len(good.samples) == 1 and (good.allocator_peak or 0) >= 2 * 8 * 2**16
+    assert good.ratios["unit"].cpu.median > 0
+    assert bad.status == "wrong" and not bad.samples
+
+
 def test_a_bound_may_be_another_arm_and_vanishes_when_that_arm_is_wrong() -> None:
     good, bad = Arm("good", Counted(ORACLE["value"])), Arm("bad", Counted(ORACLE["value"] + 1))
     bounds = [Bound("good", {"good": 1}), Bound("bad", {"bad": 1})]

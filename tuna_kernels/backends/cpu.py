@@ -5,6 +5,7 @@ Addresses, strides and a thread count cross the border; the extension knows noth
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ try:
 except ImportError as error:
     _cpu = None
     WHY_NOT = f"the native extension _cpu is not there ({error}); was there a C++ compiler at install?"
+
+ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How csrc/cpu/element.h numbers the types it takes."""
@@ -45,8 +48,16 @@ def has_products() -> bool:
 
 
 def instruction_set() -> Any:
-    """What the native code is run with: the best this processor has (TUNA_CPU_ISA may ask for less)."""
-    return _cpu.best_instruction_set()
+    """Which copy of the native code runs: the best for this processor, or a lesser one that the environment asks for.
+
+    Raises:
+        ValueError: TUNA_KERNELS_CPU_ISA is no instruction set.
+    """
+    best, sets = _cpu.best_instruction_set(), _cpu.InstructionSet.__members__
+    asked = os.environ.get(ISA_VARIABLE, best.name)
+    if asked not in sets:
+        raise ValueError(f"{ISA_VARIABLE} = {asked!r} is not one of {tuple(sets)}")
+    return min(best, sets[asked], key=int)
 
 
 def native() -> Any:
