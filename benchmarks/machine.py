@@ -13,12 +13,22 @@ import psutil
 import torch
 
 
+CHOOSERS = (
+    "TUNA_KERNELS_BACKEND",
+    "TUNA_KERNELS_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+
+
 @dataclass(frozen=True)
 class Machine:
     """The machine and the software of one run.
 
     ``load`` is the one-minute load average when the record was made: well above the number of threads used,
-    other programs were running and only ratios mean something. ``memory`` is in bytes.
+    other programs were running and only ratios mean something. ``memory`` is in bytes. ``environment``: what was set
+    of the variables that choose code (`CHOOSERS`).
     """
 
     processor: str
@@ -32,6 +42,7 @@ class Machine:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
     load: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def describe_machine(packages: tuple[str, ...] = ()) -> Machine:
@@ -48,6 +59,7 @@ def describe_machine(packages: tuple[str, ...] = ()) -> Machine:
         versions={name: version_of(name) for name in sorted({"torch", "numpy", *packages})},
         commit=_commit(),
         load=round(os.getloadavg()[0], 2),
+        environment={name: os.environ[name] for name in CHOOSERS if name in os.environ},
     )
 
 

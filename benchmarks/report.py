@@ -83,11 +83,12 @@ class Report:
 
 
 def describe(machine: Machine) -> str:
-    """One line: processor, threads, versions."""
+    """One line: processor, threads, versions, what the environment chose."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    chosen = "".join(f", {name}={value}" for name, value in machine.environment.items())
     return (
         f"{machine.processor} ({machine.cpu_capability}), {machine.threads} of {machine.cores} threads, "
-        f"{versions}, load {machine.load}" + (f", commit {machine.commit}" if machine.commit else "")
+        f"{versions}{chosen}, load {machine.load}" + (f", commit {machine.commit}" if machine.commit else "")
     )
 
 
