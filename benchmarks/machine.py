@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import torch
 
-
 CHOOSERS = (
     "TUNA_KERNELS_BACKEND",
     "TUNA_KERNELS_CPU_ISA",
