@@ -41,7 +41,7 @@ def test_a_textbook_step_that_would_not_fit_is_skipped_and_said_so() -> None:
     (step,) = bench.run(batch)
     assert step.arm("naive").status == "unsupported" and "GiB are free" in step.arm("naive").reason
     assert step.arm("tuna").status == "ok" and step.arm("tuna").samples
-    assert "oracle: the float32 step of plain tree, without the textbook" in step.title
+    assert "oracle: our own float32 step, without the textbook" in step.title
 
 
 def test_ways_can_be_left_out_and_activations_computed_again() -> None:
