@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -274,6 +275,7 @@ def main() -> None:
     alone = "RANK" not in os.environ
     for name in names:
         run(name, CASES[name], folder, alone)
+    PartialState().destroy_process_group()  # a rank that exits with its threads alive may abort
     print(json.dumps(names))
 
 
