@@ -252,13 +252,11 @@ def _once(
     peaks: list[int] = []
 
     def call(inputs: Inputs) -> Any:
-        kept = []
+        kept: list[Any] = []
 
         def work() -> None:
-            before = clock()
-            kept.append(arm.call(inputs))
-            after = clock()
-            samples.append(Sample(0, 0, after[0] - before[0], after[1] - before[1]))
+            cpu, wall = _time_once(lambda: kept.append(arm.call(inputs)), clock)
+            samples.append(Sample(0, 0, cpu, wall))
 
         peaks.append(meter(work))
         return kept[0]

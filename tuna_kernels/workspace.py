@@ -129,12 +129,12 @@ def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
     compute, width, plan = compute_dtype(dtype), shape["width"], _plan(shape, dtype)
     is_native = backend == "cpu" and _cpu.has_products()
     weights = 0 if dtype == compute else 1 if is_native else 2
-    rows, columns = min(plan.rows, max(shape["rows"], MIN_ROWS)), min(plan.columns, shape["vocabulary"])
+    rows, columns = plan.chunk(shape["rows"]), min(plan.columns, shape["vocabulary"])
     packed = 0
     if is_native:
         scratch = _cpu.native().product_scratch
         packed = max(scratch(columns, rows), scratch(rows, columns) if _cpu.multiplies(dtype) else 0)
-    entries = (1 + more) * plan.logits(shape["rows"]) + width * (rows + weights * columns) + packed
+    entries = (1 + more) * rows * plan.columns + width * (rows + weights * columns) + packed
     return compute.itemsize * entries
 
 
@@ -143,7 +143,8 @@ def _plan(shape: Shape, dtype: torch.dtype) -> TilePlan:
 
 
 def _logits_tile(shape: Shape, dtype: torch.dtype) -> int:
-    return compute_dtype(dtype).itemsize * _plan(shape, dtype).logits(shape["rows"])
+    plan = _plan(shape, dtype)
+    return compute_dtype(dtype).itemsize * plan.chunk(shape["rows"]) * plan.columns
 
 
 def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:

@@ -78,16 +78,30 @@ def test_candidates_may_be_scored_apart(family: str, monkeypatch: pytest.MonkeyP
     assert_same_gradients(gradients(model), wanted, bound(family))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_equals_one_pass_to_a_millionth_in_float32(family: str) -> None:
-    """As float32 models are trained: 1e-6 in norm; single entries 2e-6 of the largest, which is how far either way is
-    from float64."""
+def both_in_float32(family: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of one pass and of two phases."""
     model = prepare_model(tiny(family, torch.float32))
     tree = pack_groups(GROUPS)
     model_ranking_loss(model, tree, margin=0.4).loss.backward()
     expected = gradients(model)
     two_phase_ranking_loss(model, tree, margin=0.4)
-    wanted, found = (torch.cat([g.flatten() for _, g in sorted(gs.items())]) for gs in (expected, gradients(model)))
+    return expected, gradients(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_equals_one_pass_to_a_millionth_in_float32(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1e-6 of the largest gradient, by the code that is the same on every processor."""
+    monkeypatch.setenv("TUNA_KERNELS_CPU_ISA", "generic")
+    expected, found = both_in_float32(family)
+    largest = max(grad.abs().max().item() for grad in expected.values())
+    for name, grad in found.items():
+        assert (grad - expected[name]).abs().max().item() <= 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_equals_one_pass_in_float32_as_models_are_trained(family: str) -> None:
+    """By this processor's code: 1e-6 in norm, entries 2e-6 of the largest, as far as either way is from float64."""
+    wanted, found = (torch.cat([g.flatten() for _, g in sorted(gs.items())]) for gs in both_in_float32(family))
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
     assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 

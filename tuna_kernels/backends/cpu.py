@@ -74,6 +74,9 @@ class NativeTileOps:
     """See :class:`tuna_kernels.backends.tiled.TileOps`."""
 
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
+        if out.dtype != torch.float32 and index is not None:  # bfloat16 that stays so
+            torch.index_select(source, 0, index, out=out)
+            return
         _cpu.load_rows(
             destination=out.data_ptr(),
             destination_stride=out.stride(0),

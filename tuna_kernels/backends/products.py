@@ -90,10 +90,7 @@ class Products:
             shape = (max(count, MIN_ROWS), source.shape[1])
             buffer = torch.zeros(shape, dtype=dtype, device=source.device)
         if start != rows.start:
-            if dtype == source.dtype:
-                torch.index_select(source, 0, self._slots.rows[rows], out=buffer[:count])
-            else:
-                self._load(buffer[:count], source, self._slots.rows[rows])
+            self._load(buffer[:count], source, self._slots.rows[rows])
             if count < MIN_ROWS:
                 buffer[count:].zero_()
             self._rows[id(source)] = (rows.start, buffer)

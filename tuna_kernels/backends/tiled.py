@@ -114,9 +114,9 @@ class TilePlan:
         columns = max(256, min(2048, (2 << 20) // width // 256 * 256)) if converts else 2048
         return cls(rows=1024, columns=columns)
 
-    def logits(self, rows: int) -> int:
-        """Entries of a tile of logits, of so many rows in all."""
-        return min(self.rows, max(rows, MIN_ROWS)) * self.columns
+    def chunk(self, rows: int) -> int:
+        """Rows of a tile where there are so many in all."""
+        return min(self.rows, max(rows, MIN_ROWS))
 
 
 class _Loop:
@@ -130,7 +130,7 @@ class _Loop:
         self.plan = TilePlan.choose(head.weight.shape[1], converts=head.weight.dtype != compute)
         self.device = inputs.hidden.device
         self.total = slots.rows.numel()
-        self.chunk_rows = min(self.plan.rows, max(self.total, MIN_ROWS))
+        self.chunk_rows = self.plan.chunk(self.total)
         bounds = [*range(0, self.total, self.chunk_rows), self.total]
         self.chunks = list(itertools.pairwise(bounds))
         # On the host: chunk c owns the sorted slots slot_bounds[c]:slot_bounds[c + 1].
