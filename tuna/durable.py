@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import gather_object
 from torch import Tensor
 
 SHOWN_IDS = 20

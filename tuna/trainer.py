@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
