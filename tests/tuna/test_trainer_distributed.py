@@ -18,10 +18,10 @@ import json, os, sys
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tuna.config import TunaConfig
+from tuna.ranks import end_ranks
 from tuna.tokenization import TokenizedGroup
 from tuna.trainer import TunaTrainer
 from tuna_kernels import Group
@@ -56,7 +56,7 @@ def train(name, settings):
 
 for name, settings in json.loads(sys.argv[1]).items():
     train(name, settings)
-PartialState().destroy_process_group()  # a rank that exits with its threads alive may abort
+end_ranks()
 """
 
 # 7 groups in steps of 4: the last step has 3, so one rank gets a micro-batch that only keeps it in step.

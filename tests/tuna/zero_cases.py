@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tuna.config import TunaConfig
 from tuna.models import load_tokenizer
+from tuna.ranks import end_ranks
 from tuna.records import read_records
 from tuna.tokenization import TokenizedGroup, tokenize_records
 from tuna.trainer import TunaTrainer
@@ -275,7 +275,7 @@ def main() -> None:
     alone = "RANK" not in os.environ
     for name in names:
         run(name, CASES[name], folder, alone)
-    PartialState().destroy_process_group()  # a rank that exits with its threads alive may abort
+    end_ranks()
     print(json.dumps(names))
 
 

@@ -99,11 +99,11 @@ def train(
     """
     flags = dict(locals())
     file, overrides = flags.pop("config"), flags.pop("set_") or []
-    from accelerate import PartialState
     from rich.console import Console
 
     from tuna.cli.settings import merge_settings
     from tuna.cli.training import run_training
+    from tuna.ranks import end_ranks
 
     names = {
         "groups": "per_device_train_batch_size",
@@ -115,4 +115,4 @@ def train(
     }
     run, settings = merge_settings(file, overrides, {names.get(k, k): value for k, value in flags.items()})
     run_training(run, settings, Console(quiet=int(os.environ.get("RANK", 0)) > 0))
-    PartialState().destroy_process_group()  # a rank that exits with its threads alive may abort
+    end_ranks()
