@@ -23,8 +23,11 @@ from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
 from tuna.config import TunaConfig
 from tuna.export import merged_from
+from tuna.locks import hold
 from tuna.logs import LOG_FILE, JsonLines, default_reports
-from tuna.models import load_model
+from tuna.models import SMOLLM2, cache_folder, load_model
+from tuna.outputs import check_run_folder
+from tuna.ranks import launched
 from tuna.records import Problem, Record, read_records
 from tuna.report import plot_log, write_json
 from tuna.tokenization import TokenizedGroup, TokenStats, token_stats
@@ -48,7 +51,17 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     output = Path(settings["output_dir"]).expanduser()
-    _check_output(output, run)
+    settings["output_dir"] = str(output)
+    if launched()[0] > 0:
+        return _run(run, settings, output, console)
+    resume = run.resume or bool(settings.get("resume_from_checkpoint"))
+    check_run_folder(output, _inputs(run), resume=resume, overwrite=run.overwrite)
+    with hold(output):
+        return _run(run, settings, output, console)
+
+
+def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Console) -> dict[str, Any]:
+    """Train, evaluate and save in a folder that is this run's."""
     config = _trainer_config(run, settings)
     train_records, eval_records = _read(run, config, console)
     console.print(best_and_worst(train_records, 3))
@@ -58,15 +71,18 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
         train = tokenized(train_records, config, tokenizer)
         held_out = tokenized(eval_records, config, tokenizer) if eval_records else None
+    resume = config.resume_from_checkpoint or run.resume or None
     trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TrainingProgress(console))
-    trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
+    trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not resume))
+    trainer.overwrite = run.overwrite
+    trainer.sources = {name: getattr(run, name) for name in ("model", "data", "format", "limit", "eval_fraction")}
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
     console.print(_summary(trainer, stats, held_out))
 
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
-    trainer.train(resume_from_checkpoint=run.resume or None)
+    trainer.train(resume_from_checkpoint=resume)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
     after = trainer.evaluate() if held_out else None
@@ -88,11 +104,13 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     return metrics
 
 
-def _check_output(output: Path, run: RunSettings) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir = {output} is a file")
-    if (output / METRICS_FILE).exists() and not run.resume and not run.overwrite:
-        raise ValueError(f"output_dir = {output} holds a run already: choose another, or overwrite or resume it")
+def _inputs(run: RunSettings) -> dict[str, Path]:
+    """What the run reads, where that is files."""
+    model = cache_folder() / SMOLLM2 if run.model == SMOLLM2 else Path(run.model).expanduser()
+    inputs = {"model": model, "data": Path(run.data).expanduser()}
+    if run.eval_data is not None:
+        inputs["eval_data"] = Path(run.eval_data).expanduser()
+    return inputs
 
 
 def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
