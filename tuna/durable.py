@@ -133,8 +133,8 @@ class DurableTrainer(Trainer):
         """The checkpoint that is wanted, whole."""
         if wanted is True:
             found, faults = checkpoints.newest(run)
-            for wrong in faults if found else ():
-                logger.warning("%s; going on from the one before, %s", wrong, found)
+            for fault in faults if found else ():
+                logger.warning("%s; going on from the one before, %s", fault, found)
             if found is None and faults:
                 raise CheckpointError("\n".join([f"{run} holds no checkpoint to go on from:", *faults]))
             if found is None:
