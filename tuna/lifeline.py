@@ -81,20 +81,25 @@ def _stop() -> None:
 
 
 def _launchers() -> list[tuple[int, float]]:
-    """Process ids and start times of the launcher: the parent, and what started that as part of one launcher."""
+    """Process ids and start times of the launcher: the parent, and what started that as part of one launcher.
+
+    Not of a shell: ranks may be started by hand and outlive it.
+    """
     import psutil
 
     found: list[tuple[int, float]] = []
     with suppress(psutil.Error):
         for parent in psutil.Process().parents():
-            if found and not _is_launcher(parent):
+            if not _is_launcher(parent):
                 break
             found.append((parent.pid, parent.create_time()))
-    return [] if found and found[0][0] == 1 else found
+    return found
 
 
 def _is_launcher(process: Any) -> bool:
     """Whether a process is one of `deepspeed`'s, `accelerate`'s, torchrun's or an MPI's own."""
+    if process.name() in ("bash", "dash", "fish", "sh", "zsh"):
+        return False
     words = " ".join(os.path.basename(word) for word in process.cmdline()[:4])
     names = ("deepspeed", "accelerate", "torchrun", "torch.distributed", "mpirun", "mpiexec", "orted", "prted", "hydra")
     return any(name in words for name in names)

@@ -151,9 +151,11 @@ def apply_schedule(optimizer: Any, scheduler: Any, fresh: Sequence[Mapping[str, 
         group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return  # DeepSpeed's own, which computes its rates from its settings alone
-    rates = [float(group.get("initial_lr", group["lr"])) for group in fresh]
+    rates: list[Any] = [float(group.get("initial_lr", group["lr"])) for group in fresh]
     scheduler.base_lrs = rates
-    now: list[Any] = [rate * shape(scheduler.last_epoch) for rate, shape in zip(rates, scheduler.lr_lambdas, strict=True)]
+    now: list[Any] = [
+        rate * shape(scheduler.last_epoch) for rate, shape in zip(rates, scheduler.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(optimizer.param_groups, now, strict=True):
         group["lr"] = torch.full_like(group["lr"], rate) if torch.is_tensor(group["lr"]) else rate
     scheduler._last_lr = now

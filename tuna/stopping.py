@@ -37,7 +37,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            # One that is ignored stays so: a script's background jobs have no business with its Ctrl-C.
+            mine = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in mine}
         return self
 
     def __exit__(
@@ -56,7 +58,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.received, self._since = signal.Signals(number).name, time.monotonic()
         if ranks == 1:  # from now on the system ends us, also in the midst of a long call
-            for each in SIGNALS:
+            for each in self._before:
                 signal.signal(each, signal.SIG_DFL)
         if rank == 0:
             text = f"{self.received}: stopping after this step, with a checkpoint; again to stop at once"
