@@ -24,6 +24,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def publish(
     draft.rename(target)
     _flush(target.parent)
     shutil.rmtree(draft.with_name("replaced"), ignore_errors=True)
+    with suppress(OSError):
+        draft.parent.rmdir()
 
 
 def fault(folder: Path) -> str | None:

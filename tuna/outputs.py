@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuna.checkpoints import MARKER, RUN_FILE, numbered
 
-__all__ = ["check_file", "check_run_folder", "holds_run", "is_in"]
+__all__ = ["check_files", "check_run_folder", "holds_run", "is_in"]
 
 # What may lie in a new run's folder: its own settings and scripts, logs of schedulers and of `tuna recipe`.
 HARMLESS = {".err", ".log", ".out", ".sh", ".yaml", ".yml"}
@@ -58,15 +58,20 @@ def check_run_folder(output: Path, inputs: Mapping[str, Path], *, resume: bool, 
         )
 
 
-def check_file(name: str, output: Path, inputs: Mapping[str, Path]) -> None:
-    """Hold that the file ``output`` is none of those that are read, whatever they are called by.
+def check_files(outputs: Mapping[str, Path | None], inputs: Mapping[str, str | Path | None]) -> None:
+    """Hold that the files a command writes are none of those it reads, whatever they are called by.
+
+    Args:
+        outputs: files by the name of their setting.
+        inputs: files or folders by the name of theirs.
 
     Raises:
-        ValueError: it is one of them, or lies in one that is a folder.
+        ValueError: one is, or lies in a folder that is read.
     """
-    for other, path in inputs.items():
-        if path.exists() and is_in(output, path):
-            raise ValueError(f"{name} = {output} would overwrite {other} = {path}: choose another file")
+    for name, output in outputs.items():
+        for other, path in inputs.items():
+            if output is not None and path is not None and is_in(output, Path(path).expanduser()):
+                raise ValueError(f"{name} = {output} would write over {other} = {path}: choose another place")
 
 
 def holds_run(folder: Path) -> bool:

@@ -235,7 +235,11 @@ def copy_folder(draw: random.Random, run: Path, files: list[Path]) -> list[Path]
         return remove(draw, run, files)
     path = draw.choice(found)
     target = draw.choice(
-        [path.with_name(f"checkpoint-{draw.choice((1, 5, 8))}"), run / ".writing" / path.name, run / ".writing/replaced"]
+        [
+            path.with_name(f"checkpoint-{draw.choice((1, 5, 8))}"),
+            run / ".writing" / path.name,
+            run / ".writing/replaced",
+        ]
     )
     shutil.copytree(path, target, dirs_exist_ok=True)
     return [target]
@@ -256,4 +260,3 @@ DAMAGES: tuple[Damage, ...] = (
     flip, flip, flip, cut, cut, grow, remove, rename, swap, copy_over, add, other_json, folder_for_file, remove_folder,
     rename_folder, copy_folder, swap_folders,
 )  # fmt: skip
-

@@ -70,8 +70,10 @@ def convert(
     on_bad: OnBadFlag = "fail",
 ) -> None:
     """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
+    from tuna.outputs import check_files
     from tuna.records import read_records, write_records
 
+    check_files({"target": target}, {"source": source})
     found = read_records(source, format=format, on_bad=on_bad)
     write_records(target, found.records)
     _print_problems(Console(stderr=True), found.problems)
@@ -132,8 +134,11 @@ def split(
 ) -> None:
     """Split a file by the ids of its rows, which are copied as they are."""
     from tuna.files import write_rows
+    from tuna.outputs import check_files
     from tuna.split import hold_out, rows_with_ids
 
+    check_files({"output": output / "train.jsonl"}, {"source": source, "like": like})
+    check_files({"output": output / "held_out.jsonl"}, {"source": source, "like": like})
     if (fraction is None) == (like is None):
         raise ValueError("give exactly one of fraction and like")
     rows = rows_with_ids(source)

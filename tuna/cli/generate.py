@@ -75,6 +75,7 @@ def generate(
     from rich.console import Console
 
     from tuna.generate import Sampling
+    from tuna.outputs import check_files
 
     settings = paid.paid_settings(
         base_url=base_url,
@@ -105,6 +106,7 @@ def generate(
         logprobs=logprobs and score_with is None,
         extra=paid.parse_extra(extra),
     )
+    check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     run = paid.PaidRun(Console(), "generate", output, sampling.parameters(), settings)
     wanted = read_wanted(run.console, instructions, limit, on_bad)
     requests = [sampling.request(item) for item in wanted]  # what cannot be rendered shows before the first call

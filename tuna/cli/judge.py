@@ -57,6 +57,7 @@ def judge(
     from rich.console import Console
 
     from tuna.judge import Judge, JudgeSettings
+    from tuna.outputs import check_files
 
     settings = paid.paid_settings(
         base_url=base_url,
@@ -84,6 +85,8 @@ def judge(
         response_format=response_format,
         extra=paid.parse_extra(extra),
     )
+    check_files({"output": output / "records.jsonl"}, {"data": data})
+    check_files({"output": output / "details.jsonl"}, {"data": data})
     run = paid.PaidRun(Console(), "judge", output, asked.parameters(), settings)
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")

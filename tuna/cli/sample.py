@@ -71,10 +71,12 @@ def sample(
     from rich.console import Console
 
     from tuna.cli.generate import read_wanted
+    from tuna.outputs import check_files
     from tuna.sample import Diversity, LocalSampling
 
     console = Console()
     diversity = Diversity(alike=alike, step=step, tries=tries)
+    check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     wanted = read_wanted(console, instructions, limit, on_bad)
     if base_url is None:
         if dry_run:
