@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.tuna import launching
 
+SHORT_RUN = 5  # cases; each trains
 STEPS, EVERY = 6, 2
 EXAMPLES = Path(__file__).resolve().parents[2] / "tuna" / "examples" / "ranked_demo.jsonl"
 KINDS = ("plain", "lora", "best", "zero")
@@ -225,6 +226,7 @@ def rename_folder(draw: random.Random, run: Path, files: list[Path]) -> list[Pat
         return remove(draw, run, files)
     path = draw.choice(found)
     target = path.with_name(f"checkpoint-{draw.choice((1, 5, 8, 100))}")
+    shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
     return [path, target]
 

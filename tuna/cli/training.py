@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from tuna.checkpoints import CheckpointError
 from tuna.cli.data import best_and_worst
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
@@ -36,6 +39,7 @@ from tuna.trainer import TunaTrainer, tokenized
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
 ADAPTER_FOLDER = "adapter"
+DRAFT = ".saving"
 
 
 def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -179,11 +183,32 @@ def _with_adapter(model: PreTrainedModel, run: RunSettings) -> torch.nn.Module:
 
 
 def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A folder that plain transformers loads; an adapter is kept beside the model it was merged into."""
+    """A folder that plain transformers loads; an adapter is kept beside the model it was merged into.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    draft, first = output / DRAFT, trainer.is_world_process_zero()
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    try:
+        _write(trainer, draft, tokenizer)
+        trainer.accelerator.wait_for_everyone()
+        if first:
+            _publish(draft, output)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{output / 'model.safetensors'} or what belongs to it could not be written ({error}); the last checkpoint "
+            "is whole: the same command with --resume writes it again"
+        ) from error
+
+
+def _write(trainer: TunaTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if not hasattr(trainer.model, "merge_and_unload"):
-        trainer.save_model(str(output))
+        trainer.save_model(str(folder))
         return
-    trainer.save_model(str(output / ADAPTER_FOLDER))
+    trainer.save_model(str(folder / ADAPTER_FOLDER))
     model = cast(Any, trainer.model)
     if trainer.shape.zero_stage == 3:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
@@ -191,8 +216,20 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
     else:
         merge = model.merge_and_unload
     if trainer.is_world_process_zero():
-        merge().save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        merge().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _publish(draft: Path, output: Path) -> None:
+    """Move the files of a draft to where they belong, and take away weights of an earlier model in other parts."""
+    files = {file.relative_to(draft): file for file in draft.rglob("*") if file.is_file()}
+    for place, file in files.items():
+        (output / place).parent.mkdir(parents=True, exist_ok=True)
+        file.replace(output / place)
+    for old in output.glob("model*.safetensors*"):
+        if old.relative_to(output) not in files:
+            old.unlink()
+    shutil.rmtree(draft)
 
 
 def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
