@@ -6,12 +6,14 @@ are plain autograd and have no op.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuna_kernels import derivatives
 from tuna_kernels.backends import attention_cpu, attention_flash, attention_torch, attention_triton
 from tuna_kernels.backends.attention_sinks import beside_sinks, sinks_gradient
 
@@ -105,8 +107,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, subtree_end, query_rows, position_ids, sinks, out, lse = ctx.saved_tensors
+def _backward(
+    ctx: Any, saved: Sequence[Any], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, subtree_end, query_rows, position_ids, sinks, out, lse = saved
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = tree_attention_backward(
@@ -132,4 +136,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return (*grads, *[None] * 7, of_sinks)
 
 
-tree_attention.register_autograd(_backward, setup_context=_setup_context)
+derivatives.register(tree_attention, setup_context=_setup_context, backward=_backward)
+derivatives.register(tree_attention_backward)

@@ -13,8 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import derivatives
 from .backends import linear, ranking
 from .backends.linear import LinearCall, Saved
 from .backends.ranking import Candidates, LossSettings
@@ -183,10 +185,10 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.main_grad = inputs[13]  # not saved: other micro-batches add to it before this backward runs
 
 
-def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_gradients(ctx: Any, saved: Sequence[Any], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = _five_needed(ctx)
     ignore_index, logit_scale, softcap, backend, filter_eps = ctx.settings
-    arguments = (*ctx.saved_tensors, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
+    arguments = (*saved, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
     if ctx.main_grad is None or not needs[1]:
         gradients = torch.ops.tuna_kernels.linear_logprobs_backward(*arguments)
     else:
@@ -195,7 +197,9 @@ def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
     return (*_or_none(gradients, needs), *[None] * 10)
 
 
-linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
+derivatives.register(linear_logprobs, setup_context=_save_linear, backward=_linear_gradients)
+derivatives.register(linear_logprobs_backward)
+derivatives.register(linear_logprobs_backward_into)
 
 
 # --- selective_logprobs ---------------------------------------------------------------------------------------
@@ -269,8 +273,10 @@ def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
 
 
-def _selective_gradients(ctx: Any, upstream: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
-    logits, targets, lse = ctx.saved_tensors
+def _selective_gradients(
+    ctx: Any, saved: Sequence[Any], upstream: Tensor, _lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    logits, targets, lse = saved
     if ctx.inplace:
         gradient = logits.detach()
         torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, targets, lse, *ctx.settings)
@@ -279,7 +285,9 @@ def _selective_gradients(ctx: Any, upstream: Tensor, _lse: Tensor) -> tuple[Tens
     return gradient, *[None] * 5
 
 
-selective_logprobs.register_autograd(_selective_gradients, setup_context=_save_selective)
+derivatives.register(selective_logprobs, setup_context=_save_selective, backward=_selective_gradients)
+derivatives.register(selective_logprobs_backward)
+derivatives.register(selective_logprobs_backward_)
 
 
 # --- ranking_loss ---------------------------------------------------------------------------------------------
@@ -314,14 +322,25 @@ def _(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _save_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
+    ctx.save_for_forward(output[1])
 
 
-def _ranking_gradients(ctx: Any, upstream: Tensor | None, _gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
+def _ranking_gradients(
+    ctx: Any, saved: Sequence[Any], upstream: Tensor | None, _gradient: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The loss is piecewise linear: its gradient is constant in the scores, and linear in the upstream."""
+    (gradient,) = saved
     return (None if upstream is None else (gradient * upstream).to(gradient.dtype), *[None] * 6)
 
 
-ranking_loss.register_autograd(_ranking_gradients, setup_context=_save_ranking)
+def _ranking_tangents(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+    (gradient,) = ctx.saved_tensors
+    return (gradient * tangent).sum(dtype=compute_dtype(gradient.dtype)), torch.zeros_like(gradient)
+
+
+derivatives.register(
+    ranking_loss, setup_context=_save_ranking, backward=_ranking_gradients, jvp=_ranking_tangents, twice=True
+)
 
 
 # --- linear_ranking_loss --------------------------------------------------------------------------------------
@@ -395,8 +414,12 @@ class _Ready:
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         self._gradients: list[Tensor] | None = [g.detach() for g in gradients]
 
-    def take(self) -> list[Tensor] | None:
+    def take(self, needs: Sequence[bool]) -> list[Tensor] | None:
+        """None where they were taken, or one that is needed was not made: inside `torch.func` the caller of the loss
+        may not see what is to be differentiated."""
         gradients, self._gradients = self._gradients, None
+        if gradients is None or any(wanted and not g.numel() for g, wanted in zip(gradients, needs, strict=True)):
+            return None
         return gradients
 
 
@@ -409,14 +432,16 @@ def _save_linear_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.ready = _Ready(output[7:])
 
 
-def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_ranking_gradients(
+    ctx: Any, saved: Sequence[Any], scale: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The first backward takes the gradients that lie ready; a later one (retain_graph) recomputes them."""
     none: list[Tensor | None] = [None] * 17
     if scale is None:
         return (*[None] * 5, *none)
     needs = _five_needed(ctx)
-    *call, targets, rows, logprobs, lse, upstream = ctx.saved_tensors
-    ready = ctx.ready.take()
+    *call, targets, rows, logprobs, lse, upstream = saved
+    ready = ctx.ready.take(needs)
     if ready is None:
         logit_scale, softcap, backend = ctx.settings
         empty = logprobs.new_empty(0)
@@ -425,7 +450,8 @@ def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None)
             softcap, needs, backend,
         )  # fmt: skip
         return (*_or_none(gradients, needs), *none)
-    if type(scale) not in (Tensor, FakeTensor):  # being traced: the graph's compiler decides what happens in place
+    if type(scale) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(scale):
+        # being traced, the graph's compiler decides what happens in place; under vmap there are several scales
         ready = [g * scale for g in ready]
     elif type(scale) is FakeTensor or scale.device.type != "cpu" or scale.item() != 1.0:  # free to read on CPU alone
         ready = [g.mul_(scale) for g in ready]
@@ -435,4 +461,6 @@ def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None)
     return (*_or_none(gradients, needs), *none)
 
 
-linear_ranking_loss.register_autograd(_linear_ranking_gradients, setup_context=_save_linear_ranking)
+derivatives.register(
+    linear_ranking_loss, setup_context=_save_linear_ranking, backward=_linear_ranking_gradients
+)

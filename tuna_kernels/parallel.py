@@ -18,12 +18,15 @@ A vocabulary padded to a multiple of the ranks has its padding at the end: ``val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import derivatives
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,12 @@ class _Copy(torch.autograd.Function):
     """Identity; the gradient is summed over the group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(x: Tensor, group: str) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -144,9 +150,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(lse, entropy, mine, counted, *output[1:])
 
 
-def _gradients(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, saved: Sequence[Any], g: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None
+) -> tuple[Any, ...]:
     """With w = e^(lse_r - lse) and m = lse - entropy, the mean of z: no rank needs another's numbers."""
-    lse, entropy, mine, counted, whole_lse, whole_entropy = ctx.saved_tensors
+    lse, entropy, mine, counted, whole_lse, whole_entropy = saved
     zero = torch.zeros_like(lse)
     g = zero if g is None else torch.where(counted, g, 0)
     g_lse = zero if g_lse is None else torch.where(counted, g_lse, 0)
@@ -161,4 +169,6 @@ def _gradients(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_entropy: Tens
     return of_chosen, of_lse, of_entropy, None, None, None
 
 
-combine_shards.register_autograd(_gradients, setup_context=_save)
+_INSTEAD = "gather the head and leave out process_group, with backend=\"reference\""
+derivatives.register(all_reduce_sum, instead=_INSTEAD)
+derivatives.register(combine_shards, setup_context=_save, backward=_gradients, instead=_INSTEAD)

@@ -168,7 +168,7 @@ def backward(
         new(call.low_rank_hidden, low_hidden, of_rows=True),
         new(call.low_rank_weight, low_weight),
     ]
-    if saved.unit.numel() and hidden:
+    if saved.unit.numel() and hidden and not any((weight, bias, low_hidden, low_weight)):
         row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, coefficients)
         low_rows = None
     else:
