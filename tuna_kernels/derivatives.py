@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import _SingleLevelFunction
-from torch.library import CustomOpDef
 
 __all__ = ["register"]
 
@@ -87,17 +87,17 @@ def register(
             raise RuntimeError(no_forward)
         return jvp(ctx, *given[1:])
 
-    rules = {"forward": forward, "backward": gradients, "jvp": tangents}
-    # The dispatcher has entered the level of a transform already when it calls an autograd kernel
+    rules: dict[str, Any] = {"forward": forward, "backward": gradients, "jvp": tangents}
     function: Any = type(name, (_SingleLevelFunction,), {key: staticmethod(rule) for key, rule in rules.items()})
 
+    # Inside torch.func the dispatcher calls this once for each transform, which it has entered: a single level.
     def kernel(keyset: Any, *given: Any) -> Any:
         with enable_single_level_autograd_function():
             return function.apply(keyset, *given)
 
     with warnings.catch_warnings():  # in the place of the kernel that custom_op made
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        op._lib.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
+        op._lib.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 
 
 class _FirstOrder(torch.autograd.Function):

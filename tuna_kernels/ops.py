@@ -273,9 +273,7 @@ def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
 
 
-def _selective_gradients(
-    ctx: Any, saved: Sequence[Any], upstream: Tensor, _lse: Tensor
-) -> tuple[Tensor | None, ...]:
+def _selective_gradients(ctx: Any, saved: Sequence[Any], upstream: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, lse = saved
     if ctx.inplace:
         gradient = logits.detach()
@@ -461,6 +459,4 @@ def _linear_ranking_gradients(
     return (*_or_none(gradients, needs), *none)
 
 
-derivatives.register(
-    linear_ranking_loss, setup_context=_save_linear_ranking, backward=_linear_ranking_gradients
-)
+derivatives.register(linear_ranking_loss, setup_context=_save_linear_ranking, backward=_linear_ranking_gradients)

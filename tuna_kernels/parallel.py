@@ -169,6 +169,6 @@ def _gradients(
     return of_chosen, of_lse, of_entropy, None, None, None
 
 
-_INSTEAD = "gather the head and leave out process_group, with backend=\"reference\""
+_INSTEAD = 'gather the head and leave out process_group, with backend="reference"'
 derivatives.register(all_reduce_sum, instead=_INSTEAD)
 derivatives.register(combine_shards, setup_context=_save, backward=_gradients, instead=_INSTEAD)

@@ -22,9 +22,7 @@ def beside_sinks(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(lse - of_rows).unsqueeze(-1), torch.logaddexp(lse, of_rows)
 
 
-def sinks_gradient(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor
-) -> Tensor:
+def sinks_gradient(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """ds [Hq] in the dtype of the sinks, from out' and lse' and the gradients of both."""
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
     if grad_lse is not None:

@@ -129,8 +129,8 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "two_phase_ranking_loss has no second derivative (create_graph=True, a gradient penalty): the gradients "
-                'of the prompt are constants; use model_ranking_loss with backend="reference"'
+                "two_phase_ranking_loss has no second derivative (create_graph=True, a gradient penalty): the "
+                'gradients of the prompt are constants; use model_ranking_loss with backend="reference"'
             )
         gradients, ctx.gradients = ctx.gradients, []
         return None, *gradients

@@ -141,7 +141,8 @@ def two_phase_ranking_loss(
     scoring = _Scoring(tree, groups, backend, SCORING_ROWS * groups.largest_pass(candidates_per_pass))
     with torch.no_grad(), _nothing_random(tree):
         logprobs = scoring.run(carry, most_passes(scoring.passes))
-    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(logprobs).tangent is not None:
+    dual = forward_ad.unpack_dual(logprobs)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active() or dual.tangent is not None:
         raise RuntimeError(
             "two_phase_ranking_loss goes backward itself: no forward mode and no transform of torch.func; use "
             'model_ranking_loss, for forward mode with backend="reference"'
