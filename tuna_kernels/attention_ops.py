@@ -16,6 +16,7 @@ from torch import Tensor
 from tuna_kernels import derivatives
 from tuna_kernels.backends import attention_cpu, attention_flash, attention_torch, attention_triton
 from tuna_kernels.backends.attention_sinks import beside_sinks, sinks_gradient
+from tuna_kernels.backends.layout import dense_rows
 
 BACKENDS: dict[str, ModuleType] = {
     "torch": attention_torch,
@@ -40,7 +41,7 @@ def tree_attention(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; see `tuna_kernels.attention.tree_attention`."""
-    q, k, v = map(_dense_rows, (q, k, v))
+    q, k, v = map(dense_rows, (q, k, v))
     tree = tuple(None if x is None else x.contiguous() for x in (subtree_end, query_rows, position_ids))
     with torch.autocast(q.device.type, enabled=False):  # or it would take the float32 products for its own
         out, lse = BACKENDS[backend].forward(q, k, v, *tree, window, scale, softcap)
@@ -69,7 +70,7 @@ def tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` for the gradients of both outputs, in the layouts `torch.empty_like` gives them."""
     operands = (grad_out, q, k, v, out)
-    dense_grad, *dense, dense_out = map(_dense_rows, operands)
+    dense_grad, *dense, dense_out = map(dense_rows, operands)
     of_lse = (None if x is None else x.contiguous() for x in (grad_lse, lse))
     dense_grad_lse, dense_lse = of_lse
     tree = tuple(None if x is None else x.contiguous() for x in (subtree_end, query_rows, position_ids))
@@ -82,11 +83,6 @@ def tree_attention_backward(
         for gradient, given, used in zip(gradients, (q, k, v), dense, strict=True)
     )
     return a, b, c
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` itself if the entries of a row lie side by side, else a copy where they do: what every kernel is given."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 @tree_attention.register_fake

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from . import derivatives
 from .backends import linear, ranking
+from .backends.layout import dense_rows
 from .backends.linear import LinearCall, Saved
 from .backends.ranking import Candidates, LossSettings
 from .backends.reference import compute_dtype
@@ -30,14 +32,16 @@ FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 TwelveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Autocast must not reach into a kernel: it would turn our float32 products into half precision."""
+def _kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """What holds for every op: rows are dense, and autocast does not reach into it, where it would turn our float32
+    products into half precision."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
+        dense: Any = [dense_rows(a) if isinstance(a, Tensor) else a for a in args]
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(*dense, **kwargs)
 
     return inner
 
@@ -55,7 +59,7 @@ def _or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor 
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs", mutates_args=())
-@_outside_autocast
+@_kernel
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -90,7 +94,7 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs_backward", mutates_args=())
-@_outside_autocast
+@_kernel
 def linear_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -122,7 +126,7 @@ def linear_logprobs_backward(
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs_backward_into", mutates_args=("main_grad",))
-@_outside_autocast
+@_kernel
 def linear_logprobs_backward_into(
     main_grad: Tensor,
     hidden: Tensor,
@@ -206,7 +210,7 @@ derivatives.register(linear_logprobs_backward_into)
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs", mutates_args=())
-@_outside_autocast
+@_kernel
 def selective_logprobs(
     logits: Tensor,
     targets: Tensor,
@@ -226,7 +230,7 @@ def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward", mutates_args=())
-@_outside_autocast
+@_kernel
 def selective_logprobs_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -248,7 +252,7 @@ def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward_", mutates_args=("logits",))
-@_outside_autocast
+@_kernel
 def selective_logprobs_backward_(
     upstream: Tensor,
     logits: Tensor,
@@ -292,6 +296,7 @@ derivatives.register(selective_logprobs_backward_)
 
 
 @torch.library.custom_op("tuna_kernels::ranking_loss", mutates_args=())
+@_kernel
 def ranking_loss(
     scores: Tensor,
     ranks: Tensor,
@@ -345,7 +350,7 @@ derivatives.register(
 
 
 @torch.library.custom_op("tuna_kernels::linear_ranking_loss", mutates_args=())
-@_outside_autocast
+@_kernel
 def linear_ranking_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -448,7 +453,7 @@ def _linear_ranking_gradients(
             softcap, needs, backend,
         )  # fmt: skip
         return (*_or_none(gradients, needs), *none)
-    if type(scale) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(scale):
+    if type(scale) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(scale) or _has_tangent(scale):
         # being traced, the graph's compiler decides what happens in place; under vmap there are several scales
         ready = [g * scale for g in ready]
     elif type(scale) is FakeTensor or scale.device.type != "cpu" or scale.item() != 1.0:  # free to read on CPU alone
@@ -457,6 +462,10 @@ def _linear_ranking_gradients(
         g if t is None or not wanted else g.to(t.dtype) for g, t, wanted in zip(ready, call, needs, strict=True)
     ]
     return (*_or_none(gradients, needs), *none)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 derivatives.register(linear_ranking_loss, setup_context=_save_linear_ranking, backward=_linear_ranking_gradients)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tuna_kernels.backends import attention_reference
 from tuna_kernels.backends.attention_bounds import BlockMap, block_map
@@ -29,6 +30,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     """ "" if these inputs are served, else the reason why not."""
     if q.dtype not in DTYPES:
         return f"FlexAttention does not take {q.dtype}"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))  # type: ignore[no-untyped-call]
+    ):
+        return 'FlexAttention has no forward mode and no transforms of torch.func; backend="reference" has'
     if q.device.type == "cuda":
         return ""
     if q.device.type != "cpu":

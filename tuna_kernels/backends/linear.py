@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .head import HeadBackend
+from .layout import dense_rows
 from .reference import compute_dtype
 from .slots import Slots
 from .tiled import Gradients, Head, Inputs, RowGradient
@@ -36,20 +37,15 @@ class LinearCall:
     @property
     def inputs(self) -> Inputs:
         return Inputs(
-            _rows_dense(self.hidden),
-            None if self.low_rank_hidden is None else _rows_dense(self.low_rank_hidden),
+            dense_rows(self.hidden),
+            None if self.low_rank_hidden is None else dense_rows(self.low_rank_hidden),
         )
 
     @property
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
-        low = None if self.low_rank_weight is None else _rows_dense(self.low_rank_weight)
-        return Head(_rows_dense(self.weight), bias, low, self.logit_scale, self.softcap)
-
-
-def _rows_dense(matrix: Tensor) -> Tensor:
-    """Rows may lie anywhere, but each row's elements must be neighbours."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+        low = None if self.low_rank_weight is None else dense_rows(self.low_rank_weight)
+        return Head(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
 
 
 def forward(
