@@ -1,4 +1,4 @@
-"""Every op's derivatives are the textbook's or refused: reverse mode and torch.func, forward mode, second derivatives."""
+"""Every derivative of every op is the textbook's or refused: torch.func, forward mode, second derivatives."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_forward_mode_is_refused(op: str, backend: str) -> None:
         function(forward_ad.make_dual(x, x), backend)
     with pytest.raises(RuntimeError, match=NO_FORWARD), forward_ad.dual_level():
         function(forward_ad.make_dual(x.clone().requires_grad_(), x), backend)
-    with pytest.raises(Exception, match="no forward-mode derivative|no second derivative"):
+    with pytest.raises(Exception, match=r"no (forward-mode|second) derivative"):
         hessian(lambda y: function(y, backend).sum())(x)
     with pytest.raises(Exception, match="no forward-mode derivative"):
         torch.compile(tangent, fullgraph=True, backend="aot_eager")(x)
@@ -224,8 +224,7 @@ def test_shards_of_the_vocabulary(backend: str, tmp_path: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         leaves = [H.clone().requires_grad_(), W.clone().requires_grad_()]
-        out = linear_logprobs(leaves[0], leaves[1], TREE.targets, rows=TREE.rows, process_group=dist.group.WORLD, backend=backend)  # fmt: skip
-        assert isinstance(out, Tensor)
+        out = _logprobs(leaves[0], backend, weight=leaves[1], process_group=dist.group.WORLD)
         for i in (0, 1):
             (first,) = torch.autograd.grad(out.sum(), leaves[i], create_graph=True)
             with pytest.raises(RuntimeError, match="no second derivative"):
