@@ -43,7 +43,7 @@ def test_scales_and_sizes(
     with_lse: bool,
     seed: int,
 ) -> None:
-    """The textbook's bound, or some roundings of the scores; for dq and dk some roundings of the terms they are sums of:
+    """The textbook's bound, or some roundings of the scores; for dq and dk some roundings of the terms that are summed:
     where a row sees one key they cancel, and nothing but rounding is left."""
     tree = pack_groups(forest)
     g = torch.Generator().manual_seed(seed)
