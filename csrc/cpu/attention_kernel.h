@@ -276,7 +276,7 @@ static void load_statistics(const Task& task, const Queries& queries, const Atte
 // lse is in float32: where it is large its rounding would be an error of every e^(z - lse). The row's sum of them tells:
 // it is 1 but for that rounding (less where something else, a sink, stands in the denominator). Dividing dO and delta by
 // it divides the row's probabilities.
-constexpr float kLargeLse = 32.f, kRoundings = 8.f * 0x1p-24f;
+constexpr float kLargeLse = 32.f, kRoundings = 2.f * 0x1p-24f;
 
 static void correct_large_rows(const Task& task, const Queries& queries) {
   const Buffers& b = task.buffers;

@@ -61,10 +61,11 @@ def check(leaves: list[Tensor], tree: PackedTree, backend: str, window: int | No
     truth = evaluate([x.double() for x in leaves], tree, "", window, softcap)
     book = evaluate(leaves, tree, "reference", window, softcap)
     got = evaluate(leaves, tree, backend, window, softcap)
+    score = max(1.0, truth[1][truth[1].isfinite()].abs().max().item())  # whose rounding moves a drawn case
     for name, a, b, c in zip(NAMES, got, book, truth, strict=True):
         half = leaves[0].dtype in (torch.bfloat16, torch.float16) and name != "lse"
         rounded = leaves[0].dtype if half else torch.float32
-        assert_as_good_as_textbook(a, b, c, name, rounded=rounded, scale=0.0 if tree is TREE else 1.0)
+        assert_as_good_as_textbook(a, b, c, name, rounded=rounded, scale=0.0 if tree is TREE else score)
 
 
 @pytest.mark.parametrize("sinks", SINKS)

@@ -25,7 +25,7 @@ from tuna_kernels.backends.attention_plan import Block
 LARGE_LSE = 32.0
 """Beyond it the rounding of a float32 lse would be many of a probability: such blocks take `MATH`."""
 
-ROUNDINGS = 8
+ROUNDINGS = 2
 """Of lse, within which a row's own log-sum-exp is taken for it."""
 
 
@@ -171,15 +171,15 @@ def _large(lse: Tensor) -> bool:
 
 
 def _probabilities(z: Tensor, lse: Tensor) -> Tensor:
-    """e^(z - lse), in place. lse may be large, and then off by a rounding: a row sums to exactly what it has to, 1, or
-    less where a sink stands in the denominator too."""
+    """e^(z - lse), in place. A large lse is off by a rounding: there a row sums to exactly what it has to, 1, or less
+    where a sink stands in the denominator too."""
     top = z.amax(-1, keepdim=True)
     p = z.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
-    beside = top.add_(total.log()).sub_(lse)
+    beside = (top + total.log()).sub_(lse)
     rounding = ROUNDINGS * torch.finfo(lse.dtype).eps * lse.abs()
-    share = torch.where(beside > -rounding, 1, beside.exp())
-    return p.mul_(share.div_(total))
+    whole = (lse.abs() > LARGE_LSE) & (beside > -rounding)
+    return p.mul_(torch.where(whole, 1 / total, (top - lse).exp()))
 
 
 def _bias(q: Tensor, k: Tensor, block: Block) -> Tensor | None:
