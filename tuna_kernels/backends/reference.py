@@ -26,9 +26,13 @@ def linear_logprobs(
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy)``, each [M]; ``low_rank`` is (hidden2 [T, r], weight2 [V, r])."""
-    dtype = compute_dtype(hidden.dtype, weight.dtype)
+    want_entropy: bool = True,
+    want_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, entropy)``, each [M], and of the softmax ``state`` [3, M]: target's logit, the largest, log of
+    the sum against that; empty where not wanted. ``low_rank`` is (hidden2 [T, r], weight2 [V, r])."""
+    given = (hidden, weight, bias, *(low_rank or ()))
+    dtype = compute_dtype(*(t.dtype for t in given if t is not None))
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     if low_rank is not None:
         logits = logits + low_rank[0].to(dtype) @ low_rank[1].to(dtype).t()
@@ -39,11 +43,20 @@ def linear_logprobs(
         logits = softcap * torch.tanh(logits / softcap)
     if rows is not None:
         logits = logits[rows]
-    logprobs, lse = _gather(logits, targets, ignore_index)
-    log_p = logits - lse.unsqueeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    logprobs, lse, chosen = _gather(logits, targets, ignore_index)
     counted = targets != ignore_index
-    return logprobs, torch.where(counted, lse, 0), torch.where(counted, entropy, 0)
+    entropy = state = logits.new_empty(0)
+    if want_entropy:
+        log_p = logits - lse.unsqueeze(-1)
+        p = log_p.exp()
+        entropy = -(p * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 times infinity counts as 0
+        entropy = torch.where(counted, entropy, 0)
+    if want_state:
+        with torch.no_grad():
+            largest = logits.amax(-1)
+            sums = (logits - largest.unsqueeze(-1)).exp().sum(-1)
+            state = torch.where(counted, torch.stack([chosen, largest, sums.log()]), 0)
+    return logprobs, torch.where(counted, lse, 0), entropy, state
 
 
 def selective_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, ignore_index: int) -> Tensor:
@@ -51,8 +64,9 @@ def selective_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, i
     return _gather(logits.to(compute_dtype(logits.dtype)) / temperature, targets, ignore_index)[0]
 
 
-def _gather(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _gather(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, logits of the targets)``."""
     counted = targets != ignore_index
     lse = torch.logsumexp(logits, -1)
     chosen = logits.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(counted, chosen - lse, 0), lse
+    return torch.where(counted, chosen - lse, 0), lse, chosen
