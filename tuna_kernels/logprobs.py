@@ -223,7 +223,14 @@ def _compute_sharded(
     # The reference keeps its state in z itself.
     steep = call.softcap is None and call.backend != "reference"
     logprobs, lse, entropy, *_ = torch.ops.tuna_kernels.combine_shards(
-        logprobs, lse, entropy, state.detach(), mine, counted, abs(call.logit_scale) if steep else 1.0, shard.group
+        logprobs,
+        lse,
+        entropy,
+        state.detach(),
+        mine,
+        counted,
+        max(abs(call.logit_scale), SMALLEST) if steep else 1.0,
+        shard.group,
     )
     return logprobs, lse, entropy
 

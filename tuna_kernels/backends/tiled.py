@@ -22,6 +22,8 @@ from torch import Tensor
 from .products import MIN_ROWS, Products
 from .slots import Slots
 
+SMALLEST_FACTOR = 1e-37  # not 0, so that -inf stays -inf
+
 
 @dataclass(frozen=True)
 class Head:
@@ -44,7 +46,7 @@ class Head:
 
     @property
     def factor(self) -> float:
-        return abs(self.logit_scale) if self.softcap is None else 1.0
+        return max(abs(self.logit_scale), SMALLEST_FACTOR) if self.softcap is None else 1.0
 
     @property
     def sign(self) -> float:
