@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.fuzz.kernels.drawing import floats, groups, integers, laid_out
+from tests.fuzz.kernels.drawing import HALF, floats, groups, integers, laid_out
 from tests.fuzz.kernels.head import DTYPES, backends, instruction_set
 from tests.fuzz.kernels.laws import run, same_bits, within_bounds
 from tuna_kernels import pack_groups, tree_attention
@@ -74,4 +74,7 @@ def check(rng: random.Random) -> None:
     largest = 1 + 4 * spread
     scales = {"out 0": largest, "out 1": 1.0, "d v": flow * heads / keys}
     scales |= {"d q": flow * largest**2 * slope, "d k": flow * largest**2 * slope * heads / keys}
-    within_bounds(first, [book], truth, scales, torch.float32, what)
+    if dtype == torch.float64:  # no better truth to compare with: both round scores of this size
+        scales = {name: x * max(1.0, spread**2 * size * slope) for name, x in scales.items()}
+    # The backward takes out as it was rounded (docs/numerics.md).
+    within_bounds(first, [book], truth, scales, dtype if dtype in HALF else torch.float32, what)

@@ -83,8 +83,13 @@ def rounded_in(dtypes: list[torch.dtype], backend: str) -> torch.dtype:
     return dtypes[0] if backend == "triton" or (backend == "cpu" and multiplies(dtypes[0])) else torch.float32
 
 
-def leaves_of(rng: random.Random, tokens: int, vocabulary: int, width: int, spread: float) -> dict[str, Tensor]:
-    """hidden, weight and at times bias and an adapter, each of a type, layout and wish for a gradient of its own."""
+def leaves_of(
+    rng: random.Random, tokens: int, vocabulary: int, width: int, spread: float, scale: float
+) -> dict[str, Tensor]:
+    """hidden, weight and at times bias and an adapter, each of a type, layout and wish for a gradient of its own.
+
+    Some entries of the bias leave their token no probability, never all of them.
+    """
     first = rng.choice(DTYPES)
 
     def dtype() -> torch.dtype:
@@ -96,10 +101,9 @@ def leaves_of(rng: random.Random, tokens: int, vocabulary: int, width: int, spre
     }
     if rng.random() < 0.4:
         drawn["bias"] = floats(rng, vocabulary, scale=rng.choice([0.0, 1.0, 30.0])) + rng.choice([0, 0, -500, 500])
-        if rng.random() < 0.4:
-            drawn["bias"][
-                integers(rng, 1, vocabulary, rng.randint(1, vocabulary)) if vocabulary > 1 else []
-            ] = -torch.inf
+        if rng.random() < 0.4 and vocabulary > 1 and scale != 0:
+            masked = integers(rng, 1, vocabulary, rng.randint(1, vocabulary))
+            drawn["bias"][masked] = -torch.inf if scale > 0 else torch.inf
     if rng.random() < 0.3:
         rank = rng.choice([1, 2, 5])
         drawn["lora_a"] = floats(rng, rank, width)
@@ -119,7 +123,8 @@ def draw(rng: random.Random) -> HeadCase:
     vocabulary = rng.choice([1, 2, 3, 17, 255, 256, 1000, 2047, 2048, 2049, 5003])
     width = rng.choice([1, 2, 7, 16, 33, 64, 100])
     spread = rng.choice([0.0, 0.01, 1.0, 1.0, 5.0, 30.0]) / width**0.5
-    leaves = leaves_of(rng, tokens, vocabulary, width, spread)
+    scale = rng.choice([1.0, 1.0, 1.0, 0.3, -1.0, -50.0, 100.0, 1e4, 1e-3, 1e9, 0.0])
+    leaves = leaves_of(rng, tokens, vocabulary, width, spread, scale)
     ignore = rng.choice([-100, -100, -1, 0, vocabulary - 1])
     rows: Tensor | None = None
     slots = tokens
@@ -130,9 +135,6 @@ def draw(rng: random.Random) -> HeadCase:
     targets[integers(rng, 0, 4, slots) == 0] = ignore
     if rng.random() < 0.05:
         targets[:] = ignore
-    scale = rng.choice([1.0, 1.0, 1.0, 0.3, -1.0, -50.0, 100.0, 1e4, 1e-3, 1e9, 0.0])
-    if scale == 0 and "bias" in leaves:  # 0 times infinity
-        scale = 1.0
     softcap = rng.choice([None, None, None, 0.5, 5.0, 30.0, 1e3])
     options = {
         "ignore_index": ignore,
@@ -216,8 +218,7 @@ def check(rng: random.Random) -> None:
     size = per_row * sum(u.abs().max().item() if u.numel() else 0.0 for u in upstream)
     steepness, slots = abs(case.options["logit_scale"]), case.targets.numel()
     # In float64 there is no better truth to compare with: both round logits of this size.
-    logits = truth["out 1"].abs().max().item() if torch.float64 in case.dtypes and slots else 0.0
-    scales = dict.fromkeys(("out 0", "out 1", "out 2"), max(1.0, logits)) | gradient_scales(
-        case.leaves, size * steepness
-    )
+    logits = max(1.0, truth["out 1"].abs().max().item()) if torch.float64 in case.dtypes and slots else 1.0
+    size *= logits
+    scales = dict.fromkeys(("out 0", "out 1", "out 2"), logits) | gradient_scales(case.leaves, size * steepness)
     within_bounds(first, books, truth, scales, rounded, what)

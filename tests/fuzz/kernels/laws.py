@@ -41,7 +41,8 @@ def within_bounds(
         both_nan = mine.isnan() & true.isnan()
         same = both_nan | (mine == true)
         finite = true.isfinite()
-        assert bool(same[~finite].all()), f"{what}: {name} {mine[~finite]} where {true[~finite]} is right"
+        wrong = ~finite & ~same
+        assert not bool(wrong.any()), f"{what}: {name} {mine[wrong][0]} where {true[wrong][0]} is right"
         if not bool(finite.any()):
             continue
         error = (mine.clamp(-most, most) - true)[finite].abs().max().item()

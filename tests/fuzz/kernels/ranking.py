@@ -50,8 +50,8 @@ def check(rng: random.Random) -> None:
     vocabulary, width = rng.choice([5, 17, 300, 2049]), rng.choice([1, 8, 33])
     tree = pack_groups(groups(rng, vocabulary), share=rng.choice(["tree", "prompt", "none"]))
     spread = rng.choice([0.0, 1.0, 10.0]) / width**0.5
-    leaves = leaves_of(rng, tree.num_tokens, vocabulary, width, spread)
     scale = rng.choice([1.0, 1.0, 0.3, -2.0, 50.0])
+    leaves = leaves_of(rng, tree.num_tokens, vocabulary, width, spread, scale)
     options: dict[str, Any] = {
         "preset": rng.choice(["paper", "released"]),
         "margin": rng.choice([0.0, 0.1, 2.0, 1000.0]),
@@ -91,5 +91,7 @@ def check(rng: random.Random) -> None:
     pairs = tree.num_candidates * max(1.0, largest + options["margin"] * tree.num_candidates)
     per_row = int(tree.rows.bincount().max()) if tree.num_slots else 1
     size = abs(float(upstream[0])) * per_row * tree.num_candidates * abs(scale)
-    scales = {"out 0": pairs, "out 1": pairs, "out 2": 1.0, "out 3": 1.0, "out 4": 1.0}
+    logprobs = truth["out 4"]
+    each = max(1.0, logprobs[logprobs.isfinite()].abs().max().item() if bool(logprobs.isfinite().any()) else 0.0)
+    scales = {"out 0": pairs, "out 1": pairs, "out 2": each, "out 3": max(each, largest), "out 4": each}
     within_bounds(first, books, truth, scales | gradient_scales(leaves, size), rounded, what)
