@@ -179,17 +179,26 @@ def textbooks(case: Any, leaves: dict[str, Tensor], upstream: list[Tensor], rng:
     return found
 
 
+def _largest(x: Tensor) -> float:
+    x = x.detach().double()
+    return x[x.isfinite()].abs().max().item() if x.numel() else 0.0
+
+
+def size_without_truth(leaves: dict[str, Tensor], scale: float) -> float:
+    """In float64 there is no better truth to compare with: both sides round logits of this size. Else 1."""
+    if all(x.dtype != torch.float64 for x in leaves.values()):
+        return 1.0
+    products = _largest(leaves["hidden"]) * _largest(leaves["weight"]) * leaves["hidden"].shape[1]
+    return max(1.0, abs(scale) * (products + (_largest(leaves["bias"]) if "bias" in leaves else 0.0)))
+
+
 def gradient_scales(leaves: dict[str, Tensor], size: float) -> dict[str, float]:
     """Of the terms that make up each gradient, where one logit's gradient has ``size``."""
 
-    def largest(name: str) -> float:
-        x = leaves[name].detach().double()
-        return x[x.isfinite()].abs().max().item() if x.numel() else 0.0
-
-    h, w = largest("hidden"), largest("weight")
+    h, w = _largest(leaves["hidden"]), _largest(leaves["weight"])
     scales = {"d hidden": size * w, "d weight": size * h, "d bias": size}
     if "lora_a" in leaves:
-        a, b = largest("lora_a"), largest("lora_b")
+        a, b = _largest(leaves["lora_a"]), _largest(leaves["lora_b"])
         width = leaves["hidden"].shape[1] ** 0.5
         scales["d hidden"] += 2 * size * a * b
         scales |= {"d lora_a": 2 * size * b * h, "d lora_b": 2 * size * a * h * width}
@@ -216,9 +225,8 @@ def check(rng: random.Random) -> None:
     same_bits(before, {n: x.detach() for n, x in case.leaves.items()}, f"{what}: inputs")
     per_row = 1 if case.rows is None or not case.rows.numel() else int(case.rows.bincount().max())
     size = per_row * sum(u.abs().max().item() if u.numel() else 0.0 for u in upstream)
-    steepness, slots = abs(case.options["logit_scale"]), case.targets.numel()
-    # In float64 there is no better truth to compare with: both round logits of this size.
-    logits = max(1.0, truth["out 1"].abs().max().item()) if torch.float64 in case.dtypes and slots else 1.0
+    steepness = abs(case.options["logit_scale"])
+    logits = size_without_truth(case.leaves, steepness)
     size *= logits
     scales = dict.fromkeys(("out 0", "out 1", "out 2"), logits) | gradient_scales(case.leaves, size * steepness)
     within_bounds(first, books, truth, scales, rounded, what)

@@ -16,6 +16,7 @@ from tests.fuzz.kernels.head import (
     instruction_set,
     leaves_of,
     rounded_in,
+    size_without_truth,
     textbooks,
 )
 from tests.fuzz.kernels.laws import run, same_bits, within_bounds
@@ -92,6 +93,8 @@ def check(rng: random.Random) -> None:
     per_row = int(tree.rows.bincount().max()) if tree.num_slots else 1
     size = abs(float(upstream[0])) * per_row * tree.num_candidates * abs(scale)
     logprobs = truth["out 4"]
-    each = max(1.0, logprobs[logprobs.isfinite()].abs().max().item() if bool(logprobs.isfinite().any()) else 0.0)
+    logits = size_without_truth(leaves, scale)
+    size *= logits
+    each = max(logits, logprobs[logprobs.isfinite()].abs().max().item() if bool(logprobs.isfinite().any()) else 0.0)
     scales = {"out 0": pairs, "out 1": pairs, "out 2": each, "out 3": max(each, largest), "out 4": each}
     within_bounds(first, books, truth, scales | gradient_scales(leaves, size), rounded, what)
