@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # torch is installed by itself first: its pin in constraints.txt decides between the CPU and the CUDA build.
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench gpu-static gpu-bench mutants install clean
+.PHONY: demo test test-all fuzz lint bench gpu-static gpu-bench mutants install clean
 
 demo: $(STAMP)
 	$(BIN)/tuna demo --output runs/demo
@@ -22,6 +22,12 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(TEST) -m "slow or not slow"
 	TRITON_INTERPRET=1 $(TEST) -m "slow or not slow" tests/triton
+
+# Random cases until the time is up: `make fuzz SECONDS=600 SEED=1000`; ONLY=kernels runs one fuzzer.
+SECONDS ?= 60
+SEED    ?= 0
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -223,9 +223,15 @@ def preset_upstream(
         mle_gradient[best] = -1.0 / (lengths[best].double() * max(counts.groups, 1))
     else:
         mle_gradient = torch.full_like(scores, -1.0 / max(counts.tokens, 1))
-    mle = (mle_gradient * sums).sum()
+    # A candidate that does not count may have a log-probability of -inf, and 0 times that is not 0.
+    mle = torch.where(mle_gradient == 0, 0, mle_gradient * sums).sum()
     per_candidate = gradient / penalty + mle_weight * mle_gradient
     return PresetResult(ranking, mle, visible, per_candidate[candidate])
+
+
+def weighted(term: Tensor, weight: float) -> Tensor:
+    """``weight * term``, and 0 without weight even where the term is infinite."""
+    return weight * term if weight else torch.zeros_like(term)
 
 
 def first_best(ranks: Tensor, group_offsets: Tensor) -> Tensor:

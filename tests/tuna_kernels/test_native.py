@@ -20,9 +20,9 @@ def one_row(values: Tensor) -> Tile:
 
 
 def native_exp(x: Tensor) -> Tensor:
-    """The gradient of a row with lse 0 and softmax weight 1 is e^x."""
+    """The gradient of a row with maximum 0, log of the sum 0 and softmax weight 1 is e^x."""
     out = x.clone()
-    rows = RowGradient(torch.zeros(1), torch.ones(1), None, None, torch.empty(0))
+    rows = RowGradient(torch.zeros(1), torch.zeros(1), torch.ones(1), None, None, torch.empty(0))
     OPS.gradient(one_row(out), Head(torch.empty(0, 0), None, None, 1.0, None), rows, is_capped=False)
     return out
 

@@ -103,7 +103,8 @@ class NativeTileOps:
     def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
         _cpu.gradient_tile(
             _native_tile(tile, head.logit_scale, head.softcap),
-            lse=gradient.lse.data_ptr(),
+            maximum=gradient.maximum.data_ptr(),
+            log_sum=gradient.log_sum.data_ptr(),
             softmax_weight=gradient.softmax_weight.data_ptr(),
             entropy_weight=address(gradient.entropy_weight),
             entropy=address(gradient.entropy),
