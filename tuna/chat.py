@@ -1,15 +1,14 @@
 """A tokenizer's chat template: the text before an answer, around it, and the token that ends it.
 
 What is trained is what the template renders. The prompt is the conversation up to the generation prompt; a response is
-everything that the template writes from there to the end of the turn: a blank or an empty think block before the answer,
-the answer (stripped, where the template strips it), what stands between it and the end token, and the end token. A
-template whose generation prompt is not how it begins the assistant's turn cannot be split there and is refused, and so is
-one that leaves out a turn or a part of an answer.
+everything that the template writes from there to the end of the turn: a blank or an empty think block before the
+answer, the answer (stripped, where the template strips it), what stands between it and the end token, and the end
+token. A template whose generation prompt is not how it begins the assistant's turn cannot be split there and is
+refused, and so is one that leaves out a turn or a part of an answer.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ Turns = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """A response as it follows the prompt: what the template writes before the text, the text, and what it writes after.
+    """A response as it follows the prompt: what the template writes before its text, the text, and what comes after.
 
     ``ended`` says that ``after`` closes with the end token, printed by the template; else the end of sequence follows.
     """
@@ -103,7 +102,7 @@ class ChatTemplate:
         places = [last]
         try:
             more = self._render([*_ASKED, _said(ANSWER), {"role": "user", "content": "more"}], "", generation=False)
-            places.insert(0, os.path.commonprefix([last, more.rpartition(ANSWER)[2]]))
+            places.insert(0, _common(last, more.rpartition(ANSWER)[2]))
         except ValueError:  # one that takes a single question
             pass
         for place in places:
@@ -205,12 +204,18 @@ def _split(prompt: str, whole: str, name: str) -> str:
     """``whole`` without the prompt it begins with."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
-    at = len(os.path.commonprefix([prompt, whole]))
+    at = len(_common(prompt, whole))
     raise ValueError(
         f"{name + ': ' if name else ''}the chat template cannot be split where the answer begins: its prompt ends with "
         f"{prompt[at:][-60:]!r}, where the conversation with an answer goes on with {whole[at:][:60]!r}; use a chat "
         "template that agrees with itself, or template = 'none' with data that is templated already"
     )
+
+
+def _common(one: str, other: str) -> str:
+    """What both texts begin with."""
+    count = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:count]
 
 
 def _squeezed(text: str) -> str:

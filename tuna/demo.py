@@ -35,6 +35,7 @@ from tuna.side_by_side import (
     count_tokens,
     step_memory,
 )
+from tuna.split import hold_out
 from tuna.tokenization import TokenizedGroup, tokenize_records
 from tuna.trainer import TunaTrainer
 from tuna_kernels import Group
@@ -177,12 +178,10 @@ def read_demo_records(data: str | None) -> list[Record]:
 
 def split(groups: Sequence[TokenizedGroup], seed: int) -> tuple[list[TokenizedGroup], list[TokenizedGroup]]:
     """Two thirds to train on and one third held out, at random by ``seed``, both in the order given."""
-    count = max(1, round(HELD_OUT * len(groups)))
-    chosen = set(np.random.default_rng(seed).permutation(len(groups))[:count].tolist())
-    return (
-        [group for i, group in enumerate(groups) if i not in chosen],
-        [group for i, group in enumerate(groups) if i in chosen],
-    )
+    keys = [repr(list(map(int, group.group.prompt))) for group in groups]
+    held = hold_out(keys, HELD_OUT, seed)
+    pairs = list(zip(groups, keys, strict=True))
+    return [group for group, key in pairs if key not in held], [group for group, key in pairs if key in held]
 
 
 def draw_batches(groups: Sequence[Group], settings: DemoSettings) -> list[list[Group]]:

@@ -54,11 +54,12 @@ def score_responses(
         for item in sets
     ]
     unended = {
-        item.id: [i for i, response in enumerate(item.responses) if response.finish_reason == "length"]
-        for item in sets
+        item.id: [i for i, response in enumerate(item.responses) if response.finish_reason == "length"] for item in sets
     }
     groups, _ = tokenize_records(records, tokenizer, template=template, max_length=max_length, unended=unended)
-    report = score_dataset(model, groups, tokens_per_batch=tokens_per_batch, backend=backend, on_batch=on_batch, tokenizer=tokenizer)
+    report = score_dataset(
+        model, groups, tokens_per_batch=tokens_per_batch, backend=backend, on_batch=on_batch, tokenizer=tokenizer
+    )
     sums, lengths = report.scored.logprob_sums, report.scored.lengths
     scored = []
     for item, (first, last) in zip(sets, pairwise(report.scored.group_offsets), strict=True):
@@ -75,4 +76,3 @@ def score_responses(
         ]
         scored.append(item.model_copy(update={"responses": responses, "scored_by": name}))
     return scored
-

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuna.chat import Answer, ChatTemplate
 from tuna.files import replacing
 from tuna.records import Record
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DEFAULT",
     "Renderer",
     "check_template",
+    "end_generation_at",
     "end_token_id",
     "render_prompt",
     "save_template",
@@ -145,6 +147,18 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
         raise ValueError(f"{name} has no end-of-sequence token; set tokenizer.eos_token")
     return end
+
+
+def end_generation_at(model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Let the model's generation settings, which are saved with it, stop at the token that ends trained responses."""
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    given = settings.eos_token_id
+    ends = [given] if isinstance(given, int) else list(given or ())
+    end = end_token_id(tokenizer, template)
+    if end not in ends:
+        settings.eos_token_id = [*ends, end]
 
 
 def unused_chat_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:

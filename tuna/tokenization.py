@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tuna.chat import Answer, special_text
 from tuna.records import OnBad, Problem, Record, settle_problems
-from tuna.templates import Renderer, end_token_id
+from tuna.templates import DEFAULT, Renderer, end_token_id
 from tuna_kernels.tree import Group, pack_groups
 
 if TYPE_CHECKING:
@@ -87,11 +87,9 @@ def tokenize_records(
     problems: list[Problem] = []
     rendered: list[_Rendered] = []
     for record in records:
-        try:
-            prompt = renderer.prompt(record)
-            rendered.append(_Rendered(record, prompt, renderer.answers(record, prompt)))
-        except ValueError as error:
-            problems.append(Problem("", None, str(error)))
+        item = _render(renderer, record)
+        problems += [item] if isinstance(item, Problem) else []
+        rendered += [item] if isinstance(item, _Rendered) else []
     prompts = encode_prompts(tokenizer, [item.prompt for item in rendered], template=template)
     fits = [_room_problem(item.record, len(ids), max_length) for item, ids in zip(rendered, prompts, strict=True)]
     problems += [problem for problem in fits if problem is not None]
@@ -109,6 +107,14 @@ class _Rendered:
     record: Record
     prompt: str
     answers: list[Answer]
+
+
+def _render(renderer: Renderer, record: Record) -> _Rendered | Problem:
+    try:
+        prompt = renderer.prompt(record)
+        return _Rendered(record, prompt, renderer.answers(record, prompt))
+    except ValueError as error:
+        return Problem("", None, str(error))
 
 
 def _encode_answers(
@@ -182,7 +188,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
     return ids
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, template: str) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, template: str = DEFAULT
+) -> list[list[int]]:
     """Token ids of prompts rendered with ``template``: text that spells a special token is that token.
 
     A chat template prints the beginning of sequence itself, or means none; other prompts get the tokenizer's own.

@@ -36,9 +36,12 @@ from tuna.guards import FiniteLoss
 from tuna.meters import TrainingMeter
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
 from tuna.models import compile_layers
-from tuna.records import Record
+from tuna.notices import data_notices
+from tuna.records import Record, RecordSet, read_records
 from tuna.schedule import Schedule
+from tuna.templates import end_generation_at, save_template
 from tuna.tokenization import TokenizedGroup, tokenize_records
+from tuna.vocabulary import check_vocabulary
 from tuna_kernels import LossCounts, RankingLossOutput
 from tuna_kernels.integrations.ranking_model import Carrier, Request
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, score_groups
@@ -46,7 +49,7 @@ from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
 
 logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 10
-GroupData = Sequence[TokenizedGroup] | Sequence[Record]
+GroupData = Sequence[TokenizedGroup] | Sequence[Record] | Sequence[Mapping[str, Any]]
 
 
 class TunaTrainer(DurableTrainer):
@@ -59,16 +62,17 @@ class TunaTrainer(DurableTrainer):
         model: a causal language model of transformers, or a `peft` model around one. It is prepared for trees
             (`tuna_kernels.integrations.transformers.prepare_model`) and keeps working as before otherwise.
         args: the settings.
-        train_dataset: tokenised groups, or records, which are tokenised here by ``args.template``,
-            ``args.max_length`` and ``args.on_bad`` with ``processing_class``.
+        train_dataset: tokenised groups, or records (also as a `datasets.Dataset` or rows of any shape that
+            `tuna.records.read_records` knows), which are tokenised here by ``args.template``, ``args.max_length`` and
+            ``args.on_bad`` with ``processing_class``.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; saved with the model.
         callbacks: as for the stock trainer.
         optimizers: optimizer and schedule, as for the stock trainer.
 
     Raises:
-        ValueError: DataParallel (several GPUs in one process), an empty dataset, a model or a setting that
-            cannot be trained exactly on trees.
+        ValueError: DataParallel (several GPUs in one process), an empty dataset, tokens that the model has no
+            embedding for, a model or a setting that cannot be trained exactly on trees.
         TypeError: ``args`` is no `TunaConfig`, or a dataset of something else.
     """
 
@@ -90,11 +94,13 @@ class TunaTrainer(DurableTrainer):
         if not isinstance(args, TunaConfig):
             raise TypeError(f"args must be a TunaConfig, got {type(args).__name__}")
         tokenize = functools.partial(tokenized, args=args, tokenizer=processing_class)
+        train = train_dataset and tokenize(train_dataset)
         evaluation = (
             {name: tokenize(data) for name, data in eval_dataset.items()}
             if isinstance(eval_dataset, Mapping)
             else eval_dataset and tokenize(eval_dataset)
         )
+        check_data(model, train, evaluation, args, processing_class)
         model = prepare_model(model, attention=args.tree_attention)
         if args.compile_options is not None:
             compile_layers(model, args.compile_options)
@@ -103,7 +109,7 @@ class TunaTrainer(DurableTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset and tokenize(train_dataset),
+            train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -339,6 +345,12 @@ class TunaTrainer(DurableTrainer):
         """Refused: a tree has no labels to predict. `score` gives what the model makes of each response."""
         raise TypeError("TunaTrainer has no predict: use score(dataset) or evaluate(dataset)")
 
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_template(output_dir or str(self.args.output_dir), self.args.template)
+
     # Logging
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -354,23 +366,29 @@ class TunaTrainer(DurableTrainer):
 
 
 def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[TokenizedGroup]:
-    """``dataset`` as tokenised groups; records are tokenised by the settings in ``args``.
+    """``dataset`` as tokenised groups; records, and rows of records, are tokenised by the settings in ``args``.
 
     Raises:
         TypeError: elements of another kind.
-        ValueError: records without a tokenizer, or none that can be used.
+        ValueError: records without a tokenizer, or none that can be used; several splits of a dataset.
     """
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"train_dataset holds several splits, pass one of them: {', '.join(map(str, dataset))}")
     items: list[Any] = list(dataset)
     if all(isinstance(item, TokenizedGroup) for item in items):
         return items
-    wrong = next((item for item in items if not isinstance(item, Record)), None)
-    if wrong is not None:
-        raise TypeError(f"a dataset holds TokenizedGroup or Record, all of one kind, not {type(wrong).__name__}")
+    wrong = next((item for item in items if not isinstance(item, Record | Mapping)), None)
+    if wrong is not None or len({isinstance(item, Record) for item in items}) > 1:
+        odd = type(wrong).__name__ if wrong is not None else "several of them"
+        raise TypeError(f"a dataset holds TokenizedGroup, Record or rows of records, all of one kind, not {odd}")
     if tokenizer is None:
         raise ValueError("records need a tokenizer: pass processing_class=tokenizer")
+    rows = items and isinstance(items[0], Mapping)
+    found = read_records(items, on_bad=args.on_bad) if rows else RecordSet(items, [])
     groups, problems = tokenize_records(
-        items, tokenizer, template=args.template, max_length=args.max_length, on_bad=args.on_bad
+        found.records, tokenizer, template=args.template, max_length=args.max_length, on_bad=args.on_bad
     )
+    problems = [*found.problems, *problems]
     for problem in problems[:SHOWN_PROBLEMS]:
         logger.warning("left out: %s", problem)
     if len(problems) > SHOWN_PROBLEMS:
@@ -378,6 +396,20 @@ def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokeniz
     if not groups:
         raise ValueError(f"none of the {len(items)} records can be used; the first problem: {problems[0]}")
     return groups
+
+
+def check_data(
+    model: nn.Module, train: Any, evaluation: Any, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse tokens without an embedding, tell what is odd, and let the model's generation end where responses do."""
+    sets = dict(evaluation) if isinstance(evaluation, Mapping) else {"": evaluation} if evaluation else {}
+    for groups in (train or (), *sets.values()):
+        check_vocabulary(model, groups, tokenizer)
+    facts: Any = {"template": args.template, "max_length": args.max_length, "tokenizer": tokenizer}
+    for notice in data_notices(train, sets, **facts) if args.process_index == 0 else ():
+        logger.warning("%s", notice)
+    if tokenizer is not None:
+        end_generation_at(model, tokenizer, args.template)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from tuna.chat import ChatTemplate
 from tuna.constrained import Constraint, json_constraint
 from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
-from tuna.chat import ChatTemplate
 from tuna.serve.answers import Part, Unsent, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
 from tuna.serve.engine import Busy, Engine, RowTask
 from tuna.serve.errors import ApiError, answer_errors
