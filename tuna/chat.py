@@ -89,16 +89,18 @@ class ChatTemplate:
     def end(self) -> str | None:
         """The text of the token that ends the assistant's turn: the first special token behind an answer.
 
-        Where there is none, the first token that was added to the vocabulary; None where plain text closes a turn, or
-        nothing does. A token that stands behind the last turn only (`</s>` after `<|im_end|>`) comes second.
+        One that closes the user's turn as well goes before others. Where there is no special token, the first one that
+        was added to the vocabulary; None where plain text closes a turn, or nothing does. What stands behind the last
+        turn of a conversation only (`</s>` after `<|im_end|>`) is looked at last.
         """
         try:
             last = self._render([*_ASKED, _said(ANSWER)], "", generation=False)
         except ValueError:  # prompts have their own error
             return None
-        _, found, last = last.rpartition(ANSWER)
+        head, found, last = last.rpartition(ANSWER)
         if not found:
             return None
+        asked = head.rpartition(QUESTION)[2]
         places = [last]
         try:
             more = self._render([*_ASKED, _said(ANSWER), {"role": "user", "content": "more"}], "", generation=False)
@@ -107,9 +109,9 @@ class ChatTemplate:
             pass
         for place in places:
             for added in (False, True):
-                token = special_text(self.tokenizer, added=added).search(place)
-                if token is not None:
-                    return token[0]
+                tokens = special_text(self.tokenizer, added=added).findall(place)
+                if tokens:  # what closes the user's turn too closes a turn, and not a part of one
+                    return next((token for token in tokens if token in asked), str(tokens[0]))
         return None
 
     def answer_in(self, text: str) -> str:

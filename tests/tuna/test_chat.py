@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # templates are lines
 """Law of chat templates: prompt and response are what the template renders, up to and including the end token."""
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ CASES = {
     "think block": (THINKING, "<|im_end|>", IM),
     "newline before the end": (LOOP + TURN + "\n<|eot|>\n" + GENERATION, "<|eot|>", ("<|eot|>",)),
     "stripped": (LOOP + "<|{{m.role}}|>\n{{m.content | trim}}<|end|>\n" + GENERATION, "<|end|>", ()),
-    "tags": (LOOP + "<|{{m.role}}|>\n<answer>{{m.content}}</answer><|end|>\n" + GENERATION, "<|end|>", ("</answer>",)),
+    "tags": (LOOP + "<|{{m.role}}|>\n<answer>{{m.content}}</answer><|end|>\n" + GENERATION, "<|end|>", ()),
     "text after the end": (LOOP + TURN + "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% else %}</s>{% endif %}", "<|end|>", ()),
     "generation marks": (LOOP + "<|{{m.role}}|>\n{% generation %}{{m.content}}<|end|>{% endgeneration %}\n" + GENERATION, "<|end|>", ()),
     "no generation prompt": (LOOP + "{{m.role}}: {{m.content}}</s>\n{% endfor %}", "</s>", ()),
@@ -100,6 +101,16 @@ def test_the_end_of_the_text_behind_the_last_turn_is_not_the_end_of_a_turn() -> 
     )
     tokenizer = with_template(template, ("<|fin|>",), special=False)
     assert end_token_id(tokenizer, "chat") == tokenizer.convert_tokens_to_ids("<|fin|>")
+
+
+def test_a_token_that_closes_a_part_of_the_turn_does_not_end_it() -> None:
+    template = (
+        LOOP
+        + "{% if m.role == 'user' %}{{m.content}}<|fin|>{% else %}<|say|>{{m.content}}<|said|><|fin|>{% endif %}{% endfor %}"
+    )
+    for special in (True, False):
+        tokenizer = with_template(template, ("<|say|>", "<|said|>", "<|fin|>"), special=special)
+        assert tokenizer.decode(trained(tokenizer, QUESTION, "yes")[1]) == "<|say|>yes<|said|><|fin|>"
 
 
 def test_a_turn_closed_by_plain_text_keeps_it_and_ends_with_the_end_of_sequence() -> None:

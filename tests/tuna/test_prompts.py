@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # a row of data a line
 """Law of reading: nothing that belongs to a prompt, a turn or an answer is dropped without a word."""
 
 from __future__ import annotations

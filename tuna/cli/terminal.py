@@ -55,11 +55,11 @@ class Terminal(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text, self.encoding), segment.style)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Also titles and cells, so that widths are counted with what is shown."""
         return super().render_str(visible(text, self.encoding), **options)
 
-    def status(self, status: RenderableType, **options: Any) -> Status:  # type: ignore[override]
+    def status(self, status: RenderableType, **options: Any) -> Status:
         """Rich would read mark-up in a status."""
         return super().status(Text(visible(status)) if isinstance(status, str) else status, **options)
 
