@@ -1,4 +1,4 @@
-"""Law of the vocabulary: a token without an embedding is refused before it is computed, with both sizes and its records."""
+"""Law of the vocabulary: a token without an embedding is refused before it is computed; both sizes are named."""
 
 from __future__ import annotations
 
