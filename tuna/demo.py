@@ -38,6 +38,7 @@ from tuna.side_by_side import (
 from tuna.split import hold_out
 from tuna.tokenization import TokenizedGroup, tokenize_records
 from tuna.trainer import TunaTrainer
+from tuna.vocabulary import check_vocabulary
 from tuna_kernels import Group
 from tuna_kernels.losses import Preset
 
@@ -134,7 +135,9 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     say(f"loading {settings.model}")
     model, tokenizer = load_model(settings.model)
-    train_set, held_out = split(read_groups(settings, tokenizer), settings.seed)
+    groups = read_groups(settings, tokenizer)
+    check_vocabulary(model, groups, tokenizer)
+    train_set, held_out = split(groups, settings.seed)
     batches = draw_batches([item.group for item in train_set], settings)
     agreements = compare_results(model, batches[0][:1], settings, say)
     costs = compare_costs(model, batches, settings, say)

@@ -29,6 +29,8 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 USED = (*PROMPT_KEYS, *SYSTEM_KEYS, "messages", "input", "history")
 """Fields that `prompt_of` reads, or compares with what it reads."""
 
+PLAIN = 24  # characters from which on a text that stands inside another one is no chance
+
 NOT_CARRIED = (
     "tools", "functions", "tool_calls", "function_call", "tool_choice", "chat_template_kwargs", "documents",
     "image", "images", "video", "videos", "audio", "audios", "context", "contexts",
@@ -79,7 +81,7 @@ def _with_input(row: Row, key: str, prompt: Any) -> Any:
         return prompt
     if not isinstance(prompt, str) or not isinstance(context, str):
         raise ValueError(f"field 'input' cannot be joined to {key!r}: both must be text")
-    return prompt if context in prompt else f"{prompt}\n{context}"
+    return prompt if _stands_in(context, prompt) else f"{prompt}\n{context}"
 
 
 def _with_turns_before(row: Row, prompt: Any) -> Fields:
@@ -235,4 +237,10 @@ def _says(prompt: Any, other: Any) -> bool:
     if isinstance(other, list):
         said = [turn.get("content") for turn in other if isinstance(turn, Mapping)]
         return bool(said) and all(text in texts for text in said)
-    return any(isinstance(text, str) and isinstance(other, str) and other.strip() in text for text in texts)
+    return any(isinstance(text, str) and isinstance(other, str) and _stands_in(other, text) for text in texts)
+
+
+def _stands_in(part: str, text: str) -> bool:
+    """Whether a text is part of another one that was made from it: as lines of their own, or long enough to tell."""
+    part = part.strip()
+    return f"\n{part}\n" in f"\n{text.strip()}\n" or (len(part) >= PLAIN and part in text)

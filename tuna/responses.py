@@ -7,7 +7,9 @@ Instructions are read from the shapes they come in:
 | plain | `prompt` (text) or `messages` | `id` | `reference` |
 | Alpaca, Tuna as released | `instruction`, then `input` on the next line | `id` | `output` if it is one text |
 | self-instruct seed tasks | `instruction`, then the `input` of the first of `instances` | `id` | its `output` |
-| Vicuna and MT-bench questions | the first of `turns`, or `question` or `text` | `question_id` | |
+| Vicuna and MT-bench questions | the first of `turns`, or `question` or `text` | `question_id` | `reference` |
+
+What stands beside a prompt goes with it, or is refused (`tuna.prompts`). Responses that a row has besides are not read.
 """
 
 from __future__ import annotations
@@ -203,7 +205,10 @@ def instruction_fields(row: Any) -> dict[str, Any]:
         raise ValueError(f"there is no prompt, messages, instruction, turns, question or text (fields: {keys})")
     if isinstance(turns, list) and len(turns) > 1:
         logger.warning("%s: the first of %d turns is asked, the others need its answer", fields.get("id"), len(turns))
-    return {**fields, **prompt_of({**present, "question": question})}
+    reference = present.get("reference")
+    if isinstance(turns, list) and isinstance(reference, list) and reference:
+        reference = reference[0]  # one a turn
+    return {**fields, **prompt_of({**present, "question": question}), "reference": reference}
 
 
 def _from_instruction(row: Mapping[str, Any]) -> dict[str, Any]:

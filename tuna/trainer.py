@@ -325,6 +325,7 @@ class TunaTrainer(DurableTrainer):
         if not dataset:
             raise ValueError("eval_dataset is empty or missing: there is nothing to evaluate")
         groups = tokenized(dataset, self.args, cast(Any, self.processing_class))
+        check_vocabulary(cast(Any, self.model), groups, cast(Any, self.processing_class))
         loader = self.get_eval_dataloader(groups)
         self.callback_handler.eval_dataloader = loader
         settings: Any = {"length_penalty": self.args.length_penalty, "backend": self.args.backend}

@@ -167,6 +167,8 @@ def test_instructions_and_responses_are_read_alike() -> None:
         return read_instructions([row])[0][0].turns()
 
     assert asked({"instruction": "fruit?", "system": "In French."}) == [SYSTEM, USER]
+    assert asked({"instruction": "How long is the word?", "input": "is"})[0]["content"] == "How long is the word?\nis"
+    assert asked({"instruction": "Add:\n2 + 2\n", "input": "2 + 2"})[0]["content"] == "Add:\n2 + 2\n"
     assert asked({"prompt": "fruit?", "input": "a sort"})[0]["content"] == "fruit?\na sort"
     assert asked({"question": "fruit?", "history": [["2", "4"]]}) == [*EARLIER, USER]
     assert asked({"prompt": "fruit?", "messages": [SYSTEM, USER]}) == [SYSTEM, USER]
@@ -186,5 +188,5 @@ def test_instructions_and_responses_are_read_alike() -> None:
 
 
 def test_turns_that_are_not_asked_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    (found,), _ = read_instructions([{"question_id": 7, "turns": ["first?", "second?"]}])
-    assert found.prompt == "first?" and "first of 2 turns" in caplog.text
+    (found,), _ = read_instructions([{"question_id": 7, "turns": ["first?", "second?"], "reference": ["1", "2"]}])
+    assert found.prompt == "first?" and found.reference == "1" and "first of 2 turns" in caplog.text

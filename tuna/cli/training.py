@@ -65,6 +65,9 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
         held_out = tokenized(eval_records, config, tokenizer) if eval_records else None
     trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
     trainer.remove_callback(PrinterCallback)
+    if not run.resume and not (held_out and run.eval_first):
+        with console.status("ranking a sample of the data …"):
+            warn(console, reversed_notice(_base_accuracy(trainer, train)))
     trainer.add_callback(TrainingProgress(console))
     trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
@@ -73,8 +76,8 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     if trainer.is_world_process_zero():
         save_template(output, config.template)  # now, so that a run that was stopped has it to resume
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
-    if not run.resume:
-        warn(console, reversed_notice(_base_accuracy(trainer, before, train)))
+    if before is not None and not run.resume:
+        warn(console, reversed_notice(before.get("eval_rank/accuracy")))
     trainer.train(resume_from_checkpoint=run.resume or None)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
@@ -119,12 +122,8 @@ def _template(run: RunSettings, given: str | None, output: Path, console: Consol
     return saved
 
 
-def _base_accuracy(
-    trainer: TunaTrainer, before: dict[str, float] | None, train: Sequence[TokenizedGroup]
-) -> float | None:
-    """Share of the pairs that the model ranks as the data does, before training: of the held-out data or a sample."""
-    if before is not None:
-        return before.get("eval_rank/accuracy")
+def _base_accuracy(trainer: TunaTrainer, train: Sequence[TokenizedGroup]) -> float | None:
+    """Share of the pairs in a sample that the model ranks as the data does, before training."""
     sample = sample_of(train)
     if not sample or trainer.args.deepspeed or trainer.args.fsdp:  # sharded weights are there once training starts
         return None
