@@ -23,6 +23,7 @@ from tuna.cli.settings import RunSettings
 from tuna.cli.template import given_template, warn
 from tuna.config import TunaConfig
 from tuna.export import merged_from
+from tuna.group_data import tokenized
 from tuna.logs import LOG_FILE, JsonLines, default_reports
 from tuna.metrics import ranking_metrics
 from tuna.models import load_model
@@ -32,7 +33,7 @@ from tuna.report import plot_log, write_json
 from tuna.split import split_records
 from tuna.templates import end_generation_at, save_template, saved_template
 from tuna.tokenization import TokenizedGroup, TokenStats, token_stats
-from tuna.trainer import TunaTrainer, tokenized
+from tuna.trainer import TunaTrainer
 
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
