@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tuna import checkpoints
 from tuna.models import load_model
+from tuna.templates import end_generation_at, save_template, saved_template
 
 ADAPTER = "adapter_config.json"
 
@@ -37,6 +38,7 @@ def export(source: Path, output: Path, *, model: str | None = None, dtype: torch
     checkpoint = _checkpoint(source)
     if output.exists():
         raise ValueError(f"output = {output} exists: choose another folder")
+    template = saved_template(checkpoint)
     masters = zero_weights(checkpoint)
     if (checkpoint / ADAPTER).exists():
         plain: Any = _merged(checkpoint, masters, model)
@@ -55,6 +57,11 @@ def export(source: Path, output: Path, *, model: str | None = None, dtype: torch
         if (checkpoint / "tokenizer_config.json").exists():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
             tokenizer.save_pretrained(draft)
+            if template is not None:
+                end_generation_at(plain, tokenizer, template)
+                plain.generation_config.save_pretrained(draft)
+        if template is not None:
+            save_template(draft, template)
         draft.rename(output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

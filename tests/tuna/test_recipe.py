@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     sets = [
         ResponseSet(
             id=f"q{i}",
-            prompt="Why?",
+            prompt=f"Why {i}?",
             reference="Because.",
             responses=[
                 Response(text=f"{n} words", tokens=n, logprob_sum=-1.0 * i, finish_reason="stop") for n in (1, 2)

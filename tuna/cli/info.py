@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
+
+from tuna.cli.terminal import Terminal, say_json
 
 __all__ = ["collect_info", "info"]
 
@@ -61,12 +62,13 @@ def info(
         raise typer.Exit(check_kernels(as_json=as_json))
     found = collect_info()
     if as_json:
-        typer.echo(json.dumps(found))
+        say_json(found)
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from tuna.cli.terminal import Terminal
+
+    console = Terminal()
     console.print(f"tuna {found['tuna']}, Python {found['python']}, {found['platform']}", highlight=False)
     console.print("{logical_cores} logical cores, torch uses {torch_threads} threads".format(**found["cpu"]))
     console.print(f"CUDA devices: {', '.join(found['cuda_devices']) or 'none'}", highlight=False)
@@ -87,7 +89,6 @@ def check_kernels(*, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
@@ -97,12 +98,12 @@ def check_kernels(*, as_json: bool) -> int:
     if reason := triton.why_not():
         raise ValueError(f"--self-check: {reason}")
     interpreted = triton.is_interpreted()
-    console = Console()
+    console = Terminal()
     running = run_checks("cpu" if interpreted else "cuda", small=interpreted)
-    checks = list(track(running, "checking kernels", console=Console(stderr=True), transient=True))
+    checks = list(track(running, "checking kernels", console=Terminal(stderr=True), transient=True))
     failed = sum(not check.passed for check in checks)
     if as_json:
-        typer.echo(json.dumps([asdict(check) | {"passed": check.passed} for check in checks]))
+        say_json([asdict(check) | {"passed": check.passed} for check in checks])
         return int(failed > 0)
     table = Table("kernel", "error", "allowed", "", title="GPU kernels against the float64 oracle")
     for check in checks:

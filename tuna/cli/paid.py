@@ -187,7 +187,7 @@ class PaidRun:
         from tuna.cli.bar import progress_bar
 
         start = time.perf_counter()
-        with progress_bar(self.console, "records", TextColumn("{task.fields[spent]}")) as bar:
+        with progress_bar(self.console, "records", TextColumn("{task.fields[spent]}", markup=False)) as bar:
             task = bar.add_task(self.tool, total=len(jobs), spent="")
             outcome, calls = asyncio.run(
                 run_paid(
