@@ -52,7 +52,7 @@ def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[s
         - ``rouge_mean``, ``rouge_worst_mean``: mean over the instructions of the mean and of the worst pair.
         - ``alike``: instructions whose worst pair is at ``limit`` or above.
         - ``equal``: responses that another one of their instruction equals.
-        - ``cut``: responses that were cut ("length").
+        - ``cut``: responses that were cut (by a limit or a filter).
     """
     pairs = [pair_rouge([response.text for response in item.responses]) for item in sets]
     judged = [values for values in pairs if values]
@@ -63,5 +63,5 @@ def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[s
         "rouge_worst_mean": float(np.mean([max(values) for values in judged])) if judged else None,
         "alike": sum(max(values) >= limit for values in judged),
         "equal": sum(len(item.responses) - len({" ".join(r.text.split()) for r in item.responses}) for item in sets),
-        "cut": sum(response.finish_reason == "length" for item in sets for response in item.responses),
+        "cut": sum(response.cut for item in sets for response in item.responses),
     }

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from tuna.answers import parse_choices, stored_choices
 from tuna.calls import PaidCalls, Request, Unfinished
 from tuna.endpoint import CallFailed, EndpointRefused
-from tuna.generate import parse_choices, with_extra
+from tuna.generate import with_extra
 from tuna.judgement import ASPECTS, MOST, Judgement, Unparsable, parse_judgement
 from tuna.records import Record
 from tuna.responses import Instruction
@@ -212,7 +213,12 @@ class Judge:
             body = {**request.body, **_response_format(form, count)}
             try:
                 answer = await calls.ask(
-                    "chat", body, parse_choices("chat", logprobs=False), draw=request.draw, omit=request.omit
+                    "chat",
+                    body,
+                    parse_choices("chat", logprobs=False),
+                    stored=stored_choices(logprobs=False),
+                    draw=request.draw,
+                    omit=request.omit,
                 )
             except EndpointRefused:
                 raise

@@ -31,7 +31,7 @@ def score_responses(
 ) -> list[ResponseSet]:
     """The same sets with `tokens`, `logprob_sum` and `logprob_mean` of a local model: all k in one pass.
 
-    The end token is scored with a response that ended, and not with one that was cut ("length").
+    The end token is scored with a response that ended, and not with one that was cut (by a limit or a filter).
 
     Args:
         sets: what to score.
@@ -80,7 +80,7 @@ def score_responses(
 def _without_ends(group: TokenizedGroup, item: ResponseSet, end: int) -> TokenizedGroup:
     """The group without the end token of responses that the endpoint cut (an empty one keeps it)."""
     responses = [
-        tokens[:-1] if response.finish_reason == "length" and len(tokens) > 1 and tokens[-1] == end else tokens
+        tokens[:-1] if response.cut and len(tokens) > 1 and tokens[-1] == end else tokens
         for tokens, response in zip(group.group.responses, item.responses, strict=True)
     ]
     return replace(group, group=replace(group.group, responses=responses))
