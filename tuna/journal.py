@@ -191,18 +191,13 @@ class Journal:
         if ("answer" in entry) == ("lost" in entry):
             raise ValueError("neither an answer nor a lost call")
         self.calls += 1
-        used = entry.get("usage")
-        # Written by a version that took the endpoint's word for it, or spoilt.
-        counted = (
-            isinstance(used, list) and len(used) == 2 and all(type(n) is int and 0 <= n <= MOST_USED for n in used)
-        )
-        if counted:
-            self.spent = self.spent + Usage(*used)
+        used = _usage(entry.get("usage"))
+        self.spent = self.spent + (used or Usage(0, 0))
         if "answer" in entry:
             self._places[entry["key"]] = place
         else:
             self.lost += 1
-        return None if counted else "its tokens cannot be read and are counted as none"
+        return None if used is not None else "its tokens cannot be read and are counted as none"
 
     def _load(self) -> None:
         offset = 0
@@ -257,6 +252,15 @@ class Journal:
             rows = [f"  {name}: {_show(earlier, name)} there, {_show(now, name)} now" for name in names]
             head = f"{self.folder} holds a run with other parameters:"
             raise OtherParameters("\n".join([head, *rows, "Use those, or another folder."]))
+
+
+def _usage(value: Any) -> Usage | None:
+    """Tokens as an entry holds them, None where a version that took the endpoint's word for them wrote no numbers."""
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    prompt, output = value
+    good = all(type(count) is int and 0 <= count <= MOST_USED for count in value)
+    return Usage(prompt, output) if good else None
 
 
 def _sync_folder(folder: Path) -> None:

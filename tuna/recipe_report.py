@@ -15,6 +15,7 @@ import numpy as np
 from tuna.files import open_rows, replacing
 from tuna.recipe import PlannedStep, Recipe
 from tuna.recipe_pictures import accuracy_picture, histogram_picture, training_picture
+from tuna.responses import ENDS
 
 __all__ = ["write_report"]
 

@@ -23,7 +23,8 @@ from tuna.responses import Response, ResponseSet, write_responses
 def shown(body: dict[str, Any]) -> list[str]:
     """The candidates in a request, as they are shown."""
     text = body["messages"][1]["content"]
-    return re.findall(r'<candidate number="\d+">\n(.*?)\n</candidate>', text, re.DOTALL)
+    pattern = r'<candidate-([0-9a-f]{12}) number="\d+">\n(.*?)\n</candidate-\1>'
+    return [found[1] for found in re.findall(pattern, text, re.DOTALL)]
 
 
 def worth(text: str) -> int:
