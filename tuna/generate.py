@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tuna.answers import MISSING, parse_choices, stored_choices
-from tuna.calls import PaidCalls, Request
+from tuna.calls import PaidCalls, Request, request_key
 from tuna.endpoint import Api, CallFailed, EndpointRefused
 from tuna.records import Record
 from tuna.responses import Instruction, Response, ResponseSet
@@ -169,7 +169,12 @@ async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, 
         answer: dict[str, Any] = await calls.ask(request.api, request.body, parse, stored=stored, draw=draw)
         return answer
 
-    if n > 1 and calls.endpoint.single_choice:
+    def known(choices: int) -> bool:
+        request = sampling.request(instruction, choices, draw)
+        return request_key(request.api, request.body, draw=draw) in calls.journal
+
+    # An earlier run may have learnt it: what it was answered is not paid for again.
+    if not known(n) and (calls.endpoint.single_choice or known(1)):
         n = 1
     try:
         return await ask(n)

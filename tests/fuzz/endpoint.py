@@ -38,8 +38,8 @@ ODD = [
     '{"token_logprobs":[null,-1],"tokens":["a"]}', '"\u202e"', "10000001", "1e5",
 ]
 STATUSES = [
-    100, 204, 206, 300, 301, 303, 304, 307, 308, 400, 403, 404, 405, 408, 409, 413, 415, 418, 422, 429, 451, 500, 501, 503,
-    529, 599,
+    100, 204, 206, 300, 301, 303, 304, 307, 308, 400, 403, 404, 405, 408, 409, 413, 415, 418, 422, 429, 451, 500,
+    501, 503, 529, 599,
 ]
 WAITS = ["1e9", "-5", "nan", "inf", "soon", "0", "0.01", "9" * 400, "Thu, 01 Jan 9999 00:00:00 GMT", "\x00", "\u0967"]
 WORDS = [
@@ -88,8 +88,9 @@ def case(seed: int) -> None:
         again = {i for i in done if any(f"Question {i}?" in json.dumps(body) for body in server.bodies[asked:])}
         assert not again, _told(seed, f"paid again for {again}", second)
         assert _results(folder, command) == (set(range(COUNT)), set()), _told(seed, "records of the rerun", second)
+        asked = len(server.bodies)
         third = run("--tries", "5") if command == "judge" else run()
-        assert third.exit_code == 0 and len(set(server.paid.values())) == 1, _told(seed, "a third run pays", third)
+        assert third.exit_code == 0 and len(server.bodies) == asked, _told(seed, "a third run pays", third)
         _no_key(seed, folder, [first, second, third])
 
 
