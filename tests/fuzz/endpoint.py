@@ -21,7 +21,7 @@ from tuna.cli import app
 from tuna.records import Record
 from tuna.responses import ResponseSet
 
-SHORT_RUN = 12
+SHORT_RUN = 6
 KEY = "sk-proj-Zq8wE4rT7yU2iO9pA5sD"
 COUNT = 4  # records
 SPOT = '"@@@"'
