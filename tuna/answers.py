@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tuna.bodies import UnusableAnswer, clean_text, short
 from tuna.budget import Usage
 from tuna.reasoning import CLOSING, split_reasoning
+from tuna.remedies import error_message
 
 __all__ = ["LEAST", "MISSING", "ROUNDING", "Api", "parse_choices", "reported_usage", "stored_choices"]
 
@@ -44,7 +45,8 @@ def parse_choices(api: Api, *, logprobs: bool, probe: bool = False) -> Callable[
     def parse(reply: Any) -> dict[str, Any]:
         choices = reply.get("choices") if isinstance(reply, Mapping) else None
         if not isinstance(choices, list) or not choices:
-            raise UnusableAnswer("it has no choices")
+            words = short(error_message(reply))
+            raise UnusableAnswer("it has no choices" + (f", but says: {words}" if words else ""))
         usage = reply.get("usage")
         alone = usage if len(choices) == 1 and isinstance(usage, Mapping) else {}
         return _usable(reply.get("model"), choices, lambda choice: _choice(api, choice, alone, probe), logprobs)
@@ -112,7 +114,7 @@ def _choice(api: Api, choice: Mapping[str, Any], usage: Mapping[str, Any], probe
     thinking, text = split_reasoning(clean_text(given or ""))
     thinking = clean_text(thought) or thinking
     hidden = _reasoning_tokens(usage)
-    if (given is None or (not text.strip() and thinking and reason == "length")) and not probe:
+    if (given is None or (not text.strip() and (thinking or hidden) and reason == "length")) and not probe:
         raise _no_text(message, reason, bool(thinking or hidden))
     values, missing = _logprobs(choice.get("logprobs"), text, bool(thinking or hidden), refused)
     tokens = None if values is None else len(values)

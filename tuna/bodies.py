@@ -121,7 +121,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _described(text: str, error: json.JSONDecodeError) -> str:
     start = text[:2000].lstrip()
     if start.startswith("<"):
-        return f"it is no JSON but a page: {short(_MARKUP.sub(' ', start), 100)}"
+        return f"it is no JSON but a page (check --base-url): {short(_MARKUP.sub(' ', start), 100)}"
     if start.startswith(("data:", "event:", ": ")):
         return "it is no JSON but a stream of events, which was not asked for"
     return f"it is no JSON ({error.msg} at character {error.pos + 1} of {len(text)}): {short(start, 80)}"

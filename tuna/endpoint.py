@@ -316,7 +316,7 @@ class Endpoint:
     def _said(self, words: str, advice: str = "") -> str:
         """Words that may be the endpoint's, as they may be printed and written down."""
         words = short(self.redact(words))
-        return f"{words}. {advice}" if advice else words
+        return f"{words.rstrip('.')}. {advice}" if advice else words
 
     def _limit(self) -> str:
         return f"total_timeout = {self.settings.total_timeout:g} s"

@@ -13,7 +13,7 @@ from tuna.keys import NO_KEY, Redactor, api_key
 if TYPE_CHECKING:
     from tuna.endpoint import EndpointSettings
 
-__all__ = ["address_of", "error_words", "needs_key", "remedy"]
+__all__ = ["address_of", "error_message", "error_words", "needs_key", "remedy"]
 
 _MARKUP = re.compile(r"<[^<>]*>")
 _CONTEXT = re.compile(r"context.?length|context window|maximum context|too long|too many tokens", re.IGNORECASE)
@@ -63,21 +63,22 @@ def error_words(content: bytes) -> str:
         value = parse_json(content, unique=False)
     except UnusableAnswer:
         return _MARKUP.sub(" ", content.decode("utf-8", "replace")[:2000]).strip() or "no words"
-    found = _message(value)
+    found = error_message(value)
     return found or content.decode("utf-8", "replace")[:2000]
 
 
-def _message(value: Any, depth: int = 0) -> str:
+def error_message(value: Any, depth: int = 0) -> str:
+    """What a JSON value says about an error, "" where it says nothing."""
     if isinstance(value, str):
         return value
     if depth > 4:
         return ""
     if isinstance(value, list):
-        return "; ".join(filter(None, (_message(item, depth + 1) for item in value[:3])))
+        return "; ".join(filter(None, (error_message(item, depth + 1) for item in value[:3])))
     if not isinstance(value, Mapping):
         return ""
     for name in ("error", "message", "msg", "detail", "errors"):
-        words = _message(value.get(name), depth + 1)
+        words = error_message(value.get(name), depth + 1)
         if words:
             code = value.get("code") if isinstance(value.get("code"), str) else value.get("type")
             return f"{words} ({code})" if isinstance(code, str) and name == "message" else words

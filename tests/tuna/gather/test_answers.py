@@ -80,6 +80,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("no text, at the limit", chat(None, None, "length", reasoning_content="hm"), "max_tokens went into its reasoning"),
     ("no text, at the limit, without reasoning", chat(None, None, "length"), "max_tokens were used up"),
     ("reasoning only", chat("<think>hm", [("hm", -1)], "length"), "max_tokens went into its reasoning"),
+    ("an error with status 200", {"error": {"message": "busy", "code": "overloaded"}}, r"busy \(overloaded\)"),
     ("a filter", chat(None, None, "content_filter"), "filter withheld"),
     ("a tool call", chat(None, None, "tool_calls", tool_calls=[{}]), "calls a tool"),
     ("a picture", chat([{"type": "image_url"}], None), "no text"),

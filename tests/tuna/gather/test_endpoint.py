@@ -216,9 +216,12 @@ def test_concurrency_is_bounded_and_used(tmp_path: Path) -> None:
 
 
 def test_the_rate_limit_spaces_requests(tmp_path: Path) -> None:
+    """No request comes before its slot; one may come late on a loaded machine, the first too."""
     with Misbehaving() as server:
+        begun = time.monotonic()  # the clock of the server's loop
         ask_all(server, tmp_path, 5, concurrency=5, requests_per_minute=600)
-        assert max(server.times) - min(server.times) >= 0.38
+        assert all(at - begun >= 0.1 * slot for slot, at in enumerate(sorted(server.times)))
+        assert len(server.times) == 5
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
