@@ -4,13 +4,11 @@ bounds hold, the key is nowhere."""
 from __future__ import annotations
 
 import asyncio
-import base64
 import email.utils
 import errno
 import gzip
 import json
 import os
-import re
 import time
 import zlib
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import Any
 import pytest
 
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
-from tuna.budget import Budget, BudgetSpent, Prices, Usage
+from tuna.budget import Budget, BudgetSpent, Prices
 from tuna.calls import PaidCalls, Unfinished, run_jobs
 from tuna.endpoint import CallFailed, Endpoint, EndpointRefused, EndpointSettings, UnusableAnswer, retry_after
-from tuna.journal import FolderInUse, Journal, OtherParameters, content_key
+from tuna.journal import Journal
 
 PATIENT = {"backoff": 0.01, "max_backoff": 0.05, "max_attempts": 6, "request_timeout": 20.0}
 
@@ -252,21 +250,6 @@ def test_refused_attempts_are_free_and_lost_ones_count(tmp_path: Path) -> None:
         assert not outcome.results and isinstance(outcome.stopped, BudgetSpent) and server.calls == 2
 
 
-def test_the_key_is_sent_and_written_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    secret = "sk-very-secret-0123456789"
-    monkeypatch.setenv("OPENAI_API_KEY", secret)
-    caplog.set_level("DEBUG")
-    echo = Fault(400, body=json.dumps({"error": {"message": f"bad key {secret}"}}))
-    with Misbehaving(lambda count, request: echo if request["prompt"] == "question 1" else None) as server:
-        outcome, _ = ask_all(server, tmp_path, 2)
-        assert server.headers["authorization"] == f"Bearer {secret}"
-    assert "[key]" in outcome.failed[1]
-    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    assert files and not any(secret in text for text in [*files, *outcome.failed.values(), caplog.text])
-
-
 BODIES = {
     "a gzip bomb": (gzip.compress(b'{"choices":"' + b"a" * 2**25 + b'"}', 1), {"content-encoding": "gzip"}),
     "a body beyond the bound": (b"[" + b"1," * 2**23 + b"1]", {}),
@@ -357,222 +340,6 @@ def test_what_one_request_is_refused_after_others_were_answered_is_its_own(statu
         bad = {f"question {i}" for i in range(1, 90)}
         outcome, _ = ask_all(server, tmp_path / "b", 90, concurrency=1)
         assert len(outcome.failed) == 25 and "25 jobs in a row" in str(outcome.stopped)
-
-
-SECRET = "sk-proj-Zq8wE4rT7yU2iO9pA5sD"
-ECHOES = [
-    SECRET, SECRET.upper(), SECRET[:14], SECRET[9:], f"{SECRET[:7]}****{SECRET[-4:]}", f"{SECRET[:3]}...{SECRET[-4:]}",
-    base64.b64encode(SECRET.encode()).decode(), base64.b64encode(f"Bearer {SECRET}".encode()).decode(),
-    base64.b64encode(f"user:{SECRET}".encode()).decode(), SECRET.encode().hex(), "x" * 290 + SECRET, repr(f"'{SECRET}"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(ECHOES)))
-def test_the_key_is_taken_out_in_every_form(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    echo = ECHOES[number]
-
-    def answer(good: dict[str, Any]) -> dict[str, Any]:
-        return {**good, "choices": [{"text": f"your key is {SECRET}"}]}
-
-    def script(count: int, request: dict[str, Any]) -> Fault | None:
-        body = json.dumps({"error": {"message": f"bad key: {echo}"}})
-        return [Fault(answer=answer), Fault(400, body=body), Fault(answer=lambda good: echo)][
-            int(request["prompt"][-1])
-        ]
-
-    with Misbehaving(script) as server:
-        outcome, _ = ask_all(server, tmp_path, 3, concurrency=1, max_attempts=1)
-    assert outcome.results == {0: "your key is [key]"}
-    text = "".join([*outcome.failed.values(), *(path.read_text() for path in tmp_path.iterdir())]).lower()
-    last = echo.lower()[-9:]
-    assert last not in text
-    assert SECRET.lower()[8:17] not in text and SECRET.lower()[-5:] not in text
-
-
-def test_a_word_that_serves_as_key_may_stand_in_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "dummy")
-    with Misbehaving(lambda count, request: Fault(answer=lambda good: {"choices": [{"text": "a dummy"}]})) as server:
-        assert ask_all(server, tmp_path)[0].results == {0: "a dummy"}
-
-
-@pytest.mark.parametrize(
-    "key", ["sk-a\nb", "sk-a\rb", "Bearer sk-ab", "sk\u2011ab", "sk-a\tb", "sk-a\x00b"[:4] + "\x7f"]
-)
-def test_what_cannot_be_a_key_is_refused_before_anything_is_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_KEY", key)
-    with pytest.raises(ValueError, match=r"\$MY_KEY holds") as raised:
-        EndpointSettings("http://localhost:1/v1", "MY_KEY")
-    assert "sk" not in str(raised.value)
-    with pytest.raises(ValueError, match="not the key"):
-        EndpointSettings("http://localhost:1/v1", "sk-secret")
-
-
-ADDRESSES = {
-    " http://a:1/v1\n": "http://a:1/v1",
-    "http://a/v1/": "http://a/v1",
-    "https://a/v1/chat/completions": "https://a/v1",
-    "https://a/v1/completions/": "https://a/v1",
-    "http://[::1]:8000/v1": "http://[::1]:8000/v1",
-    "HTTP://a/v1": "HTTP://a/v1",
-}
-
-
-@pytest.mark.parametrize("url", ADDRESSES)
-def test_addresses_as_they_are_copied(url: str) -> None:
-    assert EndpointSettings(url).base_url == ADDRESSES[url]
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "host:8000/v1",
-        "http://",
-        "http://a b/v1",
-        "http://a:port/v1",
-        "http://[::1/v1",
-        "http://a/\nv1",
-        "http://a#b",
-    ],
-)
-def test_no_addresses(url: str) -> None:
-    with pytest.raises(ValueError, match="base_url"):
-        EndpointSettings(url)
-
-
-REMEDIES = [
-    (404, '{"detail": "Not Found"}', "/v1", r"Not Found.*/elsewhere/completions.*--base-url .*/v1"),
-    (404, '{"error": {"message": "The model `m` does not exist"}}', "", "does not exist.*--model"),
-    (401, '{"error": "no"}', "", "OPENAI_API_KEY"),
-    (400, '{"message": "maximum context length is 10 tokens"}', "", "maximum context.*--max-tokens"),
-    (400, '{"error": {"message": "\'max_tokens\' is not supported, use \'max_completion_tokens\'"}}', "", "--extra"),
-    (400, '{"detail": [{"msg": "temperature: unsupported value"}]}', "", """--extra '{"temperature": null}'"""),
-    (400, "<html><h1>Bad  Gateway</h1></html>", "", "Bad Gateway"),
-    (400, '{"error":' * 900 + "1" + "}" * 900, "", "status 400"),
-]
-
-
-@pytest.mark.parametrize(("status", "body", "path", "words"), REMEDIES)
-def test_errors_are_in_the_endpoints_words_with_the_remedy(
-    status: int, body: str, path: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with Misbehaving(lambda count, request: Fault(status, body=body)) as server:
-        server.url = server.url.replace("/v1", "/elsewhere") if path else server.url
-        outcome, _ = ask_all(server, tmp_path)
-    assert re.search(words, str(outcome.stopped or outcome.failed[0]))
-
-
-@pytest.mark.parametrize("url", ["http://user:secret@host/v1", "http://host/v1?key=secret", "localhost:80", "ftp://a"])
-def test_addresses_with_credentials_or_none_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="base_url") as raised:
-        EndpointSettings(url)
-    assert "secret" not in str(raised.value)
-
-
-@pytest.mark.parametrize("cut", range(0, 140, 7))
-def test_a_torn_last_line_is_cut_off_and_asked_again(cut: int, tmp_path: Path) -> None:
-    with Misbehaving() as server:
-        first, _ = ask_all(server, tmp_path, 3, concurrency=1)
-        path = tmp_path / "journal.jsonl"
-        whole = path.read_bytes()
-        path.write_bytes(whole[: max(0, len(whole) - 1 - cut)])
-        left = path.read_bytes().count(b"\n")
-        second, calls = ask_all(server, tmp_path, 3, concurrency=1)
-        assert calls.found == left and calls.made == 3 - left
-        assert path.read_bytes() == whole
-    assert first.results == second.results
-
-
-SPOILT = {
-    "no JSON": b"{spoilt",
-    "no UTF-8": b'{"key": "\xff\xfe"}',
-    "half a line and another": b'{"key": "ab", "usa{"key": "cd", "usage": [1, 2], "lost": "x"}',
-    "another version": b'{"version": 9, "entry": ["a", "b"]}',
-    "no object": b"[1, 2]",
-    "nested": b"[" * 100_000,
-    "a number without end": b'{"key": ' + b"9" * 9000,
-}
-
-
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_line_is_passed_over_told_and_asked_again(name: str, tmp_path: Path) -> None:
-    """It stays in the file, counts as a call, and costs one record another call; the others are not paid again."""
-    with Misbehaving() as server:
-        first, _ = ask_all(server, tmp_path, 3)
-        path = tmp_path / "journal.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(lines[0] + SPOILT[name] + b"\n" + lines[2])
-        second, calls = ask_all(server, tmp_path, 3)
-        assert server.calls == 4 and calls.found == 2 and calls.made == 1
-    assert second.results == first.results
-    assert "journal.jsonl line 2: it is no journal entry" in calls.journal.notes[0] and len(calls.journal.notes) == 1
-    assert calls.budget.calls == 4 and calls.journal.lost == 1
-    assert SPOILT[name] in path.read_bytes()
-
-
-@pytest.mark.parametrize("used", ["[1.5, 2]", f"[1{'0' * 400}, 2]", "[-1, 2]", "null", "[1]", '["a", 2]', "[NaN, 2]"])
-def test_tokens_of_an_older_journal_that_are_none_lose_no_answer(used: str, tmp_path: Path) -> None:
-    with Misbehaving() as server:
-        first, _ = ask_all(server, tmp_path, 2, concurrency=1)
-        path = tmp_path / "journal.jsonl"
-        path.write_text(re.sub(r'"usage": \[\d+, \d+\]', f'"usage": {used}', path.read_text()))
-        second, calls = ask_all(server, tmp_path, 2)
-        assert server.calls == 2 and calls.found == 2
-    assert second.results == first.results and len(calls.journal.notes) == 2 and calls.budget.spent == Usage(0, 0)
-
-
-def filed(folder: Path, tool: str, parameters: dict[str, Any]) -> None:
-    with Journal(folder, tool, parameters) as journal:
-        asyncio.run(journal.add(content_key("a"), "b", Usage(1, 1)))
-
-
-def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
-    filed(tmp_path, "generate", {"model": "a", "n": 4, "stop": None})
-    filed(tmp_path, "generate", {"stop": None, "model": "a", "n": 4})
-    with pytest.raises(OtherParameters, match=r'(?s)model: "a" there, "b" now.*seed: absent there, 1 now') as raised:
-        Journal(tmp_path, "generate", {"model": "b", "n": 4, "stop": None, "seed": 1}).__enter__()
-    assert " n:" not in str(raised.value)
-    with pytest.raises(OtherParameters, match="tuna generate"):
-        Journal(tmp_path, "judge", {"model": "a", "n": 4, "stop": None}).__enter__()
-
-
-def test_a_folder_without_answers_takes_other_parameters(tmp_path: Path) -> None:
-    with Journal(tmp_path, "generate", {"model": "a"}):
-        assert not (tmp_path / "manifest.json").exists()
-    with Journal(tmp_path, "generate", {"model": "b"}) as journal:
-        asyncio.run(journal.add_lost(content_key("a"), "a page of another server", Usage(1, 1)))
-    filed(tmp_path, "generate", {"model": "c"})
-    assert json.loads((tmp_path / "manifest.json").read_text())["parameters"] == {"model": "c"}
-    with pytest.raises(OtherParameters), Journal(tmp_path, "generate", {"model": "a"}):
-        pass
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"parameters": 3}'])
-def test_a_manifest_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
-    filed(tmp_path, "generate", {})
-    (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"manifest\.json"), Journal(tmp_path, "generate", {}):
-        pass
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with Journal(tmp_path, "test", {}), pytest.raises(FolderInUse, match="in use"):
-        Journal(tmp_path, "test", {}).__enter__()
-    with Journal(tmp_path, "test", {}):
-        pass
-
-
-def test_entries_side_by_side_are_all_on_the_disk(tmp_path: Path) -> None:
-    async def go(journal: Journal) -> None:
-        await asyncio.gather(*(journal.add(content_key(i), {"i": i}, Usage(1, 2)) for i in range(300)))
-
-    with Journal(tmp_path, "test", {}) as journal:
-        asyncio.run(go(journal))
-        assert [journal.get(content_key(i)) for i in range(300)] == [{"i": i} for i in range(300)]
-    with Journal(tmp_path, "test", {}) as journal:
-        assert len(journal) == 300 and journal.spent == Usage(300, 600) and journal.get(content_key("x")) is None
 
 
 def test_a_job_may_set_itself_aside() -> None:
