@@ -29,7 +29,7 @@ def score_responses(
 ) -> list[ResponseSet]:
     """The same sets with `tokens`, `logprob_sum` and `logprob_mean` of a local model: all k in one pass.
 
-    The end token is scored with a response that ended, and not with one that was cut ("length").
+    The end token is scored with a response that ended, and not with one that was cut (by a limit or a filter).
 
     Args:
         sets: what to score.
@@ -53,9 +53,7 @@ def score_responses(
         )
         for item in sets
     ]
-    unended = {
-        item.id: [i for i, response in enumerate(item.responses) if response.finish_reason == "length"] for item in sets
-    }
+    unended = {item.id: [i for i, response in enumerate(item.responses) if response.cut] for item in sets}
     groups, _ = tokenize_records(records, tokenizer, template=template, max_length=max_length, unended=unended)
     report = score_dataset(
         model, groups, tokens_per_batch=tokens_per_batch, backend=backend, on_batch=on_batch, tokenizer=tokenizer

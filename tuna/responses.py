@@ -18,10 +18,11 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tuna.answers import LEAST, ROUNDING
 from tuna.files import Unreadable, open_rows, write_rows
 from tuna.prompts import prompt_of
 from tuna.records import Message, OnBad, Problem, Record, Text, settle_problems
@@ -29,6 +30,7 @@ from tuna.records import Message, OnBad, Problem, Record, Text, settle_problems
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "ENDS",
     "Instruction",
     "Response",
     "ResponseSet",
@@ -37,6 +39,10 @@ __all__ = [
     "read_responses",
     "write_responses",
 ]
+
+Logprob: TypeAlias = Annotated[float, Field(le=ROUNDING, gt=LEAST, allow_inf_nan=False)]
+# Finish reasons of a response that ended by itself, as endpoints name them.
+ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed"})
 
 
 class Instruction(BaseModel):
@@ -82,16 +88,29 @@ class Response(BaseModel):
         logprob_mean: the sum divided by `tokens`, or None.
         finish_reason: "stop" (it ended), "length" (it was cut) or another word of the endpoint's.
         logprobs: of each token, where they were kept.
+        reasoning: what the model thought before it answered, where there is any; in no other field, and not trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    text: str
-    tokens: int | None = None
-    logprob_sum: float | None = None
-    logprob_mean: float | None = None
+    text: Text
+    tokens: int | None = Field(default=None, ge=0)
+    logprob_sum: float | None = Field(default=None, le=ROUNDING, allow_inf_nan=False)
+    logprob_mean: float | None = Field(default=None, le=ROUNDING, gt=LEAST, allow_inf_nan=False)
     finish_reason: str | None = None
-    logprobs: list[float] | None = None
+    logprobs: list[Logprob] | None = None
+    reasoning: Text | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Response:
+        if self.logprob_sum is not None and self.tokens and self.logprob_sum <= LEAST * self.tokens:
+            raise ValueError(f"logprob_sum = {self.logprob_sum} over {self.tokens} tokens counts missing ones as real")
+        return self
+
+    @property
+    def cut(self) -> bool:
+        """Whether it ended otherwise than by itself: at the limit, by a filter, in a tool call."""
+        return self.finish_reason is not None and self.finish_reason.lower() not in ENDS
 
 
 class ResponseSet(Instruction):
