@@ -98,6 +98,7 @@ def show_config() -> str:
         lines.append(
             f"native code for {_cpu_backend.instruction_set().name} ({_cpu_backend.ISA_VARIABLE} may ask for less)"
         )
+    lines += [f"{name} products: {whose}" for name, whose in _cpu_backend.products_chosen().items()]
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         chosen = resolve_backend("auto", torch.device(device), torch.float32)
