@@ -11,6 +11,7 @@ from .backends import cpu as _cpu_backend
 from .backends import triton as _triton_backend
 from .backends.head import HeadBackend, tiled_backend
 from .backends.torch import TorchTileOps
+from .installation import warn_of_shadowing
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_BACKEND"
@@ -52,6 +53,8 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
     if asked == "auto":
         first = "triton" if device.type == "cuda" else "cpu"
         if why_not(first, device, *dtypes):
+            if device.type == "cpu" and not torch.compiler.is_compiling():
+                warn_of_shadowing()
             return "torch"
         mention_unchecked(first, device)
         return first

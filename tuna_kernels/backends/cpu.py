@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..installation import why_no_extension
 from .product_choice import BLAS, OWN, Choice, Run, choose
 from .products import Multiply, Products, TorchMultiply
 from .slots import Slots
@@ -22,7 +23,7 @@ try:
     WHY_NOT = ""
 except ImportError as error:
     _cpu = None
-    WHY_NOT = f"the native extension _cpu is not there ({error}); was there a C++ compiler at install?"
+    WHY_NOT = why_no_extension(error)
 
 ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
 NAMES = {OWN: "our own", BLAS: "the BLAS's"}
