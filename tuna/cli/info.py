@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -33,11 +32,18 @@ PACKAGES = {
 
 
 def collect_info() -> dict[str, Any]:
-    """Versions, threads, devices and backends, as plain JSON values; a usable backend has "" for a reason."""
+    """Versions, threads, devices and backends, as plain JSON values; a usable backend has "" for a reason.
+
+    ``cpu_products``: by type, whose matrix products the `cpu` backend takes; ``warnings``: versions outside
+    of the tested, a checkout that hides the installed package.
+    """
     import torch
 
     from tuna import __version__
+    from tuna_kernels import versions
+    from tuna_kernels.backends.cpu import products_chosen
     from tuna_kernels.config import available_backends
+    from tuna_kernels.installation import shadowing
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -47,7 +53,9 @@ def collect_info() -> dict[str, Any]:
         "cpu": {"logical_cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "cuda_devices": devices,
         "backends": available_backends(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu_products": products_chosen(),
+        "packages": {name: versions.installed(name) for name in PACKAGES},
+        "warnings": [*versions.warnings(), *filter(None, [shadowing()])],
     }
 
 
@@ -78,7 +86,12 @@ def info(
     packages = Table("package", "version", "for", title="Packages", title_justify="left")
     for name, installed in found["packages"].items():
         packages.add_row(name, installed or "not installed", PACKAGES[name])
-    console.print(backends, packages)
+    console.print(backends)
+    for name, whose in found["cpu_products"].items():
+        console.print(f"{name} products of the cpu backend: {whose}", highlight=False)
+    console.print(packages)
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False)
 
 
 def check_kernels(*, as_json: bool) -> int:
@@ -114,10 +127,3 @@ def check_kernels(*, as_json: bool) -> int:
     where = "Triton's interpreter" if interpreted else "this card"
     console.print(f"{len(checks) - failed} of {len(checks)} checks passed in {where}")
     return int(failed > 0)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
