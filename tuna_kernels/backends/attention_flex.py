@@ -17,6 +17,7 @@ from torch import Tensor
 from tuna_kernels.backends import attention_reference
 from tuna_kernels.backends.attention_bounds import BlockMap, block_map
 from tuna_kernels.backends.attention_plan import check_values
+from tuna_kernels.backends.attention_sinks import beside_sinks
 
 BLOCK = 128
 """FlexAttention's default block, which all its kernels' tiles divide."""
@@ -48,6 +49,7 @@ def tree_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq] float32)``."""
     from torch.nn.attention.flex_attention import AuxRequest
@@ -55,7 +57,7 @@ def tree_attention(
     check_values(subtree_end, query_rows)
     if q.numel() == 0:
         return attention_reference.tree_attention(
-            q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
+            q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
         )
     if not torch.is_grad_enabled():  # on CPU it refuses inputs that could have a gradient, wanted or not
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -76,6 +78,9 @@ def tree_attention(
     if blocks.order is not None:
         back = torch.argsort(blocks.order)
         out, lse = out.index_select(2, back), lse.index_select(2, back)
+    if sinks is not None:
+        share, lse = beside_sinks(lse, sinks)
+        out = (out * share).to(out.dtype)
     return out, lse
 
 
