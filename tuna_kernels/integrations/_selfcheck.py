@@ -69,6 +69,24 @@ def _original_length(module: nn.Module, layer: str | None, kind: str) -> int:
     return int(module.original_max_seq_len)  # type: ignore[arg-type]
 
 
+def check_embedding_noise(model: PreTrainedModel) -> None:
+    """Refuse NEFTune in training mode: the law of its noise would be that of the packed row.
+
+    Raises:
+        ValueError: the hook of transformers' or another library's NEFTune is on the input embeddings.
+    """
+    embeddings = model.get_input_embeddings()
+    if embeddings.training and any("neftune" in _name(hook) for hook in embeddings._forward_hooks.values()):
+        raise ValueError(
+            "NEFTune is on (neftune_noise_alpha): its noise is scaled by the length of the input, here of all groups of "
+            "a packed row, and a shared prompt would draw it once for all its responses; remove the hook"
+        )
+
+
+def _name(function: Any) -> str:
+    return str(getattr(getattr(function, "func", function), "__qualname__", "")).lower()
+
+
 def recurrent_layer(model: nn.Module) -> str | None:
     """The class of a layer that hands a state from token to token, if the model has one."""
     for module in model.modules():
@@ -97,7 +115,7 @@ def signature(*modules: nn.Module) -> tuple[Any, ...]:
         (
             id(module),
             type(module),
-            None if (own := vars(module).get("forward")) is None or _of_engine(own) else id(own),
+            None if "_original_forward" in vars(module) else id(vars(module).get("forward")),  # accelerate's autocast
             *(id(h) for table in _hooks(module) for h in table.values() if not _of_engine(h)),
         )
         for module in modules
@@ -216,8 +234,9 @@ def _check_row_numbers(model: nn.Module, groups: list[Group], score: Callable[[P
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or autocast; every module's own mode is restored."""
+    """Evaluation mode without gradients or autocast (also accelerate's); every module's own mode is restored."""
     training = {module: module.training for module in model.modules()}
+    wrapped = {m: vars(m).pop("forward") for m in training if {"forward", "_original_forward"} <= vars(m).keys()}
     model.eval()
     try:
         device = next(model.parameters()).device.type
@@ -227,6 +246,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+        for module, forward in wrapped.items():
+            module.forward = forward
 
 
 @contextmanager

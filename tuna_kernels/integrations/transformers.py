@@ -281,6 +281,7 @@ def attention_backend(base: PreTrainedModel, backend: str) -> str:
 def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: _attention.TreePass) -> Tensor:
     """Last hidden states [Tq, D] of the pass's rows, with tokens ``input_ids`` [Tq]."""
     _selfcheck.check_positions(base, lambda: tree_pass.longest)
+    _selfcheck.check_embedding_noise(base)
     rows = tree_pass.query_rows
     positions = tree_pass.position_ids if rows is None else tree_pass.position_ids[rows]
     if base.config.get_text_config()._attn_implementation == _attention.DENSE:
