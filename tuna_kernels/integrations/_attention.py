@@ -35,6 +35,11 @@ SDPA, EAGER, DENSE = "tuna_tree", "tuna_tree_eager", "tuna_tree_dense"
 """What the implementation is called in a model's configuration: ordinary calls go to SDPA; to the eager function of the
 model's file; or the model keeps an attention of its own and gets the tree as a dense mask."""
 
+OWN_ATTENTION = (
+    "the model's attention is its own, not from transformers' registry: two phases need its keys and values, so use the "
+    "one-pass loss"
+)
+
 _REFUSED = {
     "position_bias": "additive position biases",
     "cache": "a paged cache",
@@ -95,10 +100,17 @@ class TreePass:
 
 @dataclass(eq=False)
 class TreeMask:
-    """What a layer gets for its attention mask: the tree, and the layer's window (as in `tree_attention`), if any."""
+    """What a layer gets for its attention mask.
+
+    Attributes:
+        tree: the tree.
+        window: of the layer, as in `tree_attention`.
+        refused: why a layer that uses this mask cannot be served. Models also make masks that no layer uses.
+    """
 
     tree: TreePass
-    window: int | None
+    window: int | None = None
+    refused: str = ""
 
 
 _current: ContextVar[TreePass | None] = ContextVar("tuna_tree_pass", default=None)
@@ -144,6 +156,8 @@ def _attend(
                 "functions make, so the tree cannot reach it"
             )
         return stock(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask.refused:
+        raise ValueError(f"{type(module).__name__}: {attention_mask.refused}")
     _refuse(module, **kwargs)
     tree = attention_mask.tree
     first_run = _current.get() is tree  # else checkpointing computes the layer again
@@ -213,17 +227,17 @@ def _tree_mask(stock: str, kwargs: dict[str, Any]) -> Tensor | TreeMask | None:
     """transformers' mask function: the tree while a pass is under way, after a look at the form; else the stock's."""
     if (current := _current.get()) is None:
         return _stock_mask(stock, kwargs)
-    return TreeMask(current, _window_asked(kwargs["mask_function"], current.longest))
+    try:
+        return TreeMask(current, _window_asked(kwargs["mask_function"], current.longest))
+    except ValueError as error:
+        return TreeMask(current, refused=str(error))
 
 
 def _dense_or_eager_mask(**kwargs: Any) -> Tensor | None:
     if (current := _current.get()) is None:
         return _stock_mask("eager", kwargs)
     if current.role is not None:
-        raise ValueError(
-            "the model's attention is its own, not from transformers' registry: two phases need its keys and values, "
-            "so use the one-pass loss"
-        )
+        raise ValueError(OWN_ATTENTION)
     current.reached += 1
     window = _window_asked(kwargs["mask_function"], current.longest)
     with _row_numbers.ours():

@@ -2,7 +2,7 @@
 
 A small tree shows most of that in its numbers. A model that looks at row numbers only beyond some length (Llama 4
 scales its queries from row 8192 on) hides it from any small tree: `RowNumbers` follows what is made of
-``torch.arange`` over the rows while the backbone runs, and notes where it becomes an amount instead of an index.
+``torch.arange`` over the rows (or a running sum of ones) while the backbone runs, and notes where it becomes an amount instead of an index.
 """
 
 from __future__ import annotations
@@ -64,15 +64,22 @@ class RowNumbers(TorchFunctionMode):
         if _ours.get() or not isinstance(out, Tensor):
             return out
         name = getattr(func, "__name__", str(func))
-        if name == "arange":
-            if out.numel() == self._rows and out[0] == 0 and not out.is_floating_point():
+        if name in ("arange", "cumsum", "linspace"):
+            if self._counts_rows(out):
                 self._numbers[out] = True
         elif self._has_numbers([*args, *(kwargs or {}).values()]):
-            if not out.is_floating_point() and out.dtype != torch.bool:
+            if not out.is_floating_point():
                 self._numbers[out] = True
             elif name not in _INDEXING:
                 self.found.add((_layer(), name))
         return out
+
+    def _counts_rows(self, out: Tensor) -> bool:
+        """From 0 or from 1."""
+        if out.numel() != self._rows:
+            return False
+        from_zero = out.flatten() - out.flatten()[0]
+        return bool((from_zero == torch.arange(self._rows, device=out.device)).all())
 
     def _has_numbers(self, values: Iterable[Any]) -> bool:
         return any(isinstance(value, Tensor) and value in self._numbers for value in values)
@@ -108,5 +115,5 @@ def _temperature(module: Any, positions: Tensor) -> Tensor:
     return torch.log1p(steps) * module.attn_scale + 1.0
 
 
-CORRECTED = frozenset({"Llama4TextAttention"})
-"""Layers that count rows, for which `corrected` makes up."""
+CORRECTED = frozenset({"Llama4TextAttention", "BloomModel", "MptModel"})
+"""Modules that count rows, for which `corrected` or `_dense` makes up."""

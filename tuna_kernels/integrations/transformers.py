@@ -100,11 +100,8 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
     if _is_switched_on(base) and _checked.get(base) == signature:
         return
     read_head(base, ahead=True)
-    if (layer := _selfcheck.recurrent_layer(base)) is not None:
-        raise ValueError(
-            f"{type(base).__name__} has recurrent layers ({layer}), whose state runs along the packed row, from one "
-            "branch into the next: only attention can follow a tree"
-        )
+    if reason := _selfcheck.why_not(base):
+        raise ValueError(f"{type(base).__name__} cannot run on a tree: {reason}")
     before = _implementations(base)
     try:
         if not _selfcheck.can_run(base):  # ZeRO-3 gathers weights in a wrapped call alone: it checks there
@@ -115,9 +112,11 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
     except Exception as error:
         for config, name in before:
             config._attn_implementation = name
-        if isinstance(error, ValueError):
+        why = _selfcheck.convolution(base)
+        if isinstance(error, ValueError) and not why:
             raise
-        raise ValueError(f"{type(base).__name__} cannot run on a tree: {error}") from error
+        why = why or ("it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else str(error))
+        raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
     _checked[base] = signature
 
 
