@@ -120,6 +120,24 @@ def convolution(model: nn.Module) -> str:
     return ""
 
 
+def before_head(model: nn.Module, base: PreTrainedModel, backbone: nn.Module) -> str:
+    """As `convolution`: whether the head gets something else than the backbone's last hidden states."""
+    seen: dict[str, Tensor] = {}
+    head: nn.Module = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hooks = (
+        backbone.register_forward_hook(lambda _, args, out: seen.update(out=out[0])),
+        head.register_forward_pre_hook(lambda _, args: seen.update(to_head=args[0])),
+    )
+    try:
+        stock_logprobs(model, small_groups(base)[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if "to_head" in seen and not torch.equal(seen["to_head"], seen["out"]):
+        return "its head is more than a linear layer: others stand between the last hidden states and it"
+    return ""
+
+
 def can_run(model: nn.Module) -> bool:
     """Whether weights hold values: none is on the meta device or simulated, and ZeRO-3's hooks gather its shards."""
     sharded = False

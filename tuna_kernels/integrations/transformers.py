@@ -112,10 +112,9 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
     except Exception as error:
         for config, name in before:
             config._attn_implementation = name
-        why = _selfcheck.convolution(base)
-        if isinstance(error, ValueError) and not why:
+        if isinstance(error, ValueError):
             raise
-        why = why or ("it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else str(error))
+        why = "it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else error
         raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
     _checked[base] = signature
 
@@ -134,7 +133,14 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
         finally:
             _switch(base)
 
-    _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
+    try:
+        _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
+    except Exception as error:
+        for config, name in own:
+            config._attn_implementation = name
+        if why := _selfcheck.convolution(base) or _selfcheck.before_head(model, base, _backbone(base)):
+            raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
+        raise
 
 
 @dataclass(frozen=True)
