@@ -1,7 +1,7 @@
 """Tiny random models of every causal-LM family of transformers, what the tree makes of each, and the page that says so.
 
-    python -m tests.tuna_kernels.families            # writes docs/families.md
-    python -m tests.tuna_kernels.families gpt_oss    # prints what comes out
+python -m tests.tuna_kernels.families            # writes docs/families.md
+python -m tests.tuna_kernels.families gpt_oss    # prints what comes out
 """
 
 from __future__ import annotations
@@ -35,6 +35,32 @@ BOUND = 64 * torch.finfo(torch.float32).eps
 
 IN_FLOAT32 = ("xglm",)
 """Families whose own forward has no float64."""
+
+
+INTRO = """\
+# Model families
+
+What each causal-LM family of transformers {release} does on a packed tree. This page is made by
+`python -m tests.tuna_kernels.families` and held by `tests/tuna_kernels/test_families.py`: a tiny random model of every
+family below is compared with k separate sequences through its own forward, in float64: scores and all gradients, by
+one pass and by two phases under activation checkpointing, within {bound} relative (most families take norms or
+softmaxes in float32; {narrow} is compared in float32, within eight times that).
+
+A family's name decides nothing at run time. Every model object is checked once, when it is prepared: two groups with
+six sequences, some 60 tokens, by its own forward and as a tree. So a subclass, remote code, a hook or an adapter that
+does more than the tree knows is refused, and a family that is not listed here runs if it is right. The check takes
+about ten short forwards. In half precision, up to 1 GiB of weights, it computes in float32 on a copy that it lets go
+of. It runs again when the forward of the model or of its head, or the hooks on them, change. Under ZeRO-3 it runs at
+the first step, where the weights are gathered.
+
+## Runs ({runs})
+
+*tree*: attention through transformers' registry, attention sinks and windows included. *dense mask*: the model's
+attention is its own; it gets the tree as a mask of T x T numbers for T packed rows, at the speed of its eager
+attention. `granitemoehybrid` is Granite 4 without Mamba layers (with them it is refused, as Bamba is); `falcon` is the
+one with rotary positions; `gpt_neo` takes no more packed rows than its local window; Llama 4 runs while no sequence is
+longer than a chunk of its attention.
+"""
 
 
 @dataclass(frozen=True)
@@ -145,27 +171,11 @@ def _short(message: str) -> str:
 def page(outcomes: dict[str, Outcome]) -> str:
     """The page of the documentation."""
     runs = {name: o for name, o in outcomes.items() if o.way != "refused"}
+    intro = INTRO.format(
+        release=transformers.__version__, bound=f"{BOUND:.1e}", narrow=", ".join(IN_FLOAT32), runs=len(runs)
+    )
     lines = [
-        "# Model families",
-        "",
-        f"What each causal-LM family of transformers {transformers.__version__} does on a packed tree. This page is made by "
-        "`python -m tests.tuna_kernels.families` and held by `tests/tuna_kernels/test_families.py`: a tiny random model of "
-        "every family below is compared with k separate sequences through its own forward, in float64: scores and all "
-        f"gradients, by one pass and by two phases under activation checkpointing, within {BOUND:.1e} relative (most "
-        "families take norms or softmaxes in float32).",
-        "",
-        "A family's name decides nothing at run time. Every model object is checked once, when it is prepared: two groups "
-        "of six sequences, about 100 tokens, by its own forward and as a tree. So a subclass, remote code, a hook or an "
-        "adapter that does more than the tree knows is refused, and a family that is not listed here runs if it is right. "
-        "The check takes about ten short forwards; in half precision up to 1 GiB of weights it computes in float32, on a "
-        "copy that it lets go of. It runs again when the forward of the model or its head, or the hooks on them, change. "
-        "Under ZeRO-3 it runs at the first step, where the weights are gathered.",
-        "",
-        f"## Runs ({len(runs)})",
-        "",
-        "*tree*: attention through transformers' registry. *dense mask*: the model's attention is its own; it gets the tree "
-        "as a mask of T × T numbers for T packed rows, at the speed of its eager attention.",
-        "",
+        *intro.splitlines(),
         "| family | class | by | two phases |",
         "|---|---|---|---|",
         *(f"| `{name}` | {_class(name)} | {o.way} | {o.two_phase} |" for name, o in runs.items()),

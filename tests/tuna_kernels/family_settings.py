@@ -7,7 +7,15 @@ from typing import Any
 from tests.tuna_kernels.tiny_models import VOCABULARY, WINDOW
 
 _NO_DROPOUT = (
-    *("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "activation_dropout"),
+    *(
+        "attention_dropout",
+        "hidden_dropout",
+        "dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "activation_dropout",
+    ),
     *("attention_probs_dropout_prob", "hidden_dropout_prob", "layerdrop", "decoder_layerdrop", "residual_dropout"),
 )
 
@@ -124,7 +132,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0},
     "granitemoehybrid": {**_STATE, "layer_types": ["attention", "attention"], "shared_intermediate_size": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
-    "llama4_text": {"intermediate_size_mlp": 48, "attention_chunk_size": 64, "floor_scale": 4, "no_rope_layers": [1, 0]},
+    "llama4_text": {
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 64,
+        "floor_scale": 4,
+        "no_rope_layers": [1, 0],
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
     "nemotron": {"num_key_value_heads": 4},

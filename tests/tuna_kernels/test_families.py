@@ -11,7 +11,18 @@ from tests.tuna_kernels.families import PAGE, families, outcome, page
 from tests.tuna_kernels.family_settings import UNTRIED
 
 MAINSTREAM = (
-    *("bloom", "deepseek_v3", "falcon", "gemma3_text", "gemma3n_text", "glm4_moe", "gpt_neo", "gpt_neox", "gpt_oss", "gptj"),
+    *(
+        "bloom",
+        "deepseek_v3",
+        "falcon",
+        "gemma3_text",
+        "gemma3n_text",
+        "glm4_moe",
+        "gpt_neo",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+    ),
     *("granite_swa", "granitemoehybrid", "lfm2", "llama4_text", "ministral3", "mixtral", "mpt", "nemotron", "phimoe"),
     *("qwen2_moe", "qwen3_moe", "qwen3_next", "smollm3", "stablelm"),
 )

@@ -32,7 +32,10 @@ from tuna_kernels.tree import Group, pack_groups
 def long_groups(prompt: int, response: int, k: int = 3) -> list[Group]:
     draw = random.Random(0)
     return [
-        Group([draw.randrange(3, 48) for _ in range(prompt)], [[draw.randrange(3, 48) for _ in range(response)] for _ in range(k)])
+        Group(
+            [draw.randrange(3, 48) for _ in range(prompt)],
+            [[draw.randrange(3, 48) for _ in range(response)] for _ in range(k)],
+        )
         for _ in range(2)
     ]
 

@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -27,12 +21,9 @@ from transformers import (
     MixtralForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
-    StableLmConfig,
-    StableLmForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -40,6 +31,7 @@ from transformers.masking_utils import (
     or_masks,
     sliding_window_causal_mask_function,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.tuna_kernels.tiny_models import (
     GROUPS,
@@ -51,7 +43,7 @@ from tests.tuna_kernels.tiny_models import (
     separate_scores,
     tiny,
 )
-from tuna_kernels.integrations import _attention, _selfcheck
+from tuna_kernels.integrations import _attention
 from tuna_kernels.integrations.transformers import prepare_model, score_groups
 from tuna_kernels.tree import Group, pack_groups
 

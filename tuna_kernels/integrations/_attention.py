@@ -32,12 +32,12 @@ from tuna_kernels.integrations import _row_numbers
 from tuna_kernels.integrations._shared_keys import KeyRole
 
 SDPA, EAGER, DENSE = "tuna_tree", "tuna_tree_eager", "tuna_tree_dense"
-"""What the implementation is called in a model's configuration: ordinary calls go to SDPA; to the eager function of the
-model's file; or the model keeps an attention of its own and gets the tree as a dense mask."""
+"""What the implementation is called in a model's configuration: ordinary calls go to SDPA; to the eager function of
+the model's file; or the model keeps an attention of its own and gets the tree as a dense mask."""
 
 OWN_ATTENTION = (
-    "the model's attention is its own, not from transformers' registry: two phases need its keys and values, so use the "
-    "one-pass loss"
+    "the model's attention is its own, not from transformers' registry: two phases need its keys and values, so use "
+    "the one-pass loss"
 )
 
 _REFUSED = {

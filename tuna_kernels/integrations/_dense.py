@@ -1,14 +1,15 @@
 """Models whose attention is their own and not in transformers' registry (GPT-J, GPT-Neo, Falcon, BLOOM, MPT, …).
 
-They take their mask from transformers' mask functions all the same, so the tree reaches them as a mask of T × T numbers:
-the same scores and gradients, each shared token computed once, at T² numbers of memory and the speed of the model's
-own eager attention. Two phases are not served: the keys and values stay inside the layers.
+They take their mask from transformers' mask functions all the same, so the tree reaches them as a mask of T x T
+numbers: the same scores and gradients, each shared token computed once, at T**2 numbers of memory and the speed of the
+model's own eager attention. Two phases are not served: the keys and values stay inside the layers.
 
 What such layers measure in rows is put right or bounded here:
 
-* linear position biases (ALiBi) arrive at a layer as a table by row, which a forward pre-hook of the layer exchanges for
-  the table by depth;
-* causal masks that a layer keeps as a buffer (GPT-Neo's local layers) say up to how many rows they leave the tree alone.
+* linear position biases (ALiBi) arrive at a layer as a table by row, which a forward pre-hook of the layer exchanges
+  for the table by depth;
+* causal masks that a layer keeps as a buffer (GPT-Neo's local layers) say up to how many rows they leave the tree
+  alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tuna_kernels.integrations._attention import current_pass
 _BIASES = ("alibi", "position_bias")
 
 _by_depth: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""From the bias by row that a layer was given to the one by depth: checkpointing computes a layer again with the same."""
+"""From the bias by row that a layer was given to the one by depth, for when checkpointing computes the layer again."""
 
 _most_rows: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 

@@ -2,7 +2,8 @@
 
 A small tree shows most of that in its numbers. A model that looks at row numbers only beyond some length (Llama 4
 scales its queries from row 8192 on) hides it from any small tree: `RowNumbers` follows what is made of
-``torch.arange`` over the rows (or a running sum of ones) while the backbone runs, and notes where it becomes an amount instead of an index.
+``torch.arange`` over the rows (or of a running sum of ones) while the backbone runs, and notes where it becomes an
+amount instead of an index.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -87,11 +89,11 @@ class RowNumbers(TorchFunctionMode):
 
 def _layer() -> str:
     """The class of the module whose forward is running."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if isinstance(module := frame.f_locals.get("self"), nn.Module):
             return type(module).__name__
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "a function of the model"
 
 
@@ -107,12 +109,14 @@ def corrected(module: nn.Module, query: Tensor, depth: Tensor, query_rows: Tenso
         rows = torch.arange(query.shape[2], device=query.device)
         depth = (depth if query_rows is None else depth[query_rows]).to(query.device)
         ratio = _temperature(module, depth) / _temperature(module, rows)
-        return (query * ratio[:, None]).to(query.dtype)
+        scaled: Tensor = query * ratio[:, None]
+        return scaled.to(query.dtype)
 
 
 def _temperature(module: Any, positions: Tensor) -> Tensor:
     steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
-    return torch.log1p(steps) * module.attn_scale + 1.0
+    temperature: Tensor = torch.log1p(steps) * module.attn_scale + 1.0
+    return temperature
 
 
 CORRECTED = frozenset({"Llama4TextAttention", "BloomModel", "MptModel"})

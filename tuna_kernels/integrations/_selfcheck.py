@@ -28,16 +28,17 @@ IN_FLOAT32 = 1 << 30
 """Bytes of half-precision weights up to which the check computes in float32, on a copy for as long as it lasts."""
 
 _BETWEEN_ROWS = {
-    r"Mamba|Mixer2|DeltaNet|DeltaAttention|ShortConv|Rwkv|RWKV|xLSTM|RecurrentBlock|Rglru|LightningAttention|LinearAttention": (
-        "is recurrent: its state runs along the packed row, from one branch into the next, where only attention can follow "
-        "a tree"
+    "Mamba|DeltaNet|DeltaAttention|ShortConv|Rwkv|RWKV|xLSTM|RecurrentBlock|LightningAttention|LinearAttention": (
+        "is recurrent: its state runs along the packed row, from one branch into the next, where only attention can "
+        "follow a tree"
     ),
-    r"Compressor|HashAttention": "makes one key of a block of neighbouring rows, which in a tree are of several sequences",
-    r"Indexer": "attends to the keys that score highest among all rows before, which in a tree are of several sequences",
+    "Compressor": "makes one key of a block of neighbouring rows, which in a tree are of several sequences",
+    "Indexer": "attends to the keys that score highest among all rows before, which in a tree are of several sequences",
 }
 """Layers that mix tokens other than by attention, by class name, and why a tree cannot reach them."""
 
 _ENGINES = ("deepspeed", "accelerate", "torch.distributed")
+
 
 def check_positions(model: PreTrainedModel, longest: Callable[[], int]) -> None:
     """Refuse sequences for which the position code depends on the whole batch, or has no entry.
@@ -67,8 +68,8 @@ def _position_limit(model: PreTrainedModel) -> tuple[int, str] | None:
                 found.append(
                     (
                         limit,
-                        f"is beyond the original {limit} of {name!r} rotary positions, whose frequencies then depend on "
-                        f"the longest sequence packed: keep sequences within {limit} tokens",
+                        f"is beyond the original {limit} of {name!r} rotary positions, whose frequencies then depend "
+                        f"on the longest sequence packed: keep sequences within {limit} tokens",
                     )
                 )
     learned = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -93,8 +94,8 @@ def check_embedding_noise(model: PreTrainedModel) -> None:
     embeddings = model.get_input_embeddings()
     if embeddings.training and any("neftune" in _name(hook) for hook in embeddings._forward_hooks.values()):
         raise ValueError(
-            "NEFTune is on (neftune_noise_alpha): its noise is scaled by the length of the input, here of all groups of "
-            "a packed row, and a shared prompt would draw it once for all its responses; remove the hook"
+            "NEFTune is on (neftune_noise_alpha): its noise is scaled by the length of the input, here of all groups "
+            "of a packed row, and a shared prompt would draw it once for all its responses; remove the hook"
         )
 
 
@@ -133,7 +134,7 @@ def before_head(model: nn.Module, base: PreTrainedModel, backbone: nn.Module) ->
     finally:
         for hook in hooks:
             hook.remove()
-    if "to_head" in seen and not torch.equal(seen["to_head"], seen["out"]):
+    if len(seen) == 2 and not torch.equal(seen["to_head"], seen["out"]):
         return "its head is more than a linear layer: others stand between the last hidden states and it"
     return ""
 
@@ -259,8 +260,10 @@ def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor,
         raise ValueError(
             f"{type(model).__name__} (model type {model.config.model_type!r}) does not compute the same on a tree as "
             f"on separate sequences: log-probabilities differ by {error:.2g} (root mean square, limit {bound:.2g}); "
-            + (_rows_counted(small_groups(model), score) or "it does something between tokens or with its logits that "
-            "tuna_tree does not know")
+            + (
+                _rows_counted(small_groups(model), score)
+                or "it does something between tokens or with its logits that tuna_tree does not know"
+            )
         )
     if counted := _rows_counted(groups, score):
         raise ValueError(f"{type(model).__name__} cannot run on a tree: {counted}")
@@ -307,7 +310,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Half-precision weights as float32 ones for a while, where they are few enough (`IN_FLOAT32`); same objects after."""
+    """Half-precision weights as float32 ones for a while, where they are few enough (`IN_FLOAT32`)."""
     half = [
         tensor
         for tensor in [*model.parameters(), *model.buffers()]

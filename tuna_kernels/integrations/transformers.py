@@ -355,7 +355,9 @@ _OURS = (_attention.SDPA, _attention.EAGER, _attention.DENSE)
 
 
 def _takes_attention_from_registry(base: PreTrainedModel) -> bool:
-    kinds = {kind for module in base.modules() for kind in type(module).__mro__ if not isinstance(module, PreTrainedModel)}
+    kinds = {
+        kind for module in base.modules() for kind in type(module).__mro__ if not isinstance(module, PreTrainedModel)
+    }
     return any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in kinds)
 
 
