@@ -64,26 +64,25 @@ class GroupScores:
 
 
 def prepare_model(model: Model, *, attention: str | None = None) -> Model:
-    """Switch a causal LM's attention to ``"tuna_tree"``, for good, and return the same model.
+    """Let a causal LM's attention take trees, for good, and return the same model.
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
-    that is turned back would silently compute something else. Calls without a tree go to transformers' own
-    SDPA attention (softcap included, which SDPA lacks), so forward and ``generate`` work as before. Calling
-    it twice does nothing.
+    that is turned back would silently compute something else. Calls without a tree go to the attention the model
+    came with, so forward and ``generate`` work as before. Calling it twice does nothing.
+
+    The model is checked once, and again when its forward, its head or hooks on them have changed: a tiny tree against
+    separate sequences through the model's own forward, about ten short forwards (docs/families.md).
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
         attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None: the one chosen
             before, at first `"auto"`.
 
-    A model type that the test suite does not cover is checked once: a tiny tree against separate sequences
-    through the model's own forward.
-
     Raises:
         TypeError: not a transformers or peft model.
-        ValueError: an unknown ``attention``; a model this cannot serve: attention outside the registry (ALiBi
-            families), sinks, chunked or bidirectional masks, a head that is more than scaled, capped linear, a
-            sharded head, or a failed check. The model then has the attention it came with.
+        ValueError: an unknown ``attention``; a model this cannot serve: recurrent layers, chunked or bidirectional
+            masks, positions counted in rows, a head that is more than scaled, capped linear, a sharded head, or a
+            failed check. The model then has the attention it came with.
     """
     _attention.register()
     base = base_causal_lm(model)
