@@ -362,13 +362,23 @@ class TunaTrainer(DurableTrainer):
 
 @contextmanager
 def _forward_replaced(module: nn.Module, function: Callable[[Request], Any]) -> Iterator[None]:
-    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call."""
+    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call.
+
+    While ``function`` runs the module has its own forward again.
+    """
     own = module.__dict__.get("forward")
-    module.forward = function
+
+    def restore() -> None:
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+    def instead(request: Request) -> Any:
+        restore()
+        return function(request)
+
+    module.forward = instead
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        restore()

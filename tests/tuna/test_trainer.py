@@ -325,6 +325,7 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path, targets: list[str]) -> No
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from tuna.adapters import merged
 from tuna.cli.data import best_and_worst
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
@@ -199,7 +200,7 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
         merge: Callable[[], Any] = functools.partial(merged_from, model, weights)
     else:
-        merge = model.merge_and_unload
+        merge = functools.partial(merged, model)
     if trainer.is_world_process_zero():
         merged = merge()
         end_generation_at(merged, tokenizer, trainer.args.template)
