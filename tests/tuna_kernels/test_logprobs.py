@@ -243,6 +243,8 @@ def test_expanded_upstream_and_strided_inputs(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 576])
 def test_a_rows_bits_do_not_depend_on_the_batch(dtype: torch.dtype, width: int) -> None:
+    if not cpu.has_products(dtype):
+        pytest.skip("the BLAS multiplies: which bits a row gets beside others is its own business (docs/numerics.md)")
     g = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(1300, width, generator=g).to(dtype),

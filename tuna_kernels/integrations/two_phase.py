@@ -306,5 +306,6 @@ class _nothing_random:
         if kind is None and not all(map(torch.equal, self._before, self._states())):
             raise ValueError(
                 "the model draws random numbers in its forward (dropout, layer drop or router noise in training "
-                "mode): scores and gradients would draw them apart; switch it off or use the one-pass loss"
+                "mode): scores and gradients would draw them apart; switch it off (model.eval() where a model draws at "
+                "rates of 0 too) or use the one-pass loss"
             )
