@@ -108,7 +108,8 @@ def test_forward_mode_is_refused(op: str, backend: str) -> None:
         function(forward_ad.make_dual(x, x), backend)
     with pytest.raises(RuntimeError, match=NO_FORWARD), forward_ad.dual_level():
         function(forward_ad.make_dual(x.clone().requires_grad_(), x), backend)
-    with pytest.raises(Exception, match=r"no (forward-mode|second) derivative"):
+    # The warning of vmap's loop, where it comes first, takes the place of the message in PyTorch 2.14.
+    with pytest.raises(Exception, match=r"no (forward-mode|second) derivative|returned a result with an exception"):
         hessian(lambda y: function(y, backend).sum())(x)
     with pytest.raises(Exception, match="no forward-mode derivative"):
         torch.compile(tangent, fullgraph=True, backend="aot_eager")(x)
