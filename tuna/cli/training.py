@@ -202,9 +202,9 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
     else:
         merge = functools.partial(merged, model)
     if trainer.is_world_process_zero():
-        merged = merge()
-        end_generation_at(merged, tokenizer, trainer.args.template)
-        merged.save_pretrained(output)
+        whole = merge()
+        end_generation_at(whole, tokenizer, trainer.args.template)
+        whole.save_pretrained(output)
         tokenizer.save_pretrained(output)
 
 
