@@ -22,7 +22,7 @@ def _tree(name: str, file: str, right: str, wrong: str) -> Mutant:
 
 MUTANTS: tuple[Mutant, ...] = (
     # The LM head.
-    _head("vocabulary tail not masked", _TILES, 'tl.where(inside[None, :], y, float("-inf"))', "y"),
+    _head("vocabulary tail not masked", _TILES, 'tl.where(inside[None, :], v, float("-inf"))', "v"),
     _head("sum not rescaled to the new maximum", _TILES, "total = total * shrink + tl.sum", "total = total + tl.sum"),
     _head("entropy keeps the old reference", _TILES, "(weighted + moved) * shrink", "weighted * shrink"),
     _head("softcap without its square", _TILES, "d *= 1 - ratio * ratio", "d *= 1 - ratio"),
@@ -48,7 +48,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _head("splits merged without rescale", _FORWARD, "s = s * shrink + tl.sum", "s = s + tl.sum"),
     _head(
-        "log-sum-exp in base 2", _FORWARD, "tl.store(lse + row, (m + log_s) * LN_2", "tl.store(lse + row, (m + log_s)"
+        "log-sum-exp in base 2",
+        _FORWARD,
+        "tl.store(lse + row, m * spread + log_s * LN_2",
+        "tl.store(lse + row, m * spread + log_s",
     ),
     Mutant(
         "ignored rows get a gradient",

@@ -26,9 +26,10 @@ class TunaConfig(TrainingArguments):
 
     Everything of the parent that is not named below works as documented there, except that
     **batch sizes count groups** (a prompt with its k responses), not sequences, and that
-    ``label_smoothing_factor``, ``dataloader_drop_last``, ``train_sampling_strategy``, ``bf16_full_eval``,
-    ``fp16_full_eval``, ``parallelism_config`` and DataParallel are refused: they would have no effect, or a wrong
-    one. ``torch_compile`` compiles the decoder layers, one by one, around the attention over the tree.
+    ``label_smoothing_factor``, ``neftune_noise_alpha``, ``dataloader_drop_last``, ``train_sampling_strategy``,
+    ``bf16_full_eval``, ``fp16_full_eval``, ``parallelism_config`` and DataParallel are refused: they would have no
+    effect, or a wrong one. ``torch_compile`` compiles the decoder layers, one by one, around the attention over the
+    tree.
 
     >>> config = TunaConfig(output_dir="out", preset="released", use_cpu=True)
     >>> config.margin, config.learning_rate, config.lr_scheduler_type.value
@@ -226,6 +227,11 @@ class TunaConfig(TrainingArguments):
             ),
             "logging_nan_inf_filter": (self.logging_nan_inf_filter, "a loss that is not finite stops the run"),
             "label_smoothing_factor": (self.label_smoothing_factor, "the Tuna loss has no smoothed form"),
+            "neftune_noise_alpha": (
+                self.neftune_noise_alpha,
+                "its noise is scaled by the length of the input, here of all groups of a packed row, and a shared "
+                "prompt would draw it once for all its responses",
+            ),
             "dataloader_drop_last": (self.dataloader_drop_last, "every group is seen once per epoch"),
             "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),
             "fp16_full_eval": (self.fp16_full_eval, "load the model in float16 instead"),

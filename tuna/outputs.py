@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tuna.checkpoints import MARKER, RUN_FILE, numbered
+from tuna.templates import SAVED
 
 __all__ = ["check_files", "check_run_folder", "holds_run", "is_in"]
 
@@ -90,4 +91,4 @@ def is_in(path: Path, place: Path) -> bool:
 
 
 def _harmless(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == RECIPE_LOG or path.suffix in HARMLESS
+    return path.name.startswith(".") or path.name in (RECIPE_LOG, SAVED) or path.suffix in HARMLESS

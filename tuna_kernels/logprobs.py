@@ -10,9 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import parallel
 from .backends import reference
+from .backends.layout import dense_rows
 from .backends.reference import compute_dtype
 from .config import resolve_backend, unit_gradient_pays
 
+# What logits are multiplied with or divided by, so that neither it nor its reciprocal leaves float32's normal numbers.
+SMALLEST, LARGEST = 1e-37, 1e37
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,7 +96,7 @@ def linear_logprobs(
         IndexError: a target or row out of range, with its position.
         RuntimeError: an explicit backend that cannot serve the call.
     """
-    check_head(hidden, weight, bias, lora, logit_scale, softcap)
+    dtypes = check_head(hidden, weight, bias, lora, logit_scale, softcap)
     check_index("targets", targets, hidden.device)
     if rows is None:
         if targets.shape[0] != hidden.shape[0]:
@@ -102,22 +105,22 @@ def linear_logprobs(
         check_index("rows", rows, hidden.device)
         if rows.shape != targets.shape:
             raise ValueError(f"rows {list(rows.shape)} and targets {list(targets.shape)} must both be [M]")
-    check_accumulation(weight, accumulate_into, compute_dtype(hidden.dtype, weight.dtype), filter_eps)
+    check_accumulation(weight, accumulate_into, compute_dtype(*dtypes), filter_eps)
     shard = None if process_group is None else parallel.Shard.of(process_group, weight.shape[0], valid_vocab)
     vocabulary = shard.vocabulary if shard else parallel.check_valid_vocab(valid_vocab, weight.shape[0])
     if should_validate(validate, hidden):
         check_range("targets", targets, vocabulary, "the vocabulary", ignore_index)
         if rows is not None:
             check_range("rows", rows, hidden.shape[0], "the rows of hidden")
-    chosen = resolve_backend(backend, hidden.device, hidden.dtype, weight.dtype)
-    low_rank = low_rank_pair(hidden, lora)
+    chosen = resolve_backend(backend, hidden.device, *dtypes)
+    low_rank = low_rank_pair(hidden, lora, compute_dtype(*dtypes))
     call = _Call(
         rows, ignore_index, float(logit_scale), None if softcap is None else float(softcap), return_entropy,
-        filter_eps, chosen,
+        filter_eps, chosen, shard is not None,
     )  # fmt: skip
     if shard is None:
         head = _Head(weight, bias, low_rank, accumulate_into).first(vocabulary)
-        logprobs, lse, entropy = _compute(hidden, head, targets, call)
+        logprobs, lse, entropy, _ = _compute(hidden, head, targets, call)
     else:
         head = _Head(weight, bias, low_rank, accumulate_into)
         logprobs, lse, entropy = _compute_sharded(hidden, head, targets, call, shard)
@@ -135,6 +138,7 @@ class _Call(NamedTuple):
     return_entropy: bool
     filter_eps: float
     backend: str
+    sharded: bool
 
 
 class _Head(NamedTuple):
@@ -157,8 +161,8 @@ class _Head(NamedTuple):
         )
 
 
-def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy)`` over the whole of ``head``."""
+def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, entropy, state)`` over the whole of ``head``; ``state`` [3, M] is that of `linear.forward`."""
     if call.backend == "reference":
         if head.main_grad is not None:
             raise RuntimeError("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
@@ -172,6 +176,8 @@ def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple
             ignore_index=call.ignore_index,
             logit_scale=call.logit_scale,
             softcap=call.softcap,
+            want_entropy=call.return_entropy,
+            want_state=call.sharded,
         )
     keep_unit = (
         torch.is_grad_enabled()
@@ -182,7 +188,7 @@ def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple
         and unit_gradient_pays(call.backend, hidden.shape[1], hidden.dtype, head.weight.dtype)
     )
     low_hidden, low_weight = head.low_rank or (None, None)
-    logprobs, lse, entropy, _ = torch.ops.tuna_kernels.linear_logprobs(
+    logprobs, lse, entropy, _unit, state = torch.ops.tuna_kernels.linear_logprobs(
         hidden,
         head.weight,
         head.bias,
@@ -199,7 +205,7 @@ def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple
         head.main_grad,
         call.filter_eps,
     )
-    return logprobs, lse, entropy
+    return logprobs, lse, entropy, state
 
 
 def _compute_sharded(
@@ -210,15 +216,24 @@ def _compute_sharded(
     if head.low_rank is not None:
         head = head._replace(low_rank=(parallel.copy_to_group(head.low_rank[0], shard.group), head.low_rank[1]))
     local, mine, counted = shard.local(targets, call.ignore_index)
-    logprobs, lse, entropy = _compute(hidden, head.first(max(shard.valid, 1)), local, call)
+    logprobs, lse, entropy, state = _compute(hidden, head.first(max(shard.valid, 1)), local, call)
     if shard.valid == 0:  # nothing but padding: still connected to the graph, so that all ranks run one backward
-        lse = torch.where(counted, -torch.inf, lse)
+        state = torch.full_like(state, -torch.inf)
     if not call.return_entropy:
         entropy = entropy[:0]
-    combined: tuple[Tensor, Tensor, Tensor] = torch.ops.tuna_kernels.combine_shards(
-        logprobs, lse, entropy, mine, counted, shard.group
+    # The reference keeps its state in z itself.
+    steep = call.softcap is None and call.backend != "reference"
+    logprobs, lse, entropy, *_ = torch.ops.tuna_kernels.combine_shards(
+        logprobs,
+        lse,
+        entropy,
+        state.detach(),
+        mine,
+        counted,
+        max(abs(call.logit_scale), SMALLEST) if steep else 1.0,
+        shard.group,
     )
-    return combined
+    return logprobs, lse, entropy
 
 
 def selective_logprobs(
@@ -257,8 +272,8 @@ def selective_logprobs(
         raise ValueError(f"targets {list(targets.shape)} must match logits {list(logits.shape)} but for the last axis")
     if targets.dtype != torch.int64 or targets.device != logits.device:
         raise TypeError(f"targets must be int64 on {logits.device}, got {targets.dtype} on {targets.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature} must be positive")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(f"temperature = {temperature} must be positive, from {SMALLEST} to {LARGEST}")
     flat = logits.reshape(-1, logits.shape[-1])
     flat_targets = targets.reshape(-1)
     if should_validate(validate, logits):
@@ -266,22 +281,23 @@ def selective_logprobs(
     chosen = resolve_backend(backend, logits.device, logits.dtype)
     if chosen == "reference":
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    if inplace_backward:  # the op overwrites what it is given: dense rows that do not overlap
+        flat = flat.contiguous() if flat.stride(0) < flat.shape[1] else dense_rows(flat)
     logprobs: Tensor = torch.ops.tuna_kernels.selective_logprobs(
         flat, flat_targets, float(temperature), ignore_index, chosen, inplace_backward
     )[0]
     return logprobs.view(targets.shape)
 
 
-def low_rank_pair(hidden: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> tuple[Tensor, Tensor] | None:
-    """``(scale * h A^T [T, r], B [V, r])``: the head's adapter as a second, narrow product."""
+def low_rank_pair(
+    hidden: Tensor, lora: tuple[Tensor, Tensor, float] | None, compute: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """``(scale * h A^T [T, r] in the compute type, B [V, r])``: the head's adapter as a second, narrow product."""
     if lora is None:
         return None
     a, b, scale = lora
-    dtype = torch.promote_types(hidden.dtype, a.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return (hidden.to(dtype) @ a.to(dtype).t()) * scale, b
+        return (hidden.to(compute) @ a.to(compute).t()) * scale, b
 
 
 def check_head(
@@ -291,8 +307,8 @@ def check_head(
     lora: tuple[Tensor, Tensor, float] | None,
     logit_scale: float,
     softcap: float | None,
-) -> None:
-    """Shapes, dtypes and devices of hidden states and head."""
+) -> list[torch.dtype]:
+    """Shapes, dtypes and devices of hidden states and head; returns the dtypes, which decide what is computed in."""
     lora_tensors = {} if lora is None else {"lora A": lora[0], "lora B": lora[1]}
     tensors = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias}), **lora_tensors}
     for name, tensor in tensors.items():
@@ -321,10 +337,13 @@ def check_head(
             raise ValueError(
                 f"lora A {list(a.shape)} must be [r, {width}] and B {list(b.shape)} [{vocabulary}, r] of one r"
             )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap = {softcap} must be positive, or None for no cap")
-    if not abs(logit_scale) < float("inf"):
-        raise ValueError(f"logit_scale = {logit_scale} must be finite")
+    if softcap is not None and not SMALLEST <= softcap <= LARGEST:
+        raise ValueError(f"softcap = {softcap} must be positive, from {SMALLEST} to {LARGEST}, or None for no cap")
+    if logit_scale != 0 and not SMALLEST <= abs(logit_scale) <= LARGEST:
+        raise ValueError(
+            f"logit_scale = {logit_scale} must be finite: 0, or of a magnitude from {SMALLEST} to {LARGEST}"
+        )
+    return [tensor.dtype for tensor in tensors.values()]
 
 
 def check_accumulation(weight: Tensor, accumulate_into: Tensor | None, compute: torch.dtype, filter_eps: float) -> None:

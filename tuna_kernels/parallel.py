@@ -18,12 +18,15 @@ A vocabulary padded to a multiple of the ranks has its padding at the end: ``val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import derivatives
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,12 @@ class _Copy(torch.autograd.Function):
     """Identity; the gradient is summed over the group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(x: Tensor, group: str) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -104,61 +110,83 @@ def copy_to_group(x: Tensor, group: str) -> Tensor:
 
 @torch.library.custom_op("tuna_kernels::combine_shards", mutates_args=())
 def combine_shards(
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, mine: Tensor, counted: Tensor, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Over all shards, from each rank's own: ``(logprobs, lse, entropy)``, [M] each (entropy may be empty).
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    mine: Tensor,
+    counted: Tensor,
+    factor: float,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Over all shards, from each rank's own: ``(logprobs, lse, entropy, weight, above)``, [M] each.
 
+    The numbers come from ``state`` [3, M], the (chosen, maximum, log_sum) of `linear.forward` with its ``factor``,
+    which are exact for large logits too; ``logprobs`` and ``lse`` of the shard are there to be differentiated.
     ``mine`` [M]: this rank owns the target; ``counted`` [M]: the slot is not ignored. A target that no rank or more
-    than one owns gives NaN.
+    than one owns gives NaN. For the backward: the shard's ``weight`` in the softmax, and by how much its mean logit
+    lies ``above`` that of all shards (as ``entropy``, empty if that is).
     """
     ranks = resolve(group)
-    local = lse.double()
-    maximum = local.clone()
+    chosen, top, log_sum = state.double()
+    maximum = top.clone()
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=ranks)
-    share = torch.exp(local - torch.where(maximum == -torch.inf, 0, maximum))
-    parts = [share, torch.where(mine, logprobs.double() + local, 0), mine.double()]
+    reference = torch.where(maximum == -torch.inf, 0, maximum)
+    of_shard = torch.where(top == -torch.inf, -torch.inf, factor * (top - reference) + log_sum)  # lse of the shard
+    share = torch.exp(of_shard)
+    parts = [share, torch.where(mine, chosen, 0), mine.double()]
+    mean = of_shard - entropy.double() if entropy.numel() else entropy.double()  # of the shard's logits
     if entropy.numel():
-        parts.append(torch.where(share == 0, 0, share * (local - entropy)))  # share times the mean of z
+        parts.append(torch.where(share == 0, 0, share * mean))
     sums = torch.stack(parts)
     dist.all_reduce(sums, group=ranks)
-    total = maximum + sums[0].log()
-    chosen = torch.where(sums[2] == 1, sums[1] - total, torch.nan)
-    whole_entropy = total - sums[3] / sums[0] if entropy.numel() else entropy.double()
+    log_total = sums[0].log()
+    logprob = torch.where(sums[2] == 1, factor * (sums[1] - maximum) - log_total, torch.nan)
+    whole_mean = sums[3] / sums[0] if entropy.numel() else mean
 
     def finished(x: Tensor) -> Tensor:
         return torch.where(counted, x, 0).to(lse.dtype) if x.numel() else x.to(lse.dtype, copy=True)
 
-    return finished(chosen), finished(total), finished(whole_entropy)
+    whole_entropy = log_total - whole_mean if entropy.numel() else mean
+    above = torch.where(share == 0, 0, mean - whole_mean) if entropy.numel() else mean
+    whole_lse = factor * maximum + log_total
+    a, b, c, d, e = (finished(x) for x in (logprob, whole_lse, whole_entropy, share / sums[0], above))
+    return a, b, c, d, e
 
 
 @combine_shards.register_fake
-def _(
-    logprobs: Tensor, lse: Tensor, entropy: Tensor, mine: Tensor, counted: Tensor, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(logprobs), torch.empty_like(lse), torch.empty_like(entropy)
+def _(logprobs: Tensor, lse: Tensor, entropy: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like
+    return like(logprobs), like(lse), like(entropy), like(lse), like(entropy)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    _, lse, entropy, mine, counted, _ = inputs
-    ctx.save_for_backward(lse, entropy, mine, counted, *output[1:])
+    ctx.save_for_backward(*inputs[4:6], *output[3:])
 
 
-def _gradients(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None) -> tuple[Any, ...]:
-    """With w = e^(lse_r - lse) and m = lse - entropy, the mean of z: no rank needs another's numbers."""
-    lse, entropy, mine, counted, whole_lse, whole_entropy = ctx.saved_tensors
-    zero = torch.zeros_like(lse)
+def _gradients(
+    ctx: Any,
+    saved: Sequence[Any],
+    g: Tensor | None,
+    g_lse: Tensor | None,
+    g_entropy: Tensor | None,
+    *_: Tensor | None,
+) -> tuple[Any, ...]:
+    """No rank needs another's numbers."""
+    mine, counted, weight, above = saved
+    zero = torch.zeros_like(weight)
     g = zero if g is None else torch.where(counted, g, 0)
     g_lse = zero if g_lse is None else torch.where(counted, g_lse, 0)
-    w = torch.where(counted, torch.exp(lse - whole_lse), 0)
     of_chosen = torch.where(mine, g, 0)
-    of_lse = of_chosen + (g_lse - g) * w
-    if g_entropy is None or not entropy.numel():
-        return of_chosen, of_lse, None, None, None, None
-    of_entropy = torch.where(counted, g_entropy, 0) * w
-    difference = (lse - entropy) - (whole_lse - whole_entropy)
-    of_lse = of_lse - torch.where(w == 0, 0, of_entropy * difference)
-    return of_chosen, of_lse, of_entropy, None, None, None
+    of_lse = of_chosen + (g_lse - g) * weight
+    none = [None] * 5
+    if g_entropy is None or not above.numel():
+        return of_chosen, of_lse, None, *none
+    of_entropy = torch.where(counted, g_entropy, 0) * weight
+    return of_chosen, of_lse - of_entropy * above, of_entropy, *none
 
 
-combine_shards.register_autograd(_gradients, setup_context=_save)
+_INSTEAD = 'gather the head and leave out process_group, with backend="reference"'
+derivatives.register(all_reduce_sum, instead=_INSTEAD)
+derivatives.register(combine_shards, setup_context=_save, backward=_gradients, instead=_INSTEAD)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .backends import reference
+from .backends.reference import compute_dtype
 from .config import resolve_backend
 from .logprobs import check_head, check_index, check_range, low_rank_pair, should_validate
-from .losses import REDUCTION_OF, Kind, LossCounts, Preset, first_best, preset_upstream, ranking_loss
+from .losses import REDUCTION_OF, Kind, LossCounts, Preset, first_best, preset_upstream, ranking_loss, weighted
 from .scores import sequence_scores
 from .tree import PackedTree
 
@@ -96,7 +97,7 @@ def linear_ranking_loss(
             ``kind`` or ``preset``, a tree of another length than ``hidden``, counts that miss a pair.
     """
     check_choices(kind, preset)
-    check_head(hidden, weight, bias, lora, logit_scale, softcap)
+    dtypes = check_head(hidden, weight, bias, lora, logit_scale, softcap)
     if tree.num_tokens != hidden.shape[0]:
         raise ValueError(
             f"hidden {list(hidden.shape)} must have one row for each of the tree's {tree.num_tokens} tokens"
@@ -109,8 +110,8 @@ def linear_ranking_loss(
     if budget < 0:
         raise ValueError(f"logits_budget = {budget} must not be negative")
     settings = _Settings(preset, margin, length_penalty, mle_weight, counts)
-    chosen = resolve_backend(backend, hidden.device, hidden.dtype, weight.dtype)
-    low_rank = low_rank_pair(hidden, lora)
+    chosen = resolve_backend(backend, hidden.device, *dtypes)
+    low_rank = low_rank_pair(hidden, lora, compute_dtype(*dtypes))
     head = _Head(bias, low_rank, float(logit_scale), None if softcap is None else float(softcap))
     if chosen == "reference":
         return _reference(hidden, weight, tree, head, settings)
@@ -141,7 +142,7 @@ def _fused(
     counts = s.counts or LossCounts(-1, (), 0)  # the op counts those of the ranks at hand
     sources = (hidden, weight, head.bias, low_hidden, low_weight)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in sources]
-    loss, ranking, mle, scores, logprobs, _lse, upstream, *_gradients = torch.ops.tuna_kernels.linear_ranking_loss(
+    loss, ranking, mle, scores, logprobs, upstream, *_gradients = torch.ops.tuna_kernels.linear_ranking_loss(
         *sources,
         tree.rows,
         tree.targets,
@@ -184,7 +185,7 @@ def active_candidates(upstream: Tensor, tree: PackedTree) -> Tensor:
 def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s: _Settings) -> RankingLossOutput:
     """The textbook, term by term, with plain autograd from full logits."""
     counts = s.counts or tree.loss_counts()
-    logprobs, _, _ = reference.linear_logprobs(
+    logprobs, *_ = reference.linear_logprobs(
         hidden,
         weight,
         tree.targets,
@@ -194,6 +195,7 @@ def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s:
         ignore_index=-100,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
+        want_entropy=False,
     )
     scores = sequence_scores(logprobs, tree.candidate_offsets, length_penalty=s.length_penalty)
     ranking = ranking_loss(
@@ -220,7 +222,7 @@ def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s:
         mle_weight=s.mle_weight,
         counts=counts,
     ).upstream
-    loss = ranking + s.mle_weight * mle
+    loss = ranking + weighted(mle, s.mle_weight)
     return RankingLossOutput(
         loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active_candidates(upstream, tree)
     )

@@ -58,16 +58,16 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "gradient_tile",
-      [](const TileArguments& a, uintptr_t lse, uintptr_t softmax_weight, uintptr_t entropy_weight, uintptr_t entropy,
-         uintptr_t slot_gradient, bool is_capped, int threads) {
+      [](const TileArguments& a, uintptr_t maximum, uintptr_t log_sum, uintptr_t softmax_weight,
+         uintptr_t entropy_weight, uintptr_t entropy, uintptr_t slot_gradient, bool is_capped, int threads) {
         tuna::gradient_tile(a.tile(), a.transform(), a.slots(),
-                            {at<const float>(lse), at<const float>(softmax_weight), at<const float>(entropy_weight),
-                             at<const float>(entropy), at<const float>(slot_gradient)},
+                            {at<const float>(maximum), at<const float>(log_sum), at<const float>(softmax_weight),
+                             at<const float>(entropy_weight), at<const float>(entropy), at<const float>(slot_gradient)},
                             is_capped, threads);
       },
-      py::arg("tile"), py::kw_only(), py::arg("lse"), py::arg("softmax_weight"), py::arg("entropy_weight"),
-      py::arg("entropy"), py::arg("slot_gradient"), py::arg("is_capped"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("tile"), py::kw_only(), py::arg("maximum"), py::arg("log_sum"), py::arg("softmax_weight"),
+      py::arg("entropy_weight"), py::arg("entropy"), py::arg("slot_gradient"), py::arg("is_capped"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "load_rows",

@@ -1,6 +1,7 @@
 #include "tiles.h"
 
 #include <limits>
+#include <vector>
 
 #include "vector_math.h"
 
@@ -8,12 +9,35 @@ namespace tuna {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 256;  // columns summed in float32, a few a lane, before float64 takes them
 
 // Each row function is cloned per instruction set; the parallel loops below only call them.
 
+// A row's logits are z = slope * (u - origin) + constant, u = x + bias: what every sum and gradient is taken of.
+struct Line {
+  const float* x;
+  const float* bias;
+  int64_t n;
+  float slope;   // signed
+  float origin;  // u of the largest z
+};
+
 template <bool kHasBias>
-TUNA_INLINE float affine(const float* x, const float* bias, float scale, int64_t j) {
-  return scale * (kHasBias ? x[j] + bias[j] : x[j]);
+TUNA_INLINE float shifted(const float* x, const float* bias, int64_t j) {
+  return kHasBias ? x[j] + bias[j] : x[j];
+}
+
+template <bool kHasBias>
+TUNA_INLINE float below_largest(Line line, int64_t j) {
+  return line.slope * (shifted<kHasBias>(line.x, line.bias, j) - line.origin);
+}
+
+TUNA_INLINE int64_t end_of_block(int64_t start, int64_t n) { return start + kBlock < n ? start + kBlock : n; }
+
+// dz/dx where the cap left z; `inverse` = 1 / cap.
+TUNA_INLINE float slope_of_capped(float z, float scale, float inverse) {
+  const float t = z * inverse;
+  return scale * (1.f - t * t);
 }
 
 // z into the row itself; returns its maximum. The reduction clause allows the compiler to keep one a lane.
@@ -23,7 +47,7 @@ TUNA_INLINE float cap_row_body(float* x, int64_t n, const float* bias, float sca
   const float inverse = 1.f / cap;
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) {
-    const float z = cap * tanh_of(affine<kHasBias>(x, bias, scale, j) * inverse);
+    const float z = cap * tanh_of(scale * shifted<kHasBias>(x, bias, j) * inverse);
     x[j] = z;
     maximum = z > maximum ? z : maximum;
   }
@@ -35,124 +59,147 @@ TUNA_CLONES float cap_row(float* x, int64_t n, const float* bias, float scale, f
 }
 
 template <bool kHasBias>
-TUNA_INLINE float max_row_body(const float* x, int64_t n, const float* bias, float scale) {
+TUNA_INLINE float max_row_body(const float* x, int64_t n, const float* bias, float sign) {
   float maximum = kLowest;
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) {
-    const float z = affine<kHasBias>(x, bias, scale, j);
-    maximum = z > maximum ? z : maximum;
+    const float v = sign * shifted<kHasBias>(x, bias, j);
+    maximum = v > maximum ? v : maximum;
   }
   return maximum;
 }
 
-TUNA_CLONES float max_row(const float* x, int64_t n, const float* bias, float scale) {
-  return bias ? max_row_body<true>(x, n, bias, scale) : max_row_body<false>(x, n, bias, scale);
+TUNA_CLONES float max_row(const float* x, int64_t n, const float* bias, float sign) {
+  return bias ? max_row_body<true>(x, n, bias, sign) : max_row_body<false>(x, n, bias, sign);
 }
 
 template <bool kHasBias>
-TUNA_INLINE float sum_row_body(const float* x, int64_t n, const float* bias, float scale, float maximum) {
-  float sum = 0.f;
+TUNA_INLINE double sum_row_body(Line line) {
+  double total = 0.;
+  for (int64_t start = 0; start < line.n; start += kBlock) {
+    const int64_t stop = end_of_block(start, line.n);
+    float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += exp_of(affine<kHasBias>(x, bias, scale, j) - maximum);
-  return sum;
+    for (int64_t j = start; j < stop; ++j) sum += exp_of(below_largest<kHasBias>(line, j));
+    total += sum;
+  }
+  return total;
 }
 
-TUNA_CLONES float sum_row(const float* x, int64_t n, const float* bias, float scale, float maximum) {
-  return bias ? sum_row_body<true>(x, n, bias, scale, maximum) : sum_row_body<false>(x, n, bias, scale, maximum);
+TUNA_CLONES double sum_row(const Line& line) {
+  return line.bias ? sum_row_body<true>(line) : sum_row_body<false>(line);
 }
 
 // The same and sum e^(z - m) (z - m) as well; an exponential of 0 counts as 0 even where z is -infinity.
-TUNA_CLONES float sum_weighted_row(const float* x, int64_t n, const float* bias, float scale, float maximum,
-                                   float* weighted) {
-  float sum = 0.f, product = 0.f;
+template <bool kHasBias>
+TUNA_INLINE double sum_weighted_row_body(Line line, double* weighted) {
+  double total = 0., total_product = 0.;
+  for (int64_t start = 0; start < line.n; start += kBlock) {
+    const int64_t stop = end_of_block(start, line.n);
+    float sum = 0.f, product = 0.f;
 #pragma omp simd reduction(+ : sum, product)
-  for (int64_t j = 0; j < n; ++j) {
-    const float below = scale * (bias ? x[j] + bias[j] : x[j]) - maximum;
-    const float e = exp_of(below);
-    sum += e;
-    product += e > 0.f || e != e ? e * below : 0.f;
+    for (int64_t j = start; j < stop; ++j) {
+      const float below = below_largest<kHasBias>(line, j);
+      const float e = exp_of(below);
+      sum += e;
+      product += e > 0.f || e != e ? e * below : 0.f;
+    }
+    total += sum;
+    total_product += product;
   }
-  *weighted = product;
-  return sum;
+  *weighted = total_product;
+  return total;
 }
 
-// The row becomes e^(z - m) dz/dx; returns the sum of the exponentials. A capped row holds z already.
+TUNA_CLONES double sum_weighted_row(const Line& line, double* weighted) {
+  return line.bias ? sum_weighted_row_body<true>(line, weighted) : sum_weighted_row_body<false>(line, weighted);
+}
+
+// The row becomes e^(z - m) dz/dx; returns the sum of the exponentials.
 template <bool kHasBias>
-TUNA_INLINE float exponential_row_body(float* x, int64_t n, const float* bias, float scale, float maximum) {
-  float sum = 0.f;
+TUNA_INLINE double exponential_row_body(float* x, Line line) {
+  double total = 0.;
+  for (int64_t start = 0; start < line.n; start += kBlock) {
+    const int64_t stop = end_of_block(start, line.n);
+    float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const float e = exp_of(affine<kHasBias>(x, bias, scale, j) - maximum);
-    sum += e;
-    x[j] = e * scale;
+    for (int64_t j = start; j < stop; ++j) {
+      const float e = exp_of(below_largest<kHasBias>(line, j));
+      sum += e;
+      x[j] = e * line.slope;
+    }
+    total += sum;
   }
-  return sum;
+  return total;
 }
 
-TUNA_CLONES float exponential_row(float* x, int64_t n, const float* bias, float scale, float maximum) {
-  return bias ? exponential_row_body<true>(x, n, bias, scale, maximum)
-              : exponential_row_body<false>(x, n, bias, scale, maximum);
+TUNA_CLONES double exponential_row(float* x, const Line& line) {
+  return line.bias ? exponential_row_body<true>(x, line) : exponential_row_body<false>(x, line);
 }
 
-TUNA_CLONES float capped_exponential_row(float* x, int64_t n, float scale, float cap, float maximum) {
-  float sum = 0.f;
+TUNA_CLONES double capped_exponential_row(float* x, int64_t n, float scale, float cap, float maximum) {
+  double total = 0.;
   const float inverse = 1.f / cap;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t stop = end_of_block(start, n);
+    float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const float e = exp_of(x[j] - maximum);
-    const float t = x[j] * inverse;
-    sum += e;
-    x[j] = e * scale * (1.f - t * t);
+    for (int64_t j = start; j < stop; ++j) {
+      const float e = exp_of(x[j] - maximum);
+      sum += e;
+      x[j] = e * slope_of_capped(x[j], scale, inverse);
+    }
+    total += sum;
   }
-  return sum;
+  return total;
 }
 
 template <bool kHasBias>
-TUNA_INLINE void softmax_gradient_body(float* x, int64_t n, const float* bias, float scale, float lse, float weight) {
-  const float factor = scale * weight;
+TUNA_INLINE void softmax_gradient_body(float* x, Line line, float log_sum, float weight) {
+  const float factor = line.slope * weight;
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) x[j] = factor * exp_of(affine<kHasBias>(x, bias, scale, j) - lse);
+  for (int64_t j = 0; j < line.n; ++j) x[j] = factor * exp_of(below_largest<kHasBias>(line, j) - log_sum);
 }
 
-TUNA_CLONES void softmax_gradient_row(float* x, int64_t n, const float* bias, float scale, float lse, float weight) {
-  if (bias) {
-    softmax_gradient_body<true>(x, n, bias, scale, lse, weight);
+TUNA_CLONES void softmax_gradient_row(float* x, const Line& line, float log_sum, float weight) {
+  if (line.bias) {
+    softmax_gradient_body<true>(x, line, log_sum, weight);
   } else {
-    softmax_gradient_body<false>(x, n, bias, scale, lse, weight);
+    softmax_gradient_body<false>(x, line, log_sum, weight);
   }
 }
 
 // The same with the entropy term.
 template <bool kHasBias>
-TUNA_INLINE void entropy_gradient_body(float* x, int64_t n, const float* bias, float scale, float lse, float weight,
-                                       float entropy_weight, float entropy) {
+TUNA_INLINE void entropy_gradient_body(float* x, Line line, float log_sum, float weight, float entropy_weight,
+                                       float entropy) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const float log_p = affine<kHasBias>(x, bias, scale, j) - lse;
+  for (int64_t j = 0; j < line.n; ++j) {
+    const float log_p = below_largest<kHasBias>(line, j) - log_sum;
     const float p = exp_of(log_p);
     const float surprise = p > 0.f || p != p ? log_p + entropy : 0.f;  // 0 times infinity is to be 0
-    x[j] = p * (weight - entropy_weight * surprise) * scale;
+    x[j] = p * (weight - entropy_weight * surprise) * line.slope;
   }
 }
 
-TUNA_CLONES void entropy_gradient_row(float* x, int64_t n, const float* bias, float scale, float lse, float weight,
-                                      float entropy_weight, float entropy) {
-  if (bias) {
-    entropy_gradient_body<true>(x, n, bias, scale, lse, weight, entropy_weight, entropy);
+TUNA_CLONES void entropy_gradient_row(float* x, const Line& line, float log_sum, float weight, float entropy_weight,
+                                      float entropy) {
+  if (line.bias) {
+    entropy_gradient_body<true>(x, line, log_sum, weight, entropy_weight, entropy);
   } else {
-    entropy_gradient_body<false>(x, n, bias, scale, lse, weight, entropy_weight, entropy);
+    entropy_gradient_body<false>(x, line, log_sum, weight, entropy_weight, entropy);
   }
 }
 
 // The same for a row that holds capped logits z (which are finite).
-TUNA_CLONES void capped_gradient_row(float* x, int64_t n, float scale, float cap, float lse, float weight,
-                                     float entropy_weight, float entropy) {
+TUNA_CLONES void capped_gradient_row(float* x, int64_t n, float scale, float cap, float maximum, float log_sum,
+                                     float weight, float entropy_weight, float entropy) {
   const float inverse = 1.f / cap;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const float log_p = x[j] - lse;
-    const float t = x[j] * inverse;
-    x[j] = exp_of(log_p) * (weight - entropy_weight * (log_p + entropy)) * scale * (1.f - t * t);
+    const float log_p = x[j] - maximum - log_sum;
+    const float d = exp_of(log_p) * (weight - entropy_weight * (log_p + entropy));
+    x[j] = d * slope_of_capped(x[j], scale, inverse);
   }
 }
 
@@ -169,31 +216,34 @@ void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlot
   float* x = tile.x + row * tile.stride;
   const int64_t n = tile.columns;
   const bool is_capped = transform.cap > 0.f;
-  const float top = is_capped ? cap_row(x, n, transform.bias, transform.scale, transform.cap)
-                              : max_row(x, n, transform.bias, transform.scale);
-  const float scale = is_capped ? 1.f : transform.scale;
+  const float sign = is_capped || transform.scale >= 0.f ? 1.f : -1.f;
+  const float slope = is_capped ? 1.f : transform.scale;
   const float* bias = is_capped ? nullptr : transform.bias;
+  const float top = is_capped ? cap_row(x, n, transform.bias, transform.scale, transform.cap)
+                              : max_row(x, n, bias, sign);
   const float before = state.maximum[row];
   const float maximum = top > before ? top : before;
   for (int64_t s = slots.offsets[row]; s < slots.offsets[row + 1]; ++s) {
     const int64_t column = slots.targets[s] - tile.first_column;
-    if (column >= 0 && column < n) state.chosen[s] = scale * (bias ? x[column] + bias[column] : x[column]);
+    if (column >= 0 && column < n) state.chosen[s] = sign * (bias ? x[column] + bias[column] : x[column]);
   }
   // Nothing but -infinity so far: leave the sums at 0 rather than make -inf - -inf.
   const float reference = maximum == kLowest ? 0.f : maximum;
-  float sum = 0.f, weighted = 0.f;
+  const Line line{x, bias, n, slope, sign * reference};
+  double sum = 0., weighted = 0.;
   if (state.shrink) {
     sum = is_capped ? capped_exponential_row(x, n, transform.scale, transform.cap, reference)
-                    : exponential_row(x, n, bias, scale, reference);
+                    : exponential_row(x, line);
   } else if (state.weighted) {
-    sum = sum_weighted_row(x, n, bias, scale, reference, &weighted);
+    sum = sum_weighted_row(line, &weighted);
   } else {
-    sum = sum_row(x, n, bias, scale, reference);
+    sum = sum_row(line);
   }
   const bool is_first = before == kLowest;
-  const float shrink = is_first ? 0.f : exp_of(before - reference);
+  const float fall = is_first ? kLowest : sign * slope * (before - reference);  // of the old largest z
+  const float shrink = exp_of(fall);
   if (state.weighted) {
-    const double moved = is_first ? 0. : state.sum[row] * (static_cast<double>(before) - reference);
+    const double moved = shrink > 0.f ? state.sum[row] * fall : 0.;
     state.weighted[row] = (state.weighted[row] + moved) * shrink + weighted;
   }
   state.maximum[row] = maximum;
@@ -204,21 +254,36 @@ void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlot
 void gradient_one_row(const Tile& tile, const Transform& transform, const RowSlots& slots,
                       const GradientInputs& inputs, bool is_capped, int64_t row) {
   float* x = tile.x + row * tile.stride;
-  const int64_t n = tile.columns;
-  const float lse = inputs.lse[row], weight = inputs.softmax_weight[row];
+  const int64_t n = tile.columns, first = slots.offsets[row], last = slots.offsets[row + 1];
+  const float scale = transform.scale, cap = transform.cap;
+  const float maximum = inputs.maximum[row], log_sum = inputs.log_sum[row], weight = inputs.softmax_weight[row];
   const float entropy_weight = inputs.entropy_weight ? inputs.entropy_weight[row] : 0.f;
   const float entropy = inputs.entropy_weight ? inputs.entropy[row] : 0.f;
-  if (transform.cap > 0.f) {
-    if (!is_capped) cap_row(x, n, transform.bias, transform.scale, transform.cap);
-    capped_gradient_row(x, n, transform.scale, transform.cap, lse, weight, entropy_weight, entropy);
-  } else if (inputs.entropy_weight) {
-    entropy_gradient_row(x, n, transform.bias, transform.scale, lse, weight, entropy_weight, entropy);
-  } else {
-    softmax_gradient_row(x, n, transform.bias, transform.scale, lse, weight);
+  const auto column_of = [&](int64_t slot) {
+    const int64_t column = slots.targets[slot] - tile.first_column;
+    return column >= 0 && column < n ? column : -1;
+  };
+  if (cap > 0.f) {
+    if (!is_capped) cap_row(x, n, transform.bias, scale, cap);
+    static thread_local std::vector<float> slopes;  // dz/dx of the slots' targets: by the same code as of their row
+    slopes.assign(static_cast<size_t>(last - first), 0.f);
+    for (int64_t s = first; s < last; ++s) {
+      if (column_of(s) >= 0) slopes[static_cast<size_t>(s - first)] = slope_of_capped(x[column_of(s)], scale, 1.f / cap);
+    }
+    capped_gradient_row(x, n, scale, cap, maximum, log_sum, weight, entropy_weight, entropy);
+    for (int64_t s = first; s < last; ++s) {
+      if (column_of(s) >= 0) x[column_of(s)] += inputs.slot_gradient[s] * slopes[static_cast<size_t>(s - first)];
+    }
+    return;
   }
-  for (int64_t s = slots.offsets[row]; s < slots.offsets[row + 1]; ++s) {
-    const int64_t column = slots.targets[s] - tile.first_column;
-    if (column >= 0 && column < n) x[column] += inputs.slot_gradient[s];
+  const Line line{x, transform.bias, n, scale, scale >= 0.f ? maximum : -maximum};
+  if (inputs.entropy_weight) {
+    entropy_gradient_row(x, line, log_sum, weight, entropy_weight, entropy);
+  } else {
+    softmax_gradient_row(x, line, log_sum, weight);
+  }
+  for (int64_t s = first; s < last; ++s) {
+    if (column_of(s) >= 0) x[column_of(s)] += inputs.slot_gradient[s] * scale;
   }
 }
 

@@ -9,8 +9,12 @@
 namespace tuna {
 
 // z = softcap(scale * (x + bias)); softcap(x) = cap * tanh(x / cap); cap 0: none; bias null: none (bias of this tile).
+//
+// Statistics are kept of v, where z = factor * v: with a cap v = z and factor = 1, without one
+// v = sign(scale) * (x + bias) and factor = |scale|. A difference of two v is taken before it is multiplied, so that
+// large or steep logits lose nothing to the rounding of z, and no fused multiply-add sees z more exactly than its maximum.
 struct Transform {
-  float scale;
+  float scale;  // finite; of a magnitude that float32 holds, or 0
   float cap;
   const float* bias;
 };
@@ -32,26 +36,27 @@ struct RowSlots {
 
 // Running state of the online softmax, one entry a row.
 struct SoftmaxState {
-  float* maximum;    // [rows] running maximum of z
-  double* sum;       // [rows] running sum of e^(z - maximum)
-  double* weighted;  // [rows] running sum of e^(z - maximum) (z - maximum); null unless the entropy is wanted
-  float* shrink;     // [rows] e^(old maximum - new maximum); null unless the tile becomes exponentials
-  float* chosen;     // [slots] z of each slot's target, written where the tile holds it
+  float* maximum;    // [rows] running maximum of v
+  double* sum;       // [rows] running sum of e^(z - largest z)
+  double* weighted;  // [rows] running sum of e^(z - largest z) (z - largest z); null unless the entropy is wanted
+  float* shrink;     // [rows] e^(old largest z - new one); null unless the tile becomes exponentials
+  float* chosen;     // [slots] v of each slot's target, written where the tile holds it
 };
 
 // Merge the tile into the state. With a cap the tile is left holding z, else it is left alone; with `shrink` it
-// is left holding e^(z - maximum) dz/dx, ready to be multiplied by the weight (the unit gradient of a frozen head).
+// is left holding e^(z - largest z) dz/dx, ready to be multiplied by the weight (the unit gradient of a frozen head).
 void softmax_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const SoftmaxState& state,
                   int threads);
 
-// x becomes dL/dx, where dL/dz_v = p_v (softmax_weight - entropy_weight (z_v - lse + entropy)) and each slot adds
-// slot_gradient (already dL/dx) at its target. `is_capped`: the tile already holds z (left so by softmax_tile).
+// x becomes dL/dx, where dL/dz_v = p_v (softmax_weight - entropy_weight (log p_v + entropy)) and each slot adds
+// slot_gradient at its target. `is_capped`: the tile already holds z (left so by softmax_tile).
 struct GradientInputs {
-  const float* lse;              // [rows]
+  const float* maximum;          // [rows] of v
+  const float* log_sum;          // [rows] log-sum-exp less the largest z
   const float* softmax_weight;   // [rows]
   const float* entropy_weight;   // [rows], null: none
   const float* entropy;          // [rows], null: none
-  const float* slot_gradient;    // [slots]
+  const float* slot_gradient;    // [slots] dL/dz of the slot's target, the softmax left out
 };
 void gradient_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const GradientInputs& inputs,
                    bool is_capped, int threads);

@@ -7,7 +7,6 @@ traceback and exits with 2; `TUNA_TRACEBACK=1` shows where it came from.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -76,13 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always; 0 when all went well, 2 for an error of the user's.
     """
+    from tuna.cli.terminal import complain, log_visibly
+
+    log_visibly()
     watch_parent()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="tuna")
     except USER_ERRORS as error:
         if os.environ.get("TUNA_TRACEBACK", "0") not in ("", "0"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        complain(f"error: {_message(error)}")
         raise SystemExit(2) from None
 
 

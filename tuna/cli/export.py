@@ -24,6 +24,7 @@ def export(
     """Write a checkpoint as a plain Hugging Face folder: ZeRO shards joined, LoRA merged, safetensors."""
     import torch
 
+    from tuna.cli.terminal import say
     from tuna.export import export as write
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -31,4 +32,4 @@ def export(
     done = write(
         source, output, model=model, dtype=None if dtype is None else getattr(torch, dtype), trust=trust_checkpoint
     )
-    typer.echo(f"{done} is in {output}")
+    say(f"{done} is in {output}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
+from tuna.cli.template import given_template, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,10 @@ def sample(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response; may be repeated.")] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="none, chat, alpaca or a text with {prompt}. Default: none; chat with --api chat."),
+        typer.Option(
+            help="none, chat, alpaca or a text with {prompt}. Default: as the student was trained, or none; with "
+            "--api chat the endpoint's own."
+        ),
     ] = None,
     alike: Annotated[float, typer.Option(help="Draw again where two responses have this ROUGE-L.")] = 0.8,
     step: Annotated[float, typer.Option(help="Temperature added from try to try.")] = 0.1,
@@ -68,13 +72,12 @@ def sample(
     dry_run: paid.DryRun = False,
 ) -> None:
     """Draw the student's own diverse responses, for a judge to rank. Interrupted, it goes on where it was."""
-    from rich.console import Console
-
     from tuna.cli.generate import read_wanted
+    from tuna.cli.terminal import Terminal
     from tuna.outputs import check_files
     from tuna.sample import Diversity, LocalSampling
 
-    console = Console()
+    console = Terminal()
     diversity = Diversity(alike=alike, step=step, tries=tries)
     check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     wanted = read_wanted(console, instructions, limit, on_bad)
@@ -88,7 +91,7 @@ def sample(
             top_p=top_p,
             seed=seed,
             stop=tuple(stop or ()),
-            template=template or "none",
+            template=given_template(console, template, model, None),
             diversity=diversity,
         )
         _local(console, model, dtype, wanted, sampling, output, batch)
@@ -158,6 +161,7 @@ def _local(
     from tuna.journal import Journal
     from tuna.models import load_model
     from tuna.sample import sample_locally
+    from tuna.templates import saved_template, unused_chat_template
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # A student trained again under the same name is another student.
@@ -167,6 +171,8 @@ def _local(
         with console.status(f"loading {model} …"):
             network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
             torch.nn.Module.to(network, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if saved_template(model) is None:
+            warn(console, unused_chat_template(sampling.template, tokenizer))
         with progress_bar(console, "prompts") as bar:
             task = bar.add_task("sample", total=len(wanted))
             sets, problems = sample_locally(

@@ -35,8 +35,10 @@ def serve(
     import uvicorn
     from transformers.utils.logging import disable_progress_bar
 
+    from tuna.cli.terminal import say
     from tuna.models import load_model
     from tuna.serve import Engine, create_app
+    from tuna.templates import DEFAULT, saved_template
     from tuna_kernels.integrations.transformers import prepare_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -54,9 +56,11 @@ def serve(
         torch.nn.Module.to(network, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         prepare_model(network)
         engine = Engine(network, tokenizer, max_rows=batch, max_tokens=batch_tokens, max_waiting=max_waiting)
-        app = create_app(engine, name or model, default_max_tokens=default_max_tokens)
+        app = create_app(
+            engine, name or model, default_max_tokens=default_max_tokens, template=saved_template(model) or DEFAULT
+        )
         listener.listen(128)
-        typer.echo(f"{name or model} at http://{host}:{listener.getsockname()[1]}/v1")
+        say(f"{name or model} at http://{host}:{listener.getsockname()[1]}/v1")
         config = uvicorn.Config(app, log_level="warning" if quiet else "info", access_log=not quiet)
         server = uvicorn.Server(config)
         if with_stdin:

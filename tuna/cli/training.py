@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,21 +19,28 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from tuna.adapters import merged
 from tuna.checkpoints import CheckpointError
 from tuna.cli.data import best_and_worst
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
+from tuna.cli.template import given_template, warn
 from tuna.config import TunaConfig
 from tuna.export import merged_from
+from tuna.group_data import tokenized
 from tuna.locks import hold
 from tuna.logs import LOG_FILE, JsonLines, default_reports
+from tuna.metrics import ranking_metrics
 from tuna.models import SMOLLM2, cache_folder, load_model
+from tuna.notices import reversed_notice, sample_of
 from tuna.outputs import check_run_folder
 from tuna.ranks import launched
 from tuna.records import Problem, Record, read_records
 from tuna.report import plot_log, write_json
+from tuna.split import split_records
+from tuna.templates import end_generation_at, save_template, saved_template
 from tuna.tokenization import TokenizedGroup, TokenStats, token_stats
-from tuna.trainer import TunaTrainer, tokenized
+from tuna.trainer import TunaTrainer
 
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
@@ -66,6 +72,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
 
 def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Console) -> dict[str, Any]:
     """Train, evaluate and save in a folder that is this run's."""
+    settings = settings | {"template": _template(run, settings.get("template"), output, console)}
     config = _trainer_config(run, settings)
     train_records, eval_records = _read(run, config, console)
     console.print(best_and_worst(train_records, 3))
@@ -78,6 +85,9 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     resume = config.resume_from_checkpoint or run.resume or None
     trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
     trainer.remove_callback(PrinterCallback)
+    if not run.resume and not (held_out and run.eval_first):
+        with console.status("ranking a sample of the data …"):
+            warn(console, reversed_notice(_base_accuracy(trainer, train)))
     trainer.add_callback(TrainingProgress(console))
     trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not resume))
     trainer.overwrite = run.overwrite
@@ -85,7 +95,11 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
     console.print(_summary(trainer, stats, held_out))
 
+    if trainer.is_world_process_zero():
+        save_template(output, config.template)  # now, so that a run that was stopped has it to resume
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
+    if before is not None and not resume:
+        warn(console, reversed_notice(before.get("eval_rank/accuracy")))
     trainer.train(resume_from_checkpoint=resume)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
@@ -117,6 +131,29 @@ def _inputs(run: RunSettings) -> dict[str, Path]:
     return inputs
 
 
+def _template(run: RunSettings, given: str | None, output: Path, console: Console) -> str:
+    """The template to train with: as given, of the run that is resumed, of the model's own training, or none.
+
+    Raises:
+        ValueError: a run is resumed with another template.
+    """
+    saved = saved_template(output) if run.resume else None
+    if saved is not None and given not in (None, saved):
+        raise ValueError(f"template = {given!r}, but {output} was trained with {saved!r}: leave it out to resume")
+    if saved is None:
+        return given_template(console, given, run.model, None)
+    console.print(f"template {saved!r}: that of the run resumed")
+    return saved
+
+
+def _base_accuracy(trainer: TunaTrainer, train: Sequence[TokenizedGroup]) -> float | None:
+    """Share of the pairs in a sample that the model ranks as the data does, before training."""
+    sample = sample_of(train)
+    if not sample or trainer.args.deepspeed or trainer.args.fsdp:  # sharded weights are there once training starts
+        return None
+    return ranking_metrics(trainer.score(sample)).get("rank/accuracy")
+
+
 def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
     held_out = run.eval_data is not None or run.eval_fraction is not None
     if "eval_steps" in settings and held_out:
@@ -140,15 +177,7 @@ def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[
         raise ValueError(f"data = {run.data!r} holds no records")
     if held_out is not None or run.eval_fraction is None:
         return records, held_out.records if held_out else []
-    if len(records) < 2:
-        raise ValueError(f"eval_fraction = {run.eval_fraction} needs two records at least, there is one")
-    order = np.random.default_rng(config.seed).permutation(len(records))
-    count = min(max(1, round(run.eval_fraction * len(records))), len(records) - 1)
-    chosen = set(order[:count].tolist())
-    return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
-    )
+    return split_records(records, run.eval_fraction, config.seed)
 
 
 def _print_problems(console: Console, problems: Sequence[Problem], most: int = 10) -> None:
@@ -214,9 +243,11 @@ def _write(trainer: TunaTrainer, folder: Path, tokenizer: PreTrainedTokenizerBas
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
         merge: Callable[[], Any] = functools.partial(merged_from, model, weights)
     else:
-        merge = model.merge_and_unload
+        merge = functools.partial(merged, model)
     if trainer.is_world_process_zero():
-        merge().save_pretrained(folder)
+        whole = merge()
+        end_generation_at(whole, tokenizer, trainer.args.template)
+        whole.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

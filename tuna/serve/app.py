@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from tuna.chat import ChatTemplate
 from tuna.constrained import Constraint, json_constraint
 from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
@@ -22,7 +23,9 @@ from tuna.serve.answers import Part, Unsent, chat_logprobs, completion_logprobs,
 from tuna.serve.engine import Busy, Engine, RowTask
 from tuna.serve.errors import ApiError, answer_errors
 from tuna.serve.protocol import ChatRequest, CompletionRequest, RankRequest, SamplingRequest
+from tuna.templates import DEFAULT
 from tuna.tokenization import encode_prompts, tokenize_records
+from tuna.vocabulary import check_vocabulary, vocabulary_of
 from tuna_kernels import pack_groups
 from tuna_kernels.integrations.transformers import score_groups
 
@@ -31,13 +34,14 @@ __all__ = ["create_app"]
 T = TypeVar("T")
 
 
-def create_app(engine: Engine, name: str, *, default_max_tokens: int = 512) -> FastAPI:
+def create_app(engine: Engine, name: str, *, default_max_tokens: int = 512, template: str = DEFAULT) -> FastAPI:
     """The server over an engine, which is closed with it.
 
     Args:
         engine: runs the model.
         name: what the model is called in requests and answers.
         default_max_tokens: longest chat answer where a request names none.
+        template: how /v1/rank shows a plain prompt where a request names none: that of training.
     """
 
     @asynccontextmanager
@@ -46,7 +50,7 @@ def create_app(engine: Engine, name: str, *, default_max_tokens: int = 512) -> F
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="tuna serve", lifespan=lifespan)
-    handlers = _Handlers(engine, name, default_max_tokens)
+    handlers = _Handlers(engine, name, default_max_tokens, template)
     app.get("/v1/models")(handlers.models)
     app.get("/v1/models/{model:path}")(handlers.model)
     app.post("/v1/completions")(handlers.completions)
@@ -60,8 +64,8 @@ def create_app(engine: Engine, name: str, *, default_max_tokens: int = 512) -> F
 class _Handlers:
     """One method a route."""
 
-    def __init__(self, engine: Engine, name: str, default_max_tokens: int) -> None:
-        self.engine, self.name, self.default_max_tokens = engine, name, default_max_tokens
+    def __init__(self, engine: Engine, name: str, default_max_tokens: int, template: str) -> None:
+        self.engine, self.name, self.default_max_tokens, self.template = engine, name, default_max_tokens, template
         self.tokenizer = engine.tokenizer
         self.created = int(time.time())
         self.limit = position_limit(engine.model)
@@ -106,7 +110,7 @@ class _Handlers:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check_model(body.model)
-        ids = self._prompt_ids(self._render(body))
+        ids = self._prompt_ids(self._render(body), "chat")
         asked = body.max_completion_tokens or body.max_tokens
         room = self.default_max_tokens if self.limit is None else max(1, self.limit - len(ids))
         tasks = self._tasks(ids, body, True, asked or min(self.default_max_tokens, room), body.top_logprobs or 0, 0)
@@ -132,11 +136,12 @@ class _Handlers:
     async def rank(self, body: RankRequest) -> Response:
         if body.model is not None:
             self._check_model(body.model)
-        template = body.template or ("chat" if body.messages is not None else "none")
+        template = body.template or ("chat" if body.messages is not None else self.template)
         fields = body.model_dump(include={"prompt", "messages", "responses"})
         record = Record.model_validate({"id": "request", **fields, "scores": [0.0] * len(body.responses)})
         length = body.max_length or self.limit or 1 << 20
         groups, _ = tokenize_records([record], self.tokenizer, template=template, max_length=length)
+        check_vocabulary(self.engine.model, groups, self.tokenizer)
         answer = await self._run(lambda: _rank(self.engine, groups[0].group, body))
         return JSONResponse(self._head("rank", "rank") | answer | {"cut_responses": groups[0].cut_responses})
 
@@ -159,9 +164,9 @@ class _Handlers:
         turns = [message.model_dump() for message in body.messages]
         try:
             # Not through a Record: that one asks for a last turn that is not the assistant's.
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates refuse by raising from Jinja, each with a class of its own
-            raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+            return ChatTemplate(self.tokenizer).prompt(turns, "messages")
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from error
 
     def _constraint(self, schema: dict[str, Any]) -> Constraint:
         try:
@@ -172,9 +177,9 @@ class _Handlers:
         except ValueError as error:
             raise ApiError(400, str(error), param="response_format") from error
 
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        size = len(self.tokenizer)
-        ids = encode_prompts(self.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+    def _prompt_ids(self, prompt: str | list[int], template: str = "none") -> list[int]:
+        size = min(len(self.tokenizer), vocabulary_of(self.engine.model))
+        ids = encode_prompts(self.tokenizer, [prompt], template=template)[0] if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError(400, "prompt has no tokens", param="prompt")
         if wrong := [token for token in ids if not 0 <= token < size]:

@@ -17,19 +17,6 @@ MAX_N = 128
 Stop = Annotated[list[str], Field(max_length=16)]
 
 
-class ChatMessage(Message):
-    """A turn; its content may come as a list of text parts."""
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _joined(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in value):
-            raise ValueError("holds a part that is no text; only text is served")
-        return "".join(str(part.get("text", "")) for part in value)
-
-
 class StreamOptions(BaseModel):
     """What a stream carries besides text."""
 
@@ -158,7 +145,7 @@ class ResponseFormat(BaseModel):
 class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -184,7 +171,7 @@ class RankRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: list[Message] | None = None
     responses: list[str] = Field(min_length=1, max_length=1024)
     length_penalty: float = 1.0
     template: str | None = None

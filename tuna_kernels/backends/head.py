@@ -18,7 +18,7 @@ class HeadBackend(NamedTuple):
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]
     unit_rows: Callable[..., Tensor]
-    selective_forward: Callable[..., tuple[Tensor, Tensor]]
+    selective_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     selective_backward: Callable[..., None]
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .head import HeadBackend
+from .layout import dense_rows
 from .reference import compute_dtype
 from .slots import Slots
-from .tiled import Gradients, Head, Inputs, RowGradient
+from .tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
 
 
 @dataclass(frozen=True)
@@ -31,25 +32,21 @@ class LinearCall:
 
     @property
     def compute(self) -> torch.dtype:
-        return compute_dtype(self.hidden.dtype, self.weight.dtype)
+        given = (self.hidden, self.weight, self.bias, self.low_rank_hidden, self.low_rank_weight)
+        return compute_dtype(*(t.dtype for t in given if t is not None))
 
     @property
     def inputs(self) -> Inputs:
         return Inputs(
-            _rows_dense(self.hidden),
-            None if self.low_rank_hidden is None else _rows_dense(self.low_rank_hidden),
+            dense_rows(self.hidden),
+            None if self.low_rank_hidden is None else dense_rows(self.low_rank_hidden),
         )
 
     @property
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
-        low = None if self.low_rank_weight is None else _rows_dense(self.low_rank_weight)
-        return Head(_rows_dense(self.weight), bias, low, self.logit_scale, self.softcap)
-
-
-def _rows_dense(matrix: Tensor) -> Tensor:
-    """Rows may lie anywhere, but each row's elements must be neighbours."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+        low = None if self.low_rank_weight is None else dense_rows(self.low_rank_weight)
+        return Head(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
 
 
 def forward(
@@ -61,8 +58,8 @@ def forward(
     *,
     want_entropy: bool,
     want_unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D])``, zero for ignored slots."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D], state [3, M])``, zero for ignored slots."""
     slots = Slots.build(targets, rows, ignore_index)
     result = backend.forward(
         call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
@@ -77,7 +74,15 @@ def forward(
     unit = new(min(call.hidden.shape[0], targets.numel()) if want_unit else 0, call.hidden.shape[1])
     if result.unit is not None:
         unit[: slots.rows.numel()] = result.unit
-    return per_slot(result.logprobs), per_slot(result.lse[slots.row_of]), entropy, unit
+    state = state_of(slots, result, targets.numel())
+    return per_slot(result.logprobs), per_slot(result.lse[slots.row_of]), entropy, unit, state
+
+
+def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
+    """[3, M] (chosen, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the softmax,
+    where lse itself would be too coarse for large logits."""
+    values = torch.stack([result.chosen, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
+    return values.new_zeros(3, count).index_copy_(1, slots.slots, values)
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,9 @@ class Saved:
     ``entropy`` and ``unit`` may be empty (not kept); upstream gradients may be None (zero).
     """
 
-    logprobs: Tensor
-    lse: Tensor
     entropy: Tensor
     unit: Tensor
+    state: Tensor  # [3, M], of forward
     upstream: Tensor | None
     upstream_lse: Tensor | None
     upstream_entropy: Tensor | None
@@ -104,7 +108,7 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
 
     upstreams = (saved.upstream, saved.upstream_lse, saved.upstream_entropy)
     # A compiled graph hands an empty gradient to an output that was not wanted and came back empty.
-    given = [None if u is None or u.numel() != saved.lse.numel() else u.to(call.compute) for u in upstreams]
+    given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in upstreams]
     active = torch.zeros(slots.slots.numel(), dtype=torch.bool, device=slots.slots.device)
     for u in given:
         if u is not None:
@@ -115,20 +119,29 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
     zero = torch.zeros(count, dtype=call.compute, device=active.device)
     g = zero if g is None else g
     first_slot = slots.slots[slots.offsets[:-1]]  # every slot of a row has the row's lse and entropy
-    chosen = (saved.logprobs + saved.lse)[slots.slots]
-    slope = torch.full_like(g, call.logit_scale)
-    if call.softcap is not None:
-        slope = slope * (1 - (chosen / call.softcap) ** 2)
     softmax_weight = slots.row_sums((zero if g_lse is None else g_lse) - g)
+    maximum, log_sum = saved.state[1:, first_slot]
+    # A shard of the vocabulary may have no probability at all: nothing flows through its softmax, so p is to be 0.
+    is_void = (log_sum == -torch.inf) & (softmax_weight == 0)
+    maximum, log_sum = maximum.masked_fill(is_void, 0), log_sum.masked_fill(is_void, 0)
     has_entropy = g_entropy is not None and bool((g_entropy != 0).any())
     coefficients = RowGradient(
-        lse=saved.lse[first_slot],
+        maximum=maximum,
+        log_sum=log_sum,
         softmax_weight=softmax_weight,
         entropy_weight=slots.row_sums(g_entropy) if has_entropy and g_entropy is not None else None,
         entropy=saved.entropy[first_slot] if has_entropy else None,
-        slot_gradient=g * slope,
+        slot_gradient=g,
     )
     return slots, kept, coefficients
+
+
+def _times_slope(coefficients: RowGradient, call: LinearCall, chosen: Tensor) -> RowGradient:
+    """The slots' gradients taken on from z to the product: times dz/dx at their targets, whose v is ``chosen`` [S]."""
+    gradient = coefficients.slot_gradient * call.logit_scale
+    if call.softcap is not None:
+        gradient = gradient * (1 - (chosen / call.softcap) ** 2)
+    return coefficients._replace(slot_gradient=gradient)
 
 
 def backward(
@@ -168,8 +181,9 @@ def backward(
         new(call.low_rank_hidden, low_hidden, of_rows=True),
         new(call.low_rank_weight, low_weight),
     ]
-    if saved.unit.numel() and hidden:
-        row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, coefficients)
+    if saved.unit.numel() and hidden and not any((weight, bias, low_hidden, low_weight)):
+        of_targets = _times_slope(coefficients, call, saved.state[0, slots.slots])
+        row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, of_targets)
         low_rows = None
     else:
         count = slots.rows.numel()

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..losses import LossCounts, Preset, preset_upstream
+from ..losses import LossCounts, Preset, preset_upstream, weighted
 from .head import HeadBackend
-from .linear import LinearCall, Saved, row_gradient, row_grads_like
+from .linear import LinearCall, Saved, row_gradient, row_grads_like, state_of
 from .products import MIN_ROWS
 from .slots import Slots
-from .tiled import Gradients
+from .tiled import ForwardResult, Gradients
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ class Result:
     mle: Tensor
     scores: Tensor  # [C]
     logprobs: Tensor  # [M]
-    lse: Tensor  # [M]
     upstream: Tensor  # [M] dL/dlogprob
     gradients: Gradients  # rows: [T, D], low_rank_rows: [T, r]
 
     def total(self, mle_weight: float) -> Tensor:
-        return self.ranking + mle_weight * self.mle
+        return self.ranking + weighted(self.mle, mle_weight)
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def linear_ranking(
     compute, device = call.compute, call.hidden.device
     slot_count = candidates.targets.numel()
     logprobs = torch.zeros(slot_count, dtype=compute, device=device)
-    lse, upstream = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    upstream = torch.zeros_like(logprobs)
     scores = torch.zeros(candidates.ranks.numel(), dtype=compute, device=device)
     ranking = torch.zeros((), dtype=torch.float64, device=device)
     mle = torch.zeros_like(ranking)
@@ -122,7 +121,6 @@ def linear_ranking(
         kept = block[: rows * head.vocabulary].view(rows, head.vocabulary) if part.keep and keeps else None
         result = backend.forward(inputs, head, slots, compute, block=kept)
         logprobs[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.logprobs)
-        lse[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.lse[slots.row_of])
         of_part = preset_upstream(
             logprobs[part.slots],
             candidates.candidate_offsets[part.candidates.start : part.candidates.stop + 1] - part.slots.start,
@@ -139,18 +137,18 @@ def linear_ranking(
         scores[part.candidates] = of_part.scores
         upstream[part.slots] = of_part.upstream.to(compute)
         if gradients.any:
-            saved = _saved(logprobs[part.slots], lse[part.slots], upstream[part.slots])
+            saved = _saved(slots, result, upstream[part.slots])
             started |= _add_gradients(backend, call, slots, saved, kept, replace(gradients, accumulate=started))
     if not started:
         for unwritten in (gradients.weight, gradients.low_rank_weight, gradients.bias):
             if unwritten is not None:
                 unwritten.zero_()
-    return Result(ranking, mle, scores, logprobs, lse, upstream, gradients)
+    return Result(ranking, mle, scores, logprobs, upstream, gradients)
 
 
-def _saved(logprobs: Tensor, lse: Tensor, upstream: Tensor) -> Saved:
-    empty = logprobs.new_empty(0)
-    return Saved(logprobs, lse, empty, empty, upstream, None, None)
+def _saved(slots: Slots, result: ForwardResult, upstream: Tensor) -> Saved:
+    empty = upstream.new_empty(0)
+    return Saved(empty, empty, state_of(slots, result, upstream.numel()), upstream, None, None)
 
 
 def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:

@@ -26,9 +26,13 @@ def linear_logprobs(
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy)``, each [M]; ``low_rank`` is (hidden2 [T, r], weight2 [V, r])."""
-    dtype = compute_dtype(hidden.dtype, weight.dtype)
+    want_entropy: bool = True,
+    want_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, entropy)``, each [M], and of the softmax ``state`` [3, M]: target's logit, the largest, log of
+    the sum against that; empty where not wanted. ``low_rank`` is (hidden2 [T, r], weight2 [V, r])."""
+    given = (hidden, weight, bias, *(low_rank or ()))
+    dtype = compute_dtype(*(t.dtype for t in given if t is not None))
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     if low_rank is not None:
         logits = logits + low_rank[0].to(dtype) @ low_rank[1].to(dtype).t()
@@ -39,20 +43,33 @@ def linear_logprobs(
         logits = softcap * torch.tanh(logits / softcap)
     if rows is not None:
         logits = logits[rows]
-    logprobs, lse = _gather(logits, targets, ignore_index)
-    log_p = logits - lse.unsqueeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
     counted = targets != ignore_index
-    return logprobs, torch.where(counted, lse, 0), torch.where(counted, entropy, 0)
+    logits, chosen = _of_counted(logits, targets, counted)
+    entropy = state = logits.new_empty(0)
+    if want_state:
+        with torch.no_grad():
+            largest = logits.amax(-1)
+            sums = (logits - largest.unsqueeze(-1)).exp().sum(-1)
+            state = torch.where(counted, torch.stack([chosen, largest, sums.log()]), 0)
+        # A shard without any probability has no weight, but its log-sum-exp a gradient of NaN, and 0 times that is NaN.
+        logits = logits.masked_fill((largest == -torch.inf).unsqueeze(-1), 0)
+    lse = torch.logsumexp(logits, -1)
+    if want_entropy:
+        log_p = logits - lse.unsqueeze(-1)
+        p = log_p.exp()
+        entropy = -(p * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 times infinity counts as 0
+        entropy = torch.where(counted, entropy, 0)
+    return torch.where(counted, chosen - lse, 0), torch.where(counted, lse, 0), entropy, state
 
 
 def selective_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, ignore_index: int) -> Tensor:
     """[...]: log-probability of each target under ``softmax(logits / temperature)``."""
-    return _gather(logits.to(compute_dtype(logits.dtype)) / temperature, targets, ignore_index)[0]
-
-
-def _gather(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     counted = targets != ignore_index
-    lse = torch.logsumexp(logits, -1)
-    chosen = logits.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(counted, chosen - lse, 0), lse
+    logits, chosen = _of_counted(logits.to(compute_dtype(logits.dtype)) / temperature, targets, counted)
+    return torch.where(counted, chosen - torch.logsumexp(logits, -1), 0)
+
+
+def _of_counted(logits: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """``(logits, those of the targets)``; ignored rows are zeros, and take no part whatever they held."""
+    logits = logits.masked_fill(~counted.unsqueeze(-1), 0)
+    return logits, logits.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)

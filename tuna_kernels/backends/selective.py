@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .slots import Slots
-from .tiled import Head, RowGradient, SoftmaxState, Tile, TileOps
+from .tiled import Head, RowGradient, SoftmaxState, Tile, TileOps, result_of
 
 CHUNK_BYTES = 16 << 20
 
@@ -26,12 +26,13 @@ def _tile(logits: Tensor, slots: Slots, part: slice) -> Tile:
 
 def forward(
     ops: TileOps, logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``(logprobs, lse)`` [N] of logits [N, V] divided by ``temperature``; ignored rows 0."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [N, V] divided by ``temperature``: ``(logprobs, maximum, log_sum)`` [N], the last two for the backward
+    (``tiled.ForwardResult``); ignored rows 0."""
     slots = Slots.build(targets, None, ignore_index)
     head = Head(logits, None, None, 1.0 / temperature, None)
     logprobs = torch.zeros(logits.shape[0], dtype=compute, device=logits.device)
-    all_lse = torch.zeros_like(logprobs)
+    maximum, log_sum = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     for part in _chunks(logits, slots, compute):
         count = part.stop - part.start
         if slots.contiguous and logits.dtype == compute:
@@ -47,10 +48,10 @@ def forward(
             chosen=torch.full((count,), torch.nan, dtype=compute, device=logits.device),
         )
         ops.softmax(_tile(z, slots, part), head, state)
-        lse = state.maximum.double() + state.sum.log()
-        all_lse[slots.rows[part]] = lse.to(compute)
-        logprobs[slots.rows[part]] = (state.chosen.double() - lse).to(compute)
-    return logprobs, all_lse
+        rows = slots.rows[part]
+        result = result_of(head, slice(None), state.chosen, state.maximum, state.sum.log())
+        logprobs[rows], maximum[rows], log_sum[rows] = result.logprobs, result.maximum, result.log_sum
+    return logprobs, maximum, log_sum
 
 
 def backward(
@@ -58,13 +59,14 @@ def backward(
     upstream: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
     temperature: float,
     ignore_index: int,
     out: Tensor,
 ) -> None:
     """Write the gradient to ``out`` [N, V] (may be ``logits``); p - onehot is taken before rounding to its dtype."""
-    compute = lse.dtype
+    compute = maximum.dtype
     slots = Slots.build(targets, None, ignore_index)
     head = Head(logits, None, None, 1.0 / temperature, None)
     in_place = out.data_ptr() == logits.data_ptr()
@@ -75,7 +77,7 @@ def backward(
         if not (direct and in_place):
             ops.load(z, logits, rows)
         g = upstream[rows].to(compute)
-        of_rows = RowGradient(lse[rows].contiguous(), -g, None, None, g / temperature)
+        of_rows = RowGradient(maximum[rows], log_sum[rows], -g, None, None, g)
         ops.gradient(_tile(z, slots, part), head, of_rows, is_capped=False)
         if not direct:
             out[rows] = z.to(out.dtype)

@@ -22,10 +22,17 @@ from torch import Tensor
 from .products import MIN_ROWS, Products
 from .slots import Slots
 
+SMALLEST_FACTOR = 1e-37  # not 0, so that -inf stays -inf
+
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``."""
+    """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``.
+
+    Statistics of a row are kept of v, where ``z = factor * v``: with a softcap v = z, without one v is the product and
+    bias, its sign turned where the scale is negative. Differences of v are taken before they are multiplied, so that
+    large or steep logits lose nothing to the rounding of z (docs/numerics.md).
+    """
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V] in the compute type
@@ -36,6 +43,14 @@ class Head:
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def factor(self) -> float:
+        return max(abs(self.logit_scale), SMALLEST_FACTOR) if self.softcap is None else 1.0
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.softcap is None and self.logit_scale < 0 else 1.0
 
 
 class Inputs(NamedTuple):
@@ -48,27 +63,29 @@ class Inputs(NamedTuple):
 class SoftmaxState(NamedTuple):
     """Running online softmax of R rows and S slots."""
 
-    maximum: Tensor  # [R]
-    sum: Tensor  # [R] float64
+    maximum: Tensor  # [R] of v
+    sum: Tensor  # [R] float64, of e^(z - largest z)
     weighted: Tensor | None  # [R] float64, for the entropy
     shrink: Tensor | None  # [R] when the tile is to become exponentials
-    chosen: Tensor  # [S] z of the targets
+    chosen: Tensor  # [S] v of the targets
 
 
 class RowGradient(NamedTuple):
     """What turns logits into their gradient, for R rows and S slots (see csrc/cpu/tiles.h)."""
 
-    lse: Tensor  # [R]
+    maximum: Tensor  # [R] of v
+    log_sum: Tensor  # [R] log-sum-exp less the largest z
     softmax_weight: Tensor  # [R]
     entropy_weight: Tensor | None  # [R]
     entropy: Tensor | None  # [R]
-    slot_gradient: Tensor  # [S]
+    slot_gradient: Tensor  # [S] dL/dz of the target, the softmax left out
 
     def part(self, rows: slice, slot_gradient: Tensor) -> RowGradient:
         """The same for some of the rows."""
         weight = None if self.entropy_weight is None else self.entropy_weight[rows]
         entropy = None if self.entropy is None else self.entropy[rows]
-        return RowGradient(self.lse[rows], self.softmax_weight[rows], weight, entropy, slot_gradient)
+        of_rows = self.maximum[rows], self.log_sum[rows], self.softmax_weight[rows]
+        return RowGradient(*of_rows, weight, entropy, slot_gradient)
 
 
 class Tile(NamedTuple):
@@ -174,10 +191,13 @@ class _Loop:
 
 
 class ForwardResult(NamedTuple):
-    """Per row and per sorted slot, in the compute type."""
+    """Per row and per sorted slot, in the compute type; v is explained at :class:`Head`."""
 
     logprobs: Tensor  # [S]
     lse: Tensor  # [R]
+    chosen: Tensor  # [S] v of the targets
+    maximum: Tensor  # [R] of v
+    log_sum: Tensor  # [R] lse less the largest z
     entropy: Tensor | None  # [R]
     unit: Tensor | None  # [R, D] sum over v of p_v dz_v/dx_v w_v
 
@@ -223,11 +243,27 @@ def forward(
             if unit is not None and state.shrink is not None:
                 ops.scale_rows(unit[rows], state.shrink)
                 loop.products.add_to_rows(unit[rows], tile.logits, head.weight, columns)
-    lse = maximum.double() + sums.log()
-    entropy = None if weighted is None else (sums.log() - weighted / sums).to(compute)
+    log_sum = sums.log()
+    entropy = None if weighted is None else (log_sum - weighted / sums).to(compute)
     if unit is not None:
         ops.scale_rows(unit, sums.reciprocal().to(compute))
-    return ForwardResult((chosen.double() - lse[slots.row_of]).to(compute), lse.to(compute), entropy, unit)
+    return result_of(head, slots.row_of, chosen, maximum, log_sum, entropy, unit)
+
+
+def result_of(
+    head: Head,
+    row_of: Tensor | slice,
+    chosen: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None = None,
+    unit: Tensor | None = None,
+) -> ForwardResult:
+    """Log-probs and log-sum-exp in float64, the maximum taken off before anything is multiplied, then rounded."""
+    compute = maximum.dtype
+    logprobs = head.factor * (chosen.double() - maximum.double()[row_of]) - log_sum[row_of]
+    lse = head.factor * maximum.double() + log_sum
+    return ForwardResult(logprobs.to(compute), lse.to(compute), chosen, maximum, log_sum.to(compute), entropy, unit)
 
 
 @dataclass(frozen=True)
@@ -337,9 +373,13 @@ UNIT_SLOTS = 1024
 def unit_rows(weight: Tensor, slots: Slots, unit: Tensor, places: Tensor, gradient: RowGradient) -> Tensor:
     """Gradient of hidden rows from their unit gradients ``unit[places]``: one weight row a slot, no logits.
 
-    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``
+    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``, and ``slot_gradient``
+    here is dL/d(h W^T) of the target.
     """
-    result = unit[places] * gradient.softmax_weight.unsqueeze(1)
+    weight_of_row = gradient.softmax_weight.unsqueeze(1)
+    result = torch.where(
+        weight_of_row == 0, 0, unit[places] * weight_of_row
+    )  # the unit of no probability at all is NaN
     for start in range(0, slots.slots.numel(), UNIT_SLOTS):
         part = slice(start, start + UNIT_SLOTS)
         rows = weight.index_select(0, slots.targets[part]).to(unit.dtype)

@@ -2,7 +2,7 @@
 
 Grid: blocks of rows x splits of the vocabulary, one axis. A program owns ROWS hidden rows and a run of vocabulary
 tiles; each tile is one product [ROWS, COLUMNS] in registers, merged into a running softmax. It writes its rows'
-partial (maximum, sum, weighted sum) at [split, row], and y of every slot whose target it met. ``finish_kernel`` merges
+partial (maximum, sum, weighted sum) at [split, row], and v of every slot whose target it met. ``finish_kernel`` merges
 the splits in order. No locks, no atomics, one writer for every element.
 
 How the vocabulary is split depends on its size and on the number of processors, never on the rows: one to eight tiles
@@ -26,7 +26,7 @@ from ..tiled import ForwardResult, Head, Inputs
 from . import launch
 from .products import HALF, in_kernel, product_type
 from .static import ARCHITECTURES, Config, StaticCase
-from .tiles import LN_2, add_product, merge_softmax, program_tile, row_slots, store_chosen, to_logits
+from .tiles import LN_2, LOG2_E, add_product, merge_softmax, program_tile, rate_of, row_slots, store_chosen, to_v
 
 
 @triton.jit
@@ -39,10 +39,10 @@ def forward_kernel(
     rows,  # [R] int64: row of hidden
     offsets,  # [R + 1] int64
     targets,  # [S] int64
-    maximum,  # [splits, R] float32, base 2
+    maximum,  # [splits, R] float32, of v
     total,  # [splits, R]
     weighted,  # [splits, R] or None
-    chosen,  # [S] float32, base 2
+    chosen,  # [S] float32, v
     row_count,
     vocabulary,
     width,
@@ -88,9 +88,9 @@ def forward_kernel(
                 LOW_TYPE, PRECISION,
             )  # fmt: skip
         count = tl.minimum(vocabulary - first, COLUMNS).to(tl.int32)
-        y = to_logits(x, bias, first, column, count, scale, cap, CAPPED)
-        store_chosen(y, first, column, count, chosen, targets, first_slot, slots, most_slots)
-        m, s, t = merge_softmax(y, m, s, t, weighted is not None)
+        v = to_v(x, bias, first, column, count, scale, cap, CAPPED)
+        store_chosen(v, first, column, count, chosen, targets, first_slot, slots, most_slots)
+        m, s, t = merge_softmax(v, m, s, t, rate_of(scale, CAPPED), weighted is not None)
     at = split * row_count + row
     tl.store(maximum + at, m, mask=live)
     tl.store(total + at, s, mask=live)
@@ -106,14 +106,18 @@ def finish_kernel(
     chosen,  # [S]
     offsets,  # [R + 1] or None: row r has slot r
     lse,  # [R] out, nats
+    row_maximum,  # [R] out, of v
+    log_sum,  # [R] out, nats: lse less the largest logit
     entropy,  # [R] out or None
     logprobs,  # [S] out
     row_count,
     splits,
+    spread,  # logits per unit of v
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Merge the splits of each row, in order; grid: blocks of rows."""
+    rate = spread * LOG2_E
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < row_count
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -127,23 +131,27 @@ def finish_kernel(
         part_s = tl.load(total + at, mask=there, other=0.0)
         larger = tl.maximum(m, tl.max(part_m, 1))
         reference = tl.where(larger == float("-inf"), 0.0, larger)
-        shrink = tl.exp2(m - reference)
-        factor = tl.exp2(part_m - reference[:, None])
+        fall = (m - reference) * rate
+        below = (part_m - reference[:, None]) * rate
+        shrink = tl.exp2(fall)
+        factor = tl.exp2(below)
         if weighted is not None:
             part_t = tl.load(weighted + at, mask=there, other=0.0)
-            moved = part_t + part_s * tl.maximum(part_m - reference[:, None], -1e4)
-            t = (t + s * tl.maximum(m - reference, -1e4)) * shrink + tl.sum(moved * factor, 1)
+            moved = part_t + part_s * tl.maximum(below, -1e4)
+            t = (t + s * tl.maximum(fall, -1e4)) * shrink + tl.sum(moved * factor, 1)
         s = s * shrink + tl.sum(part_s * factor, 1)
         m = larger
     log_s = tl.log2(s)
-    tl.store(lse + row, (m + log_s) * LN_2, mask=live)
+    tl.store(lse + row, m * spread + log_s * LN_2, mask=live)
+    tl.store(row_maximum + row, m, mask=live)
+    tl.store(log_sum + row, log_s * LN_2, mask=live)
     if entropy is not None:
         tl.store(entropy + row, (log_s - t / s) * LN_2, mask=live)
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     for j in range(0, most_slots):
-        y = tl.load(chosen + first_slot + j, mask=j < slots, other=0.0)
+        v = tl.load(chosen + first_slot + j, mask=j < slots, other=0.0)
         # The largest is taken off before the logarithm is: near probability 1 both differences are small and exact.
-        tl.store(logprobs + first_slot + j, ((y - m) - log_s) * LN_2, mask=j < slots)
+        tl.store(logprobs + first_slot + j, (v - m) * spread - log_s * LN_2, mask=j < slots)
 
 
 def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Config:
@@ -190,10 +198,10 @@ FINISH = Config({"ROWS": 32, "SPLITS": 32}, num_warps=4)
 class Partials(NamedTuple):
     """What the programs of a forward leave for ``finish_kernel``."""
 
-    maximum: Tensor  # [splits, R] base 2
+    maximum: Tensor  # [splits, R] of v
     total: Tensor
     weighted: Tensor | None
-    chosen: Tensor  # [S] base 2; NaN where no tile held the target
+    chosen: Tensor  # [S] v; NaN where no tile held the target
 
     @classmethod
     def empty(cls, splits: int, rows: int, slots: int, device: torch.device, *, weighted: bool) -> Partials:
@@ -262,10 +270,10 @@ def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bo
     return run(launch.choose("head_forward", table, device, key, run))
 
 
-def finish(partials: Partials, offsets: Tensor | None, rows: int, *, want_entropy: bool) -> ForwardResult:
+def finish(partials: Partials, head: Head, offsets: Tensor | None, rows: int, *, want_entropy: bool) -> ForwardResult:
     """Merge the splits and subtract: per row log-sum-exp and entropy, per slot the log-probability."""
     new = partials.chosen.new_empty
-    lse, logprobs = new(rows), torch.empty_like(partials.chosen)
+    lse, maximum, log_sum, logprobs = new(rows), new(rows), new(rows), torch.empty_like(partials.chosen)
     entropy = new(rows) if want_entropy else None
     if rows:
         finish_kernel[(triton.cdiv(rows, FINISH.blocks["ROWS"]),)](
@@ -275,14 +283,17 @@ def finish(partials: Partials, offsets: Tensor | None, rows: int, *, want_entrop
             partials.chosen,
             offsets,
             lse,
+            maximum,
+            log_sum,
             entropy,
             logprobs,
             rows,
             partials.maximum.shape[0],
+            head.factor,
             **FINISH.blocks,
             num_warps=FINISH.num_warps,
         )
-    return ForwardResult(logprobs, lse, entropy, None)
+    return ForwardResult(logprobs, lse, partials.chosen, maximum, log_sum, entropy, None)
 
 
 # --- what can be compiled -------------------------------------------------------------------------------------
@@ -291,6 +302,10 @@ NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 STRIDES = ("hidden_stride", "weight_stride", "low_hidden_stride", "low_weight_stride")
 SIZES = dict.fromkeys(("row_count", "vocabulary", "width", "rank", *STRIDES), "i32")
 POINTERS = {"rows": "*i64", "offsets": "*i64", "targets": "*i64"}
+FINISHED = (
+    *("maximum", "total", "weighted", "chosen"),
+    *("lse", "row_maximum", "log_sum", "entropy", "logprobs"),
+)
 ALIGNED = ("hidden", "weight", "hidden_stride", "weight_stride", "width")
 
 
@@ -299,13 +314,13 @@ def head_case(
 ) -> StaticCase:
     """A specialisation of a kernel over (hidden, weight): plain, or with bias, adapter and softcap."""
     table = CONFIGS_32 if element == "fp32" else CONFIGS_16 if plain else RICH_16
-    optional = {"bias": "*fp32", "low_hidden": f"*{element}", "low_weight": f"*{element}"}
+    optional = {"bias": "*fp32", "low_hidden": "*fp32", "low_weight": f"*{element}"}
     signature = {"hidden": f"*{element}", "weight": f"*{element}"} | ({} if plain else optional) | POINTERS | extra
     signature |= SIZES | {"scale": "fp32", "cap": "fp32"}
     fixed = {
         "CAPPED": not plain,
         "TYPE": NAMES[element],
-        "LOW_TYPE": NAMES[element],
+        "LOW_TYPE": tl.float32,  # h A^T is kept in float32
         "PRECISION": "bf16x6",
         "EVEN": True,
     }
@@ -331,8 +346,8 @@ def _cases() -> Iterator[StaticCase]:
     yield StaticCase(
         name="head_finish entropy",
         kernel=lambda: finish_kernel,
-        signature=dict.fromkeys(("maximum", "total", "weighted", "chosen", "lse", "entropy", "logprobs"), "*fp32")
-        | {"offsets": "*i64", "row_count": "i32", "splits": "i32"},
+        signature=dict.fromkeys(FINISHED, "*fp32")
+        | {"offsets": "*i64", "row_count": "i32", "splits": "i32", "spread": "fp32"},
         configs=dict.fromkeys(ARCHITECTURES, (FINISH,)),
     )
 

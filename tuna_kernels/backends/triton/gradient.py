@@ -21,7 +21,7 @@ from . import launch
 from .forward import NAMES, head_case, head_table
 from .products import in_kernel
 from .static import Config, StaticCase
-from .tiles import add_product, program_tile, row_slots, to_gradient, to_logits
+from .tiles import add_product, program_tile, row_slots, to_gradient, to_v
 
 
 @triton.jit
@@ -34,7 +34,8 @@ def gradient_kernel(
     rows,  # [R] int64: row of hidden
     offsets,  # [R + 1] int64
     targets,  # [S] int64
-    lse,  # [R] base 2
+    row_maximum,  # [R] of v
+    log_sum,  # [R] log2
     softmax_weight,  # [R]
     entropy_weight,  # [R] or None
     entropy,  # [R] or None
@@ -83,18 +84,19 @@ def gradient_kernel(
             x, low_hidden, source, low_hidden_stride, low_weight, entries, low_weight_stride, rank, 16, False,
             LOW_TYPE, PRECISION,
         )  # fmt: skip
-    y = to_logits(x, bias, first, column, count, scale, cap, CAPPED)
-    row_lse = tl.load(lse + row, mask=live, other=0.0)
+    v = to_v(x, bias, first, column, count, scale, cap, CAPPED)
+    row_top = tl.load(row_maximum + row, mask=live, other=0.0)
+    row_log_sum = tl.load(log_sum + row, mask=live, other=0.0)
     row_weight = tl.load(softmax_weight + row, mask=live, other=0.0)
     row_entropy_weight = row_weight
-    row_entropy = row_lse
+    row_entropy = row_weight
     if entropy_weight is not None:
         row_entropy_weight = tl.load(entropy_weight + row, mask=live, other=0.0)
         row_entropy = tl.load(entropy + row, mask=live, other=0.0)
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     d = to_gradient(
-        y, first, column, count, row_lse, row_weight, row_entropy_weight, row_entropy, slot_gradient, targets,
-        first_slot, slots, most_slots, scale, cap, CAPPED, entropy_weight is not None,
+        v, first, column, count, row_top, row_log_sum, row_weight, row_entropy_weight, row_entropy, slot_gradient,
+        targets, first_slot, slots, most_slots, scale, cap, CAPPED, entropy_weight is not None,
     )  # fmt: skip
     inside = column < count
     at = tile * COLUMNS + column
@@ -124,7 +126,7 @@ def launch_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill ``slab`` [R, C] with dL/d(product) of vocabulary entries ``first … first + C``, times ``factor``.
 
-    ``gradient.lse`` is in base 2 here. Returns each column's (sum, largest absolute
+    ``gradient.log_sum`` is in base 2 here. Returns each column's (sum, largest absolute
     value), [C] float32, of those wanted.
     """
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight
@@ -145,7 +147,8 @@ def launch_gradient(
             slots.rows,
             slots.offsets,
             slots.targets,
-            gradient.lse,
+            gradient.maximum,
+            gradient.log_sum,
             gradient.softmax_weight,
             gradient.entropy_weight,
             gradient.entropy,
@@ -184,7 +187,8 @@ def launch_gradient(
 def _cases() -> Iterator[StaticCase]:
     for element in NAMES:
         for plain in (True, False):
-            extra = {"lse": "*fp32", "softmax_weight": "*fp32", "slot_gradient": "*fp32", "slab": f"*{element}"}
+            inputs = ("row_maximum", "log_sum", "softmax_weight", "slot_gradient")
+            extra = dict.fromkeys(inputs, "*fp32") | {"slab": f"*{element}"}
             extra |= {"slab_stride": "i32", "first_column": "i32", "last_column": "i32"}
             optional = ("entropy_weight", "entropy", "column_sums", "column_peaks", "factor")
             constants = dict.fromkeys(optional) if plain else {}

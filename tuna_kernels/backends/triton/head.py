@@ -49,13 +49,17 @@ def forward(
     if rows == 0:
         empty = inputs.hidden.new_empty(0, dtype=compute)
         unit = empty.view(0, head.weight.shape[1]) if want_unit else None
-        return ForwardResult(empty, empty, empty if want_entropy else None, unit)
+        return ForwardResult(empty, empty, empty, empty, empty, empty if want_entropy else None, unit)
     if want_unit:
         return _forward_with_unit(inputs, head, slots)
     if block is not None:
         return _forward_in_block(inputs, head, slots, block)
     return finish(
-        launch_forward(inputs, head, slots, want_entropy=want_entropy), slots.offsets, rows, want_entropy=want_entropy
+        launch_forward(inputs, head, slots, want_entropy=want_entropy),
+        head,
+        slots.offsets,
+        rows,
+        want_entropy=want_entropy,
     )
 
 
@@ -82,7 +86,7 @@ def _forward_in_block(inputs: Inputs, head: Head, slots: Slots, block: Tensor) -
         _products(inputs, head, slots, block[:, first:last], first, last, hidden)
     partials = Partials.empty(splits_of(block), rows, slots.targets.numel(), block.device, weighted=False)
     launch_logits_forward(block, head, slots.targets, slots.offsets, *partials)
-    return finish(partials, slots.offsets, rows, want_entropy=False)
+    return finish(partials, head, slots.offsets, rows, want_entropy=False)
 
 
 def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResult:
@@ -97,8 +101,9 @@ def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResul
     splits = [splits_of(logits) for logits in shapes]
     partials = Partials.empty(sum(splits), rows, slots.targets.numel(), device, weighted=False)
     unit = torch.zeros(rows, width, device=device)
-    ones, none = torch.ones(rows, device=device), new(0, device=device)
+    ones, zeros, none = torch.ones(rows, device=device), torch.zeros(rows, device=device), new(0, device=device)
     maximum = torch.full((rows,), -torch.inf, device=device)
+    rate = LOG2_E.value * head.factor
     at = 0
     for (first, last), logits, count in zip(slabs, shapes, splits, strict=True):
         _products(inputs, head, slots, logits, first, last, hidden)
@@ -109,23 +114,23 @@ def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResul
         )
         larger = torch.maximum(maximum, part.amax(0))
         reference = torch.where(larger == -torch.inf, 0, larger)
-        unit.mul_(torch.exp2(maximum - reference).unsqueeze(1))
+        unit.mul_(torch.exp2((maximum - reference) * rate).unsqueeze(1))
         exponentials = logits if dtype == torch.float32 else new(logits.shape, dtype=dtype, device=device)
-        against = RowGradient(reference, ones, None, None, none)
+        against = RowGradient(reference, zeros, ones, None, None, none)
         launch_logits_gradient(logits, head, slots.targets, slots.offsets, against, exponentials, first=first)
         multiply(unit, exponentials, head.weight[first:last].to(dtype), add=True)
         maximum, at = larger, at + count
-    result = finish(partials, slots.offsets, rows, want_entropy=False)
+    result = finish(partials, head, slots.offsets, rows, want_entropy=False)
     reference = torch.where(maximum == -torch.inf, 0, maximum)
-    unit.div_((partials.total * torch.exp2(partials.maximum - reference)).sum(0).unsqueeze(1))
-    return ForwardResult(result.logprobs, result.lse, None, unit)
+    unit.div_((partials.total * torch.exp2((partials.maximum - reference) * rate)).sum(0).unsqueeze(1))
+    return result._replace(unit=unit)
 
 
-def _against_underflow(gradient: RowGradient, dtype: torch.dtype) -> Tensor | None:
+def _against_underflow(gradient: RowGradient, logit_scale: float, dtype: torch.dtype) -> Tensor | None:
     """For float16 slabs a power of two that brings the largest coefficient to about 1, on the device; else None.
 
-    The mean over many tokens makes gradients of logits that float16 would flush to zero; the products' float32
-    results are scaled back.
+    The mean over many tokens makes gradients of logits that float16 would flush to zero, a steep scale some that it
+    cannot hold; the products' float32 results are scaled back.
     """
     if dtype != torch.float16:
         return None
@@ -133,6 +138,7 @@ def _against_underflow(gradient: RowGradient, dtype: torch.dtype) -> Tensor | No
     for other in (gradient.slot_gradient, gradient.entropy_weight):
         if other is not None and other.numel():
             peak = torch.maximum(peak, other.abs().amax())
+    peak = peak * abs(logit_scale)
     exponent = torch.where(peak > 0, peak.log2().ceil(), 0).nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100)
     return torch.exp2(-exponent).reshape(1)
 
@@ -161,9 +167,9 @@ def backward(
                 buffer.zero_()
         return
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
-    factor = _against_underflow(gradient, dtype)
+    factor = _against_underflow(gradient, head.logit_scale, dtype)
     sinks = _Sinks(inputs, head, slots, into, dtype, factor)
-    base2 = gradient._replace(lse=gradient.lse * LOG2_E.value)
+    base2 = gradient._replace(log_sum=gradient.log_sum * LOG2_E.value)
     storage = torch.empty(
         rows * slab_columns(rows, vocabulary, dtype.itemsize), dtype=dtype, device=inputs.hidden.device
     )
@@ -251,24 +257,27 @@ class _Sinks:
 
 def selective_forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``selective.forward``."""
-    rows = logits.shape[0]
+    rows, targets = logits.shape[0], targets.contiguous()
     if rows == 0:
-        return logits.new_empty(0, dtype=compute), logits.new_empty(0, dtype=compute)
+        empty = logits.new_empty(0, dtype=compute)
+        return empty, empty.clone(), empty.clone()
     head = Head(logits, None, None, 1.0 / temperature, None)
     partials = Partials.empty(splits_of(logits), rows, rows, logits.device, weighted=False)
     launch_logits_forward(logits, head, targets, None, *partials, ignore_index=ignore_index)
-    result = finish(partials, None, rows, want_entropy=False)
+    result = finish(partials, head, None, rows, want_entropy=False)
     counted = targets != ignore_index
-    return torch.where(counted, result.logprobs, 0), torch.where(counted, result.lse, 0)
+    a, b, c = (torch.where(counted, x, 0) for x in (result.logprobs, result.maximum, result.log_sum))
+    return a, b, c
 
 
 def selective_backward(
     upstream: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
     temperature: float,
     ignore_index: int,
     out: Tensor,
@@ -277,8 +286,8 @@ def selective_backward(
     if logits.shape[0] == 0:
         return
     head = Head(logits, None, None, 1.0 / temperature, None)
-    g = upstream.to(lse.dtype).contiguous()
-    gradient = RowGradient(lse * LOG2_E.value, -g, None, None, g / temperature)
+    g, targets = upstream.to(maximum.dtype).contiguous(), targets.contiguous()
+    gradient = RowGradient(maximum, log_sum * LOG2_E.value, -g, None, None, g)
     launch_logits_gradient(logits, head, targets, None, gradient, out, ignore_index=ignore_index)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tiled import Head, RowGradient
 from . import launch
 from .static import ARCHITECTURES, Config, StaticCase
-from .tiles import merge_softmax, program_tile, row_slots, store_chosen, to_gradient, to_logits
+from .tiles import merge_softmax, program_tile, rate_of, row_slots, store_chosen, to_gradient, to_v
 
 TILES_PER_SPLIT = 8
 
@@ -29,10 +29,10 @@ def logits_forward_kernel(
     bias,  # [V] or None
     offsets,  # [R + 1] int64, or None: row r has slot r, and those of target ignore_index are left out
     targets,  # [S] int64
-    maximum,  # [splits, R] float32 out, base 2
+    maximum,  # [splits, R] float32 out, of v
     total,  # [splits, R] out
     weighted,  # [splits, R] out or None
-    chosen,  # [S] out, base 2
+    chosen,  # [S] out, v
     row_count,
     column_count,
     first_column,  # vocabulary entry of column 0
@@ -64,9 +64,9 @@ def logits_forward_kernel(
         there = read[:, None] & (column < count)[None, :]
         x = tl.load(logits + row[:, None] * logits_stride + (first + column)[None, :], mask=there, other=0.0)
         entry = first_column + first
-        y = to_logits(x.to(tl.float32), bias, entry, column, count, scale, cap, CAPPED)
-        store_chosen(y, entry, column, count, chosen, targets, first_slot, slots, most_slots)
-        m, s, t = merge_softmax(y, m, s, t, weighted is not None)
+        v = to_v(x.to(tl.float32), bias, entry, column, count, scale, cap, CAPPED)
+        store_chosen(v, entry, column, count, chosen, targets, first_slot, slots, most_slots)
+        m, s, t = merge_softmax(v, m, s, t, rate_of(scale, CAPPED), weighted is not None)
     at = split * row_count + row
     tl.store(maximum + at, m, mask=live)
     tl.store(total + at, s, mask=live)
@@ -81,7 +81,8 @@ def logits_gradient_kernel(
     bias,  # [V] or None
     offsets,  # [R + 1] int64 or None, as in the forward
     targets,  # [S] int64
-    lse,  # [R] base 2
+    row_maximum,  # [R] of v
+    log_sum,  # [R] log2
     softmax_weight,  # [R]
     slot_gradient,  # [S] or None
     out,  # [R, columns]; may be logits
@@ -109,7 +110,8 @@ def logits_gradient_kernel(
     source = row
     if rows is not None:
         source = tl.load(rows + row, mask=live, other=0)
-    row_lse = tl.load(lse + row, mask=live, other=0.0)
+    row_top = tl.load(row_maximum + row, mask=live, other=0.0)
+    row_log_sum = tl.load(log_sum + row, mask=live, other=0.0)
     row_weight = tl.load(softmax_weight + row, mask=live, other=0.0)
     first = tile * COLUMNS
     column = tl.arange(0, COLUMNS)
@@ -121,10 +123,10 @@ def logits_gradient_kernel(
         other=0.0,
     )
     entry = first_column + first
-    y = to_logits(x.to(tl.float32), bias, entry, column, count, scale, cap, CAPPED)
+    v = to_v(x.to(tl.float32), bias, entry, column, count, scale, cap, CAPPED)
     d = to_gradient(
-        y, entry, column, count, row_lse, row_weight, row_weight, row_weight, slot_gradient, targets, first_slot,
-        slots, most_slots, scale, cap, CAPPED, False,
+        v, entry, column, count, row_top, row_log_sum, row_weight, row_weight, row_weight, slot_gradient, targets,
+        first_slot, slots, most_slots, scale, cap, CAPPED, False,
     )  # fmt: skip
     d = tl.where(read[:, None], d, 0.0)
     stored = d
@@ -210,7 +212,7 @@ def launch_logits_gradient(
 ) -> Tensor | None:
     """Write dL/d(product) times ``factor`` to ``out`` [R, C]; returns each column's sum if wanted.
 
-    ``gradient.lse`` is in base 2 here. ``rows`` [R]: the row of ``logits`` each row of ``out`` is made from.
+    ``gradient.log_sum`` is in base 2 here. ``rows`` [R]: the row of ``logits`` each row of ``out`` is made from.
     """
     config, (count, columns) = _config(GRADIENT, logits), out.shape
     blocks = triton.cdiv(count, config.blocks["ROWS"])
@@ -221,7 +223,8 @@ def launch_logits_gradient(
         head.bias,
         offsets,
         targets,
-        gradient.lse,
+        gradient.maximum,
+        gradient.log_sum,
         gradient.softmax_weight,
         gradient.slot_gradient if gradient.slot_gradient.numel() else None,
         out,
@@ -263,7 +266,7 @@ def _cases() -> Iterator[StaticCase]:
                 aligned=("logits", "logits_stride"),
             )
             optional = dict.fromkeys(("column_sums", "factor"), "*fp32") | {"rows": "*i64"}
-            inputs = dict.fromkeys(("lse", "softmax_weight", "slot_gradient"), "*fp32")
+            inputs = dict.fromkeys(("row_maximum", "log_sum", "softmax_weight", "slot_gradient"), "*fp32")
             yield StaticCase(
                 name=f"logits_gradient {suffix}",
                 kernel=lambda: logits_gradient_kernel,

@@ -1,7 +1,8 @@
 """What kernels do to one tile: the product, the way from product to logits, the softmax, the gradient.
 
-Logits are kept in base 2: ``y = log2(e) * z``, so that ``e^z = 2^y`` is one instruction. Nothing here calls
-libdevice, which the interpreter does not have.
+Rows keep v, where a logit is ``z = factor * v`` (``tiled.Head``), and take differences of it before they multiply by
+``rate = log2(e) * factor``: ``e^(z - m) = 2^(rate (v - v_m))`` is one instruction, and neither the rounding of a large
+z nor a fused multiply-add comes between. Nothing here calls libdevice, which the interpreter does not have.
 """
 
 from __future__ import annotations
@@ -69,8 +70,18 @@ def add_product(
 
 
 @triton.jit
-def to_logits(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
-    """Base-2 logits of products ``x`` [ROWS, COLUMNS] of vocabulary entries ``first + column``.
+def rate_of(scale, CAPPED: tl.constexpr):
+    """Base-2 logits per unit of v; never 0, so that −inf stays −inf."""
+    if CAPPED:
+        rate = LOG2_E
+    else:
+        rate = tl.maximum(tl.abs(scale), 1e-37) * LOG2_E
+    return rate
+
+
+@triton.jit
+def to_v(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
+    """v of products ``x`` [ROWS, COLUMNS] of vocabulary entries ``first + column``.
 
     ``column`` is int32 within the tile, to spare registers; from ``count`` on they lie past the vocabulary: −inf.
     """
@@ -78,22 +89,23 @@ def to_logits(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
     if bias is not None:
         x += tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAPPED:
-        y = tanh(x * (scale / cap)) * (cap * LOG2_E)
+        v = tanh(x * (scale / cap)) * cap
     else:
-        y = x * (scale * LOG2_E)
-    return tl.where(inside[None, :], y, float("-inf"))
+        v = tl.where(scale < 0, -x, x)
+    return tl.where(inside[None, :], v, float("-inf"))
 
 
 @triton.jit
-def merge_softmax(y, maximum, total, weighted, WEIGHTED: tl.constexpr):
-    """Merge a tile into the running (max y, sum 2^(y - max), sum 2^(y - max) (y - max)) of each row."""
-    larger = tl.maximum(maximum, tl.max(y, 1))
+def merge_softmax(v, maximum, total, weighted, rate, WEIGHTED: tl.constexpr):
+    """Merge a tile into the running (max v, sum 2^y, sum 2^y y) of each row, ``y = rate (v - max v)``."""
+    larger = tl.maximum(maximum, tl.max(v, 1))
     reference = tl.where(larger == float("-inf"), 0.0, larger)  # nothing but -inf so far: sums stay 0, not NaN
-    shrink = tl.exp2(maximum - reference)
-    below = y - reference[:, None]
+    fall = (maximum - reference) * rate
+    shrink = tl.exp2(fall)
+    below = (v - reference[:, None]) * rate
     exponentials = tl.exp2(below)
     if WEIGHTED:
-        moved = total * tl.maximum(maximum - reference, -1e4)
+        moved = total * tl.maximum(fall, -1e4)
         # Where 2^below is 0, below may be −inf: bounded, their product is 0.
         weighted = (weighted + moved) * shrink + tl.sum(exponentials * tl.maximum(below, -1e4), 1)
     total = total * shrink + tl.sum(exponentials, 1)
@@ -121,25 +133,26 @@ def target_column(targets, first_slot, slots, j, first, count):
 
 
 @triton.jit
-def store_chosen(y, first, column, count, chosen, targets, first_slot, slots, most_slots):
-    """Write y of each slot whose target is in the tile: one tile holds it, so there is one writer.
+def store_chosen(v, first, column, count, chosen, targets, first_slot, slots, most_slots):
+    """Write v of each slot whose target is in the tile: one tile holds it, so there is one writer.
 
     ``first_slot``, ``slots``, ``most_slots``: from :func:`row_slots`.
     """
     for j in range(0, most_slots):
         target = target_column(targets, first_slot, slots, j, first, count)
         if tl.max(target, 0) >= 0:
-            value = tl.sum(tl.where(column[None, :] == target[:, None], y, 0.0), 1)
+            value = tl.sum(tl.where(column[None, :] == target[:, None], v, 0.0), 1)
             tl.store(chosen + first_slot + j, value, mask=target >= 0)
 
 
 @triton.jit
 def to_gradient(
-    y,  # [ROWS, COLUMNS] base-2 logits
+    v,  # [ROWS, COLUMNS]
     first,
     column,
-    count,  # as in to_logits
-    lse,  # [ROWS] in base 2
+    count,  # as in to_v
+    maximum,  # [ROWS] of v
+    log_sum,  # [ROWS] log2 of the sum against it
     softmax_weight,  # [ROWS]
     entropy_weight,  # [ROWS], read if WEIGHTED
     entropy,  # [ROWS]
@@ -154,21 +167,21 @@ def to_gradient(
     WEIGHTED: tl.constexpr,
 ):
     """dL/d(product) in float32: the one-hot part is added before anything is rounded."""
-    log2_p = y - lse[:, None]
+    log2_p = (v - maximum[:, None]) * rate_of(scale, CAPPED) - log_sum[:, None]
     p = tl.exp2(log2_p)
     if WEIGHTED:
         surprise = tl.maximum(log2_p, -1e4) * LN_2 + entropy[:, None]  # finite where p is 0
         d = p * (softmax_weight[:, None] - entropy_weight[:, None] * surprise)
     else:
         d = p * softmax_weight[:, None]
-    if CAPPED:
-        ratio = y / (cap * LOG2_E)
-        d *= 1 - ratio * ratio
-    d *= scale
     if slot_gradient is not None:
         for j in range(0, most_slots):
             target = target_column(targets, first_slot, slots, j, first, count)
             if tl.max(target, 0) >= 0:
                 g = tl.load(slot_gradient + first_slot + j, mask=target >= 0, other=0.0)
                 d += tl.where(column[None, :] == target[:, None], g[:, None], 0.0)
+    if CAPPED:
+        ratio = v / cap
+        d *= 1 - ratio * ratio
+    d *= scale
     return d

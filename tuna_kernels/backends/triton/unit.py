@@ -39,8 +39,9 @@ def unit_kernel(
     inside = at < width
     start = tl.load(offsets + row)
     stop = tl.load(offsets + row + 1)
+    row_weight = tl.load(softmax_weight + row)
     sum = tl.load(unit + tl.load(places + row) * unit_stride + at, mask=inside, other=0.0)
-    sum *= tl.load(softmax_weight + row)
+    sum = tl.where(row_weight == 0, 0.0, sum * row_weight)  # the unit of no probability at all is NaN
     for slot in range(start, stop):
         target = tl.load(targets + slot)
         known = (target >= 0) & (target < vocabulary)
