@@ -9,25 +9,22 @@ from pathlib import Path
 from tuna.checkpoints import MARKER, RUN_FILE, numbered
 from tuna.templates import SAVED
 
-__all__ = ["check_files", "check_run_folder", "holds_run", "is_in"]
+__all__ = ["check_content", "check_files", "check_place", "holds_run", "is_in"]
 
 # What may lie in a new run's folder: its own settings and scripts, logs of schedulers and of `tuna recipe`.
 HARMLESS = {".err", ".log", ".out", ".sh", ".yaml", ".yml"}
 RECIPE_LOG = "log.txt"
 
 
-def check_run_folder(output: Path, inputs: Mapping[str, Path], *, resume: bool, overwrite: bool) -> None:
-    """Hold that a run may be written to ``output``.
+def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Hold that a run's folder may be where ``output`` says.
 
     Args:
         output: the folder; need not exist.
         inputs: what the run reads, by the name of its setting; files or folders.
-        resume: whether to go on with the run that is there.
-        overwrite: whether to write over it.
 
     Raises:
-        ValueError: it is a file, the home folder, holds or lies in something that the run reads, holds something that
-            is no run, or a run that is neither to be gone on with nor written over.
+        ValueError: it is a file, the home folder, or holds or lies in something that the run reads.
     """
     if output.is_symlink() and not output.exists():
         raise ValueError(f"output_dir = {output} is a link to {os.readlink(output)}, which does not exist")
@@ -43,6 +40,19 @@ def check_run_folder(output: Path, inputs: Mapping[str, Path], *, resume: bool, 
             raise ValueError(f"output_dir = {output} holds {name} = {path}: give a folder of the run's own")
         if path.is_dir() and is_in(output, path):
             raise ValueError(f"output_dir = {output} lies in {name} = {path}: give a folder of the run's own")
+
+
+def check_content(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Hold that a run may be written into the folder ``output``, as it is; to be asked by who holds it.
+
+    Args:
+        output: the folder; need not exist.
+        resume: whether to go on with the run that is there.
+        overwrite: whether to write over it.
+
+    Raises:
+        ValueError: it holds something that is no run, or a run that is neither to be gone on with nor written over.
+    """
     if holds_run(output):
         if not resume and not overwrite:
             raise ValueError(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.tuna import launching
+from tests.tuna.test_cli_train import EXAMPLES, invoke
+from tuna.checkpoints import begin_run
 from tuna.locks import LOCK, FolderInUse, hold
 
 HOLDER = """
@@ -55,3 +57,15 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path: Path) -> None:
     with hold(tmp_path / "new"):
         (tmp_path / "new" / "file").write_text("")
     assert (tmp_path / "new" / "file").exists()
+
+
+def test_a_run_that_has_begun_is_in_use_before_it_is_there(tmp_path: Path) -> None:
+    process = holder(tmp_path / "run")
+    try:
+        begin_run(tmp_path / "run")
+        words = ["train", "--model", "tiny", "--data", str(EXAMPLES), "--output", str(tmp_path / "run")]
+        for more in ([], ["--resume"], ["--overwrite"]):
+            assert isinstance(invoke(*words, *more).exception, FolderInUse)
+    finally:
+        process.kill()
+        process.wait()

@@ -9,7 +9,12 @@ import pytest
 
 from tests.tuna.test_cli_train import invoke
 from tuna.checkpoints import begin_run
-from tuna.outputs import check_files, check_run_folder, is_in
+from tuna.outputs import check_content, check_files, check_place, is_in
+
+
+def check_run_folder(output: Path, inputs: dict[str, Path], *, resume: bool, overwrite: bool) -> None:
+    check_place(output, inputs)
+    check_content(output, resume=resume, overwrite=overwrite)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from tuna.logs import LOG_FILE, JsonLines, default_reports
 from tuna.metrics import ranking_metrics
 from tuna.models import SMOLLM2, cache_folder, load_model
 from tuna.notices import reversed_notice, sample_of
-from tuna.outputs import check_run_folder
+from tuna.outputs import check_content, check_place
 from tuna.ranks import launched
 from tuna.records import Problem, Record, read_records
 from tuna.report import plot_log, write_json
@@ -65,8 +65,9 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     if launched()[0] > 0:
         return _run(run, settings, output, console)
     resume = run.resume or bool(settings.get("resume_from_checkpoint"))
-    check_run_folder(output, _inputs(run), resume=resume, overwrite=run.overwrite)
+    check_place(output, _inputs(run))
     with hold(output):
+        check_content(output, resume=resume, overwrite=run.overwrite)
         return _run(run, settings, output, console)
 
 
