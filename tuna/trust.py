@@ -18,6 +18,7 @@ import torch
 
 __all__ = ["allow_deepspeed", "loading", "reading", "tensors_only"]
 
+METADATA = ".metadata"
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -61,6 +62,8 @@ def loading(source: Path, *, trust: bool, deepspeed: bool = False) -> Iterator[N
     from tuna.checkpoints import CheckpointError
 
     try:
+        if not trust:
+            _check_sharded(source)
         with nullcontext() if trust else tensors_only(deepspeed=deepspeed):
             yield
     except pickle.UnpicklingError as error:
@@ -87,6 +90,28 @@ def reading(source: Path) -> Iterator[None]:
         raise
     except (SafetensorError, EOFError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {_short(str(error)) or type(error).__name__}") from error
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the table of contents of a checkpoint in shards (FSDP's), which torch reads as any pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = (module, name) in {
+            ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        }  # fmt: skip
+        entry = module == "torch.distributed.checkpoint.metadata" and "." not in name and name.lstrip("_")[:1].isupper()
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if plain or dtype or entry:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"Unsupported global: {module}.{name} in {METADATA}")
+
+
+def _check_sharded(source: Path) -> None:
+    for path in source.rglob(METADATA):
+        with path.open("rb") as file:
+            _Metadata(file).load()
 
 
 def _short(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,17 @@ def test_a_checkpoint_from_elsewhere_runs_nothing_on_export(
         main(["export", str(checkpoint), str(tmp_path / "out"), *more])
     assert done.value.code == 2 and str(checkpoint) in capsys.readouterr().err
     assert not (tmp_path / "proof").exists() and not (tmp_path / "out").exists()
+
+
+def test_the_contents_of_shards_are_read_as_plain_values(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as shards
+
+    state = {"a": torch.ones(3, dtype=torch.bfloat16), "b": {"step": 3, "c": torch.tensor(1)}}
+    shards.save(state, checkpoint_id=str(tmp_path / "good" / "optimizer_0"), no_dist=True)
+    with loading(tmp_path / "good", trust=False):
+        pass
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "proof")))
+    with pytest.raises(CheckpointError, match=r"bad cannot be loaded .*mkdir"), loading(tmp_path / "bad", trust=False):
+        pass
+    assert not (tmp_path / "proof").exists()
