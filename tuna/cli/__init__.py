@@ -17,6 +17,8 @@ try:
 except ModuleNotFoundError as error:  # the kernels alone need torch and numpy only
     raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
 
+from tuna.lifeline import watch_parent
+
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
@@ -76,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from tuna.cli.terminal import complain, log_visibly
 
     log_visibly()
+    watch_parent()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="tuna")
     except USER_ERRORS as error:

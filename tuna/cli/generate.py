@@ -77,6 +77,7 @@ def generate(
     """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
     from tuna.cli.terminal import Terminal
     from tuna.generate import Sampling
+    from tuna.outputs import check_files
     from tuna.templates import saved_template
 
     settings = paid.paid_settings(
@@ -108,6 +109,7 @@ def generate(
         logprobs=logprobs and score_with is None,
         extra=paid.parse_extra(extra),
     )
+    check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     run = paid.PaidRun(Terminal(), "generate", output, sampling.parameters(), settings)
     wanted = read_wanted(run.console, instructions, limit, on_bad)
     requests = [sampling.request(item) for item in wanted]  # what cannot be rendered shows before the first call

@@ -74,10 +74,12 @@ def sample(
     """Draw the student's own diverse responses, for a judge to rank. Interrupted, it goes on where it was."""
     from tuna.cli.generate import read_wanted
     from tuna.cli.terminal import Terminal
+    from tuna.outputs import check_files
     from tuna.sample import Diversity, LocalSampling
 
     console = Terminal()
     diversity = Diversity(alike=alike, step=step, tries=tries)
+    check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     wanted = read_wanted(console, instructions, limit, on_bad)
     if base_url is None:
         if dry_run:
