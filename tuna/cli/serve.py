@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import sys
@@ -103,6 +104,7 @@ def serve(
         server = uvicorn.Server(config)
         if with_stdin:
             threading.Thread(target=_stop_with_stdin, args=(server,), daemon=True).start()
+        gc.freeze()  # what is loaded stays: collections, which stop all threads, need not walk it
         try:
             server.run(sockets=[listener])
             code = 0

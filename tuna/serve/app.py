@@ -7,7 +7,6 @@ engine's thread.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -23,9 +22,9 @@ from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
 from tuna.serve.access import Access
 from tuna.serve.answers import Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
-from tuna.serve.bodies import MAX_BODY, parse, read_body
+from tuna.serve.bodies import MAX_BODY, parse, read_body, to_json
 from tuna.serve.engine import Busy, Engine, RowTask
-from tuna.serve.errors import ApiError, answer_errors, shown
+from tuna.serve.errors import ApiError, Ending, answer_errors, shown
 from tuna.serve.protocol import ChatRequest, CompletionRequest, RankRequest, SamplingRequest
 from tuna.serve.ranking import parts_of, rank_answer, score_part
 from tuna.serve.streams import stream
@@ -80,8 +79,10 @@ def create_app(
     app.post("/v1/rank")(handlers.rank)
     app.get("/health")(handlers.health)
     answer_errors(app)
+    hosts = tuple(hosts)
     Access(app, hosts=hosts, api_key=api_key)  # refuses here, not at the first request
-    app.add_middleware(Access, hosts=tuple(hosts), api_key=api_key)
+    app.add_middleware(Access, hosts=hosts, api_key=api_key)
+    app.add_middleware(Ending)
     return app
 
 
@@ -196,11 +197,20 @@ class _Handlers:
             if body.model is not None:
                 self._check_model(body.model)
             self._check_rows(len(body.responses))
+            self._check_text("prompt", body.prompt or "")
+            for turn in body.messages or ():
+                self._check_text("message", turn.content)
+            for response in body.responses:
+                self._check_text("response", response)
             template = body.template or ("chat" if body.messages is not None else "none")
             fields = body.model_dump(include={"prompt", "messages", "responses"})
             record = Record.model_validate({"id": "request", **fields, "scores": [0.0] * len(body.responses)})
             length = body.max_length or self.limit or self.engine.max_tokens
-            groups, _ = tokenize_records([record], tokenizer, template=template, max_length=length)
+            groups, problems = tokenize_records(
+                [record], tokenizer, template=template, max_length=length, on_bad="skip"
+            )
+            if problems:
+                raise ApiError(400, problems[0].reason)
             return body, groups[0]
 
         body, found = await self.workers.run(prepared)
@@ -219,11 +229,8 @@ class _Handlers:
 
     async def _answer(self, written: Callable[[], dict[str, Any]]) -> Response:
         """An answer as JSON; many tokens with their log-probabilities take their time."""
-
-        def content(_: PreTrainedTokenizerBase) -> bytes:
-            return json.dumps(written(), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-        return Response(await self.workers.run(content), media_type="application/json")
+        content = await self.workers.run(lambda _: to_json(written()))
+        return Response(content, media_type="application/json")
 
     def _check_model(self, model: str) -> None:
         if model != self.name:
@@ -235,6 +242,12 @@ class _Handlers:
         most = self.engine.max_waiting
         if rows > most:
             raise ApiError(400, f"{rows:,} answers in one request are more than the {most:,} that may wait")
+
+    def _check_text(self, what: str, text: str) -> None:
+        """Refuse what is too long however it is tokenised, which would take long."""
+        if self.most_characters is not None and len(text) > self.most_characters:
+            message = f"a {what} of {len(text):,} characters goes beyond the {self.limit} positions of the model"
+            raise ApiError(400, message, param=what, code="context_length_exceeded")
 
     def _head(self, prefix: str, kind: str) -> dict[str, Any]:
         return {
@@ -266,9 +279,7 @@ class _Handlers:
     def _prompt_ids(self, prompt: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         size = len(tokenizer)
         if isinstance(prompt, str):
-            if self.most_characters is not None and len(prompt) > self.most_characters:
-                message = f"a prompt of {len(prompt):,} characters goes beyond the {self.limit} positions of the model"
-                raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+            self._check_text("prompt", prompt)
             ids = encode_prompts(tokenizer, [prompt])[0]
         else:
             ids = prompt

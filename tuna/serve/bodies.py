@@ -1,10 +1,15 @@
-"""From the bytes of a request to a checked one. What a client got wrong ends here, as its own error."""
+"""From the bytes of a request to a checked one, and from an answer to bytes.
+
+What a client got wrong ends here, as its own error.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
+import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -12,10 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 
 from tuna.serve.errors import ApiError, shown
 
-__all__ = ["MAX_BODY", "parse", "read_body"]
+__all__ = ["MAX_BODY", "parse", "read_body", "to_json"]
 
 MAX_BODY = 4 << 20
 MAX_DEPTH = 64  # of lists and objects within each other; JSON schemas, the deepest there are, stay below 20
+MAX_PARTS = 50_000  # lists and objects in all: Python makes them in one go, which no other thread can interrupt
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 DRAINED = 16  # bodies too large are read up to so many times the limit, without being kept:
 DRAIN_SECONDS = 10  # a client hears an answer only once it has sent its request
 
@@ -57,6 +64,9 @@ def parse(body: bytes, model: type[M]) -> M:
         ApiError: no JSON, or values that no JSON text may hold.
         pydantic.ValidationError: fields that are missing, unknown or wrong.
     """
+    bare = STRING.sub(b"", body)
+    if bare.count(b"[") + bare.count(b"{") > MAX_PARTS:
+        raise ApiError(400, f"the body holds more than {MAX_PARTS:,} lists and objects")
     try:
         content = json.loads(body, parse_constant=_not_json)
     except RecursionError as error:
@@ -69,6 +79,19 @@ def parse(body: bytes, model: type[M]) -> M:
         if problem := _problem(name) or _problem(value):
             raise ApiError(400, f"{shown(name)}: {problem}", param=name if _problem(name) is None else None)
     return model.model_validate(content)
+
+
+def to_json(answer: Mapping[str, Any]) -> bytes:
+    """An answer as JSON text. Items of a list are written one by one, so that other threads get their turn."""
+    fields = []
+    for name, value in answer.items():
+        items = ",".join(map(_written, value)) if isinstance(value, list) else None
+        fields.append(f"{_written(name)}:{_written(value) if items is None else f'[{items}]'}")
+    return f"{{{','.join(fields)}}}".encode()
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _problem(value: Any) -> str | None:

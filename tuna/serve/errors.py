@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["ApiError", "answer_errors", "shown"]
+__all__ = ["ApiError", "Ending", "answer_errors", "shown"]
 
 SHOWN = 80  # characters of a client's value that a message repeats
 
@@ -30,6 +32,28 @@ class ApiError(Exception):
         more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status, {})
         headers = more | ({"Connection": "close"} if self.close else {})
         return JSONResponse({"error": body | {"param": self.param, "code": self.code}}, self.status, headers)
+
+
+class Ending:
+    """ASGI middleware: a request cut off because the server ends is told so, where it has not been answered yet."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and end without a traceback."""
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except asyncio.CancelledError:  # uvicorn's, when the time for requests under way is over
+            if scope["type"] == "http" and not started:
+                await ApiError(503, "the server is shutting down").response()(scope, receive, send)
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -47,9 +47,10 @@ class ChatMessage(Message):
     def _joined(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in value):
-            raise ValueError("holds a part that is no text; only text is served")
-        return "".join(str(part.get("text", "")) for part in value)
+        for part in value:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError("holds a part that is no text; only text is served")
+        return "".join(part["text"] for part in value)
 
 
 class StreamOptions(BaseModel):
