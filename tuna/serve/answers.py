@@ -30,6 +30,9 @@ class Part:
     offsets: list[int]
 
 
+NOTHING = Part("", [], [], [], [])
+
+
 def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sent: int = 0, shift: int = 0) -> Part:
     """The tokens of ``row`` from number ``since``, ``sent`` characters of its text being out already.
 

@@ -21,7 +21,7 @@ from tuna.constrained import Constraint, json_constraint
 from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
 from tuna.serve.access import Access
-from tuna.serve.answers import Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
+from tuna.serve.answers import NOTHING, Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
 from tuna.serve.bodies import MAX_BODY, parse, read_body, to_json
 from tuna.serve.engine import Busy, Engine, RowTask
 from tuna.serve.errors import ApiError, Ending, answer_errors, shown
@@ -112,19 +112,22 @@ class _Handlers:
     async def completions(self, request: Request) -> Response:
         raw = await read_body(request, self.max_body)
 
-        def prepared(tokenizer: PreTrainedTokenizerBase) -> tuple[CompletionRequest, list[list[int]], list[str]]:
+        def prepared(
+            tokenizer: PreTrainedTokenizerBase,
+        ) -> tuple[CompletionRequest, list[list[int]], list[str], list[RowTask]]:
             body = parse(raw, CompletionRequest)
             self._check_model(body.model)
             self._check_rows(len(body.prompt) * body.n)
             prompts = [self._prompt_ids(prompt, tokenizer) for prompt in body.prompt]
             texts = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in body.prompt] if body.echo else []
-            return body, prompts, texts
+            tasks = [
+                task
+                for number, ids in enumerate(prompts)
+                for task in self._tasks(ids, body, False, body.max_tokens, body.logprobs or 0, number)
+            ]
+            return body, prompts, texts, tasks
 
-        body, prompts, texts = await self.workers.run(prepared)
-        groups = [
-            self._tasks(ids, body, False, body.max_tokens, body.logprobs or 0, i) for i, ids in enumerate(prompts)
-        ]
-        tasks = [task for group in groups for task in group]
+        body, prompts, texts, tasks = await self.workers.run(prepared)
         echoes = await self._echoes(body, prompts, texts)
         shown_before = [echo for echo in echoes for _ in range(body.n)]
         tokens = sum(map(len, prompts))
@@ -387,9 +390,6 @@ class _Handlers:
             prompt_tokens=prompt_tokens,
             with_usage=with_usage,
         )
-
-
-NOTHING = Part("", [], [], [], [])
 
 
 async def _disconnected(request: Request) -> None:

@@ -18,7 +18,7 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a byte
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """What a token adds to the bytes of a text, also where these are only part of a character."""
     kinds = _decoders(tokenizer)
-    if token not in tokenizer.added_tokens_decoder:  # added ones are text, whatever the rest is
+    if token not in tokenizer.added_tokens_decoder:  # added ones are text
         piece: Any = tokenizer.convert_ids_to_tokens(token)
         if isinstance(piece, str):
             if "ByteLevel" in kinds and all(character in _bytes_of() for character in piece):
