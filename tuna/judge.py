@@ -194,6 +194,8 @@ class Judge:
                 found = parse_judgement(text, count)
                 if self.settings.reference_candidate and found.reference is None:
                     raise Unparsable("there is no reference answer")
+                if self.settings.reference_candidate and len(found.reference or "") == self.settings.max_tokens:
+                    raise Unparsable("the reference answer was cut to its limit (--max-tokens)")
             except Unparsable as error:
                 self.unread += 1
                 spoilt.append({"answer": text, "reason": str(error)})
@@ -209,7 +211,7 @@ class Judge:
         at = FORMATS.index(self.format)
         while True:
             form = FORMATS[at]
-            body = {**request.body, **_response_format(form, count)}
+            body = {**request.body, **_response_format(form, count, self.settings.max_tokens)}
             try:
                 answer = await calls.ask(
                     "chat", body, parse_choices("chat", logprobs=False), draw=request.draw, omit=request.omit
@@ -226,27 +228,34 @@ class Judge:
             return str(answer["choices"][0]["text"])
 
 
-def _response_format(form: Format, count: int) -> dict[str, Any]:
+def _response_format(form: Format, count: int, length: int) -> dict[str, Any]:
     if form == "text":
         return {}
     if form == "json_object":
         return {"response_format": {"type": "json_object"}}
-    schema = {"name": "judgement", "strict": True, "schema": _schema(count)}
+    schema = {"name": "judgement", "strict": True, "schema": _schema(count, length)}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def _schema(count: int) -> dict[str, Any]:
+def _schema(count: int, length: int) -> dict[str, Any]:
+    """Of a judgement of ``count`` candidates. Everything in it ends: a small model repeats what has no bound.
+
+    ``length``: most characters of the reference.
+    """
     number = {"type": "integer", "enum": list(range(1, count + 1))}
-    groups = {"type": "array", "items": {"type": "array", "items": number}}
     marks = {aspect: {"type": "integer", "enum": list(range(MOST + 1))} for aspect in ASPECTS}
     fields = {
         "kind": {"type": "string", "enum": ["open", "closed"]},
-        "reference": {"type": "string"},
-        "duplicates": groups,
-        "scores": {"type": "array", "items": _object({"candidate": number, **marks})},
-        "ranking": groups,
+        "reference": {"type": "string", "maxLength": length},
+        "duplicates": _array(_array(number, 2, max(2, count)), 0, count // 2),
+        "scores": _array(_object({"candidate": number, **marks}), count, count),
+        "ranking": _array(_array(number, 1, count), 1, count),
     }
     return _object(fields)
+
+
+def _array(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 
 
 def _object(fields: dict[str, Any]) -> dict[str, Any]:

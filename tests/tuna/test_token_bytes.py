@@ -41,8 +41,8 @@ def test_joined_bytes_are_the_texts(make: Any) -> None:
     fox = tokenizer("🦊", add_special_tokens=False)["input_ids"]
     assert [token_bytes(tokenizer, token) for token in fox] == [bytes([byte]) for byte in "🦊".encode()]
     assert token_bytes(tokenizer, tokenizer.eos_token_id) == b"</s>"
-    tokenizer.add_tokens(["<think>", "<｜日｜>"])
-    for added in ("<think>", "<｜日｜>"):
+    tokenizer.add_tokens(["<think>", "<|日|>"])
+    for added in ("<think>", "<|日|>"):
         assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids(added)) == added.encode()
 
 
