@@ -96,15 +96,21 @@ def _check_output(output: Path, run: RunSettings) -> None:
 
 
 def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
-    held_out = run.eval_data is not None or run.eval_fraction is not None
+    held_out = run.holds_out
     if "eval_steps" in settings and held_out:
         settings.setdefault("eval_strategy", "steps")
-    if not held_out and settings.get("eval_strategy", "no") != "no":
-        raise ValueError("eval_strategy needs held-out data: give eval_data or eval_fraction")
+    for name in ("eval_strategy", "eval_steps", "eval_on_start"):
+        if not held_out and settings.get(name) not in (None, "no", False):
+            raise ValueError(f"{name} needs held-out data: give eval_data or eval_fraction")
+    if settings.get("disable_tqdm") is False:
+        raise ValueError("disable_tqdm = False would have no effect: bars and lines are tuna's own")
     # Sharded weights are there to evaluate only once DeepSpeed has started, which training does.
     on_start = bool(settings.get("deepspeed")) and held_out and run.eval_first
     defaults = {"report_to": default_reports(), "eval_on_start": on_start}
-    return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+    try:
+        return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+    except (TypeError, AttributeError, LookupError, NotImplementedError) as error:  # of values transformers looks into
+        raise ValueError(f"settings that cannot be used: {error}") from error
 
 
 def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[Record], list[Record]]:
@@ -116,6 +122,8 @@ def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[
     records = found.records[: run.limit]
     if not records:
         raise ValueError(f"data = {run.data!r} holds no records")
+    if held_out is not None and not held_out.records:
+        raise ValueError(f"eval_data = {run.eval_data!r} holds no records")
     if held_out is not None or run.eval_fraction is None:
         return records, held_out.records if held_out else []
     if len(records) < 2:
