@@ -87,8 +87,7 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
     if config.memory == "one_pass":
         yield from ((name, "it is for two phases, and memory = 'one_pass'") for name in TWO_PHASE)
     if config.tokens_per_batch is not None:
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size")
-        yield from ((name, "tokens_per_batch decides how many groups a batch holds") for name in sizes)
+        yield "auto_find_batch_size", "tokens_per_batch decides how many groups a batch holds"
     for name, strategy in (("logging_steps", "logging"), ("eval_steps", "eval"), ("save_steps", "save")):
         if getattr(config, f"{strategy}_strategy") != "steps":
             yield name, f"{strategy}_strategy = {str(getattr(config, f'{strategy}_strategy').value)!r}"
@@ -120,9 +119,12 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _perhaps_idle(config: Any) -> Iterator[tuple[str, str]]:
-    """Settings that do nothing in this run, but stand in files for other numbers of ranks or steps."""
+    """Settings that do nothing in this run, but stand in files beside what overrides them."""
     if config.max_steps > 0:
         yield "num_train_epochs", f"max_steps = {config.max_steps} decides"
+    if config.tokens_per_batch is not None:
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+        yield from ((name, "tokens_per_batch decides how many groups a batch holds") for name in sizes)
     if config.world_size == 1:
         yield from ((name, "there is one process") for name in OF_RANKS)
     if not any(name in config.report_to for name in NAMED_RUNS):
@@ -168,7 +170,8 @@ def _check_schedule(config: Any) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"lr_scheduler_kwargs = {given!r} must be keys and values")
     name = config.lr_scheduler_type
-    taken = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
+    taken = inspect.signature(schedule).parameters
     own = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
     known = [key for key in taken if key not in own]
     for key in given:

@@ -39,7 +39,7 @@ def parse_yaml(text: str, where: str) -> Any:
         ValueError: it is not valid; the message begins with ``where``.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+        return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deep") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:  # an impossible date, a number of thousands of digits

@@ -18,6 +18,8 @@ try:
 except ModuleNotFoundError as error:  # the kernels alone need torch and numpy only
     raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
 
+from tuna.cli.messages import message
+
 __all__ = ["app", "main"]
 
 # Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
@@ -79,16 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except USER_ERRORS as error:
         if os.environ.get("TUNA_TRACEBACK", "0") not in ("", "0"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        print(f"error: {message(error, words, typer.main.get_command(app))}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'tuna-kernels[train]'"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
 
 
 _assemble()

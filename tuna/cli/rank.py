@@ -17,7 +17,9 @@ __all__ = ["rank"]
 
 def rank(
     data: Annotated[str, typer.Option(help="Responses: what tuna generate or tuna sample wrote, or any file of them.")],
-    output: Annotated[Path, typer.Option(help="Ranked records for tuna train: .jsonl or .json.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for ranked.jsonl, the records for tuna train; or a .jsonl or .json file.")
+    ],
     length_penalty: Annotated[float, typer.Option(help="A score is sum(log p) / tokens ** this.")] = 1.0,
     min_tokens: Annotated[int, typer.Option(help="Shorter responses are left out.")] = 1,
     truncated: Annotated[
@@ -41,7 +43,9 @@ def rank(
     from rich.console import Console
     from rich.table import Table
 
-    from tuna.files import write_rows
+    from tuna.cli.messages import refuse_given
+    from tuna.cli.next import say_next
+    from tuna.files import SUFFIXES, write_rows
     from tuna.ranking import RankingRules, rank_responses, ranking_figures
     from tuna.report import write_json
     from tuna.responses import read_responses
@@ -49,6 +53,8 @@ def rank(
     rules = RankingRules(
         length_penalty=length_penalty, min_tokens=min_tokens, truncated=truncated, tie=tie, min_responses=min_responses
     )
+    if score_with is None:
+        refuse_given("it is for --score-with", "template", "max_length", "dtype")
     console = Console()
     sets, problems = read_responses(data, on_bad=on_bad)
     if not sets:
@@ -62,7 +68,8 @@ def rank(
         raise ValueError(
             f"no record of {data} has min_responses = {min_responses} responses left; see tuna rank --help"
         )
-    write_rows(output, (found.row() for found in ranked))
+    target = output if output.suffix in SUFFIXES and not output.is_dir() else output / "ranked.jsonl"
+    write_rows(target, (found.row() for found in ranked))
     figures = {"data": data, **ranking_figures(ranked, too_few), "unreadable": len(problems)}
     table = Table(title=f"{data} ranked", show_header=False, title_justify="left")
     for name, value in _flat(figures).items():
@@ -70,6 +77,7 @@ def rank(
     console.print(table)
     if json_file is not None:
         write_json(json_file, figures)
+    say_next(console, "train", model="MODEL", data=target, output="FOLDER")
 
 
 def _scored(

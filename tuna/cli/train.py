@@ -101,18 +101,11 @@ def train(
     file, overrides = flags.pop("config"), flags.pop("set_") or []
     from rich.console import Console
 
+    from tuna.cli.messages import FLAG_FIELDS
     from tuna.cli.settings import merge_settings
     from tuna.cli.training import run_training
     from tuna.ranks import end_ranks
 
-    names = {
-        "groups": "per_device_train_batch_size",
-        "accumulate": "gradient_accumulation_steps",
-        "epochs": "num_train_epochs",
-        "steps": "max_steps",
-        "lr": "learning_rate",
-        "output": "output_dir",
-    }
-    run, settings = merge_settings(file, overrides, {names.get(k, k): value for k, value in flags.items()})
+    run, settings = merge_settings(file, overrides, {FLAG_FIELDS.get(k, k): value for k, value in flags.items()})
     run_training(run, settings, Console(quiet=int(os.environ.get("RANK", 0)) > 0))
     end_ranks()
