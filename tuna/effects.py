@@ -84,8 +84,6 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
         yield from ((name, reason) for name in names)
     if config.device.type == "cpu":
         yield "fp16", "the CPU has no float16 training; use bf16, or float32"
-    if config.memory == "one_pass":
-        yield from ((name, "it is for two phases, and memory = 'one_pass'") for name in TWO_PHASE)
     if config.tokens_per_batch is not None:
         yield "auto_find_batch_size", "tokens_per_batch decides how many groups a batch holds"
     for name, strategy in (("logging_steps", "logging"), ("eval_steps", "eval"), ("save_steps", "save")):
@@ -125,6 +123,8 @@ def _perhaps_idle(config: Any) -> Iterator[tuple[str, str]]:
     if config.tokens_per_batch is not None:
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
         yield from ((name, "tokens_per_batch decides how many groups a batch holds") for name in sizes)
+    if config.memory == "one_pass":
+        yield from ((name, "it is for two phases, and memory = 'one_pass'") for name in TWO_PHASE)
     if config.world_size == 1:
         yield from ((name, "there is one process") for name in OF_RANKS)
     if not any(name in config.report_to for name in NAMED_RUNS):
