@@ -80,6 +80,7 @@ def convert(
 
 @app.command()
 def stats(
+    context: typer.Context,
     source: Source,
     format: Format = "auto",
     model: Annotated[
@@ -92,8 +93,11 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Count groups, candidates and ties; with --model also tokens, and how many of them sharing saves."""
+    from tuna.cli.messages import refuse_given
     from tuna.records import read_records
 
+    if model is None:
+        refuse_given(context, "tokens are counted with --model", "template", "max_length", "batch_groups")
     found = read_records(source, format=format, on_bad=on_bad)
     problems, tokens = list(found.problems), None
     if model is not None and found.records:
@@ -124,6 +128,7 @@ def stats(
 
 @app.command()
 def split(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Any .json or .jsonl file whose rows have ids.")],
     output: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
     fraction: Annotated[float | None, typer.Option(help="Hold out this share, chosen by a hash of the ids.")] = None,
@@ -131,11 +136,14 @@ def split(
     seed: Annotated[int, typer.Option(help="Another seed, another choice.")] = 0,
 ) -> None:
     """Split a file by the ids of its rows, which are copied as they are."""
+    from tuna.cli.messages import refuse_given
     from tuna.files import write_rows
     from tuna.split import hold_out, rows_with_ids
 
     if (fraction is None) == (like is None):
-        raise ValueError("give exactly one of fraction and like")
+        raise ValueError("give exactly one of --fraction and --like")
+    if like is not None:
+        refuse_given(context, "--like says what is held out", "seed")
     rows = rows_with_ids(source)
     held = set(rows_with_ids(like)) if like is not None else hold_out(rows, fraction or 0.0, seed)
     parts = {

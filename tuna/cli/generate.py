@@ -22,6 +22,7 @@ __all__ = ["generate", "read_wanted"]
 
 
 def generate(
+    context: typer.Context,
     instructions: Annotated[
         str,
         typer.Option(
@@ -74,8 +75,13 @@ def generate(
     """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
     from rich.console import Console
 
+    from tuna.cli.messages import refuse_given
     from tuna.generate import Sampling
 
+    if score_with is None:
+        refuse_given(context, "it is for --score-with", "score_template", "score_max_length")
+    if score_with is None and not logprobs:
+        refuse_given(context, "no log-probabilities are asked for", "keep_token_logprobs")
     settings = paid.paid_settings(
         base_url=base_url,
         key_variable=key_variable,

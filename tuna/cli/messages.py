@@ -52,15 +52,12 @@ def install_hint(module: str) -> str:
     return f"pip install {name}"
 
 
-def refuse_given(reason: str, *names: str) -> None:
-    """Refuse flags of the running command that were typed though they would do nothing.
+def refuse_given(context: Any, reason: str, *names: str) -> None:
+    """Refuse flags of the running command (its ``typer.Context``) that were typed though they would do nothing.
 
     Raises:
         ValueError: one was; the message names it and the reason.
     """
-    import click
-
-    context = click.get_current_context()
     for name in names:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
             raise ValueError(f"{_flag_of(context.command, name)} would have no effect: {reason}")
@@ -71,25 +68,20 @@ def _flag_of(command: Any, name: str) -> str:
 
 
 def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
-    """Names of settings in an error as the flags of the command; of those in a file, only the flags typed beside it."""
+    """An error with settings that have another name as a flag under that name, where the flag was typed, and advice
+    for Python as advice for the command line."""
     command = root
     for word in words:
         following = getattr(command, "commands", {}).get(word)
         if following is None:
             break
         command = following
-    flags = {item.name: item.opts[0] for item in command.params if item.opts and item.opts[0].startswith("--")}
-    typed = {word.partition("=")[0] for word in words if word.startswith("--")}
-    from_file = bool(typed & {"--config", "--set"})
-    for name, flag in flags.items():
-        if from_file and flag not in typed:
-            continue
-        field = FLAG_FIELDS.get(name, name) if command.name == "train" else name
-        # One word may be prose; it is a setting where a value follows. Two are never prose.
-        pattern = rf"(?<![\w.'-]){field}(?![\w'])" + ("" if "_" in field else r"(?= = )")
-        text = re.sub(pattern, flag, text)
-    if "on_bad" in flags:
-        text = text.replace("on_bad='skip'", "--on-bad skip").replace("--on-bad='skip'", "--on-bad skip")
-    else:
-        text = text.replace(" (on_bad='skip' leaves them out)", "")
-    return text
+    typed = {word.partition("=")[0] for word in words}
+    from_file = "--config" in typed or "--set" in typed
+    if command.name == "train":
+        for name, field in FLAG_FIELDS.items():
+            if not from_file or f"--{name}" in typed:
+                text = re.sub(rf"(?<![\w.'-]){field}(?![\w'])", f"--{name}", text)
+    if any(item.name == "on_bad" for item in command.params):
+        return text.replace("on_bad='skip'", "--on-bad skip")
+    return text.replace(" (on_bad='skip' leaves them out)", "")

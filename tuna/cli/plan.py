@@ -24,6 +24,7 @@ def _flag(*names: str, help: str, panel: str) -> Any:
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str | None,
         _flag(help="A size (llama-7b, llama3-8b, …), a hub name, a folder, or a config.json.", panel=MODEL),
@@ -84,9 +85,9 @@ def plan(
         "num_key_value_heads": kv_heads,
     }
     if data is None:
-        refuse_given("it is for --data", "tokenizer", "template", "max_length")
+        refuse_given(context, "it is for --data", "tokenizer", "template", "max_length")
     else:
-        refuse_given("--data decides it", "k", "prompt", "response")
+        refuse_given(context, "--data decides it", "k", "prompt", "response")
     if (model is None) == all(value is None for value in sizes.values()):
         raise ValueError("give --model, or a model by its sizes (--vocab --hidden --ffn --layers --heads)")
     config = explicit_config(**sizes) if model is None else model_config(model)

@@ -16,6 +16,7 @@ __all__ = ["rank"]
 
 
 def rank(
+    context: typer.Context,
     data: Annotated[str, typer.Option(help="Responses: what tuna generate or tuna sample wrote, or any file of them.")],
     output: Annotated[
         Path, typer.Option(help="Folder for ranked.jsonl, the records for tuna train; or a .jsonl or .json file.")
@@ -54,7 +55,7 @@ def rank(
         length_penalty=length_penalty, min_tokens=min_tokens, truncated=truncated, tie=tie, min_responses=min_responses
     )
     if score_with is None:
-        refuse_given("it is for --score-with", "template", "max_length", "dtype")
+        refuse_given(context, "it is for --score-with", "template", "max_length", "dtype")
     console = Console()
     sets, problems = read_responses(data, on_bad=on_bad)
     if not sets:

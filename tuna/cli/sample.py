@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
+OF_ENDPOINTS = (
+    "api", "logprobs", "extra", "key_variable", "concurrency", "requests_per_minute", "request_timeout",
+    "total_timeout", "max_attempts", "backoff", "max_backoff", "max_calls", "max_cost", "price_input", "price_output",
+)  # fmt: skip
+
 
 def sample(
+    context: typer.Context,
     instructions: Annotated[str, typer.Option(help="File of instructions, in any shape tuna generate reads.")],
     model: Annotated[
         str, typer.Option(help="The student: smollm2-135m, a folder, a hub name; with --base-url its name there.")
@@ -71,6 +77,7 @@ def sample(
     from rich.console import Console
 
     from tuna.cli.generate import read_wanted
+    from tuna.cli.messages import refuse_given
     from tuna.sample import Diversity, LocalSampling
 
     console = Console()
@@ -79,6 +86,7 @@ def sample(
     if base_url is None:
         if dry_run:
             raise ValueError("dry_run is for endpoints: give base_url")
+        refuse_given(context, "the student runs here; it is for --base-url", *OF_ENDPOINTS)
         sampling = LocalSampling(
             k=k,
             max_tokens=max_tokens,
@@ -93,6 +101,7 @@ def sample(
         return
     from tuna.generate import Sampling
 
+    refuse_given(context, "the student runs at --base-url", "batch", "dtype")
     settings = paid.paid_settings(
         base_url=base_url,
         key_variable=key_variable,
