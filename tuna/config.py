@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from tuna import zero
-from tuna.effects import check_effects
+from tuna.effects import check_effects, check_mappings
 from tuna.records import OnBad
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
@@ -147,6 +147,7 @@ class TunaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ours()
+        check_mappings(self)
         if self.optim == "adamw_kahan":  # a name that the parent does not know
             self.kahan, self.optim = True, "adamw_torch"
         compile_options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from typing import Any
 
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-__all__ = ["check_effects"]
+__all__ = ["check_effects", "check_mappings"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,15 @@ OURS = {
     "use tuna score": ("do_predict",),
 }
 PACKED = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
+MAPPINGS = (
+    "accelerator_config",
+    "deepspeed",
+    "fsdp_config",
+    "lr_scheduler_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+    "liger_kernel_config",
+)
 OF_HUB = ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
 OF_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 TWO_PHASE = ("candidates_per_pass", "skip_inactive")
@@ -67,6 +78,18 @@ def check_effects(config: Any) -> None:
     _check_loaders(config)
     _check_packages(config)
     _check_schedule(config)
+
+
+def check_mappings(config: Any) -> None:
+    """Refuse values that transformers would take for a file's descriptor and wait for, or fail on far from here.
+
+    Raises:
+        ValueError: a setting that is neither a mapping, nor text (a file, or JSON).
+    """
+    for name in MAPPINGS:
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, Mapping | str | AcceleratorConfig | os.PathLike):
+            raise ValueError(f"{name} = {value!r} must be keys and values")
 
 
 def is_given(config: Any, name: str) -> bool:

@@ -38,21 +38,24 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Read all records, say what is wrong with which, and exit with 1 if anything is."""
+    from tuna.cli.next import say_next
     from tuna.records import read_records
 
     found = read_records(source, format=format, on_bad="skip")
     stats = record_stats(found.records)
+    console = Console()
     if as_json:
         problems = [{"file": p.file, p.unit: p.line, "reason": p.reason} for p in found.problems]
         typer.echo(json.dumps({**stats, "problems": problems}, ensure_ascii=False))
     else:
-        console = Console()
         _print_problems(console, found.problems)
         console.print(_stats_table(stats))
         if show > 0 and found.records:
             console.print(best_and_worst(found.records, show))
     if found.problems:
         raise typer.Exit(1)
+    if not as_json:
+        say_next(console, "train", model="MODEL", data=source, output="FOLDER")
 
 
 @app.command()
@@ -70,12 +73,14 @@ def convert(
     on_bad: OnBadFlag = "fail",
 ) -> None:
     """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
+    from tuna.cli.next import next_command
     from tuna.records import read_records, write_records
 
     found = read_records(source, format=format, on_bad=on_bad)
     write_records(target, found.records)
     _print_problems(Console(stderr=True), found.problems)
     typer.echo(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
+    typer.echo(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}")
 
 
 @app.command()
@@ -137,6 +142,7 @@ def split(
 ) -> None:
     """Split a file by the ids of its rows, which are copied as they are."""
     from tuna.cli.messages import refuse_given
+    from tuna.cli.next import next_command
     from tuna.files import write_rows
     from tuna.split import hold_out, rows_with_ids
 
@@ -153,6 +159,8 @@ def split(
     for name, part in parts.items():
         write_rows(output / name, part)
         typer.echo(f"{output / name}: {len(part)} rows")
+    files = {"data": output / "train.jsonl", "eval_data": output / "held_out.jsonl"}
+    typer.echo(f"next: {next_command('train', model='MODEL', **files, output='FOLDER')}")
 
 
 def record_stats(records: Sequence[Record]) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def _gather(
     keep_token_logprobs: bool,
     scorer: _Scorer | None,
 ) -> None:
+    from tuna.cli.next import next_command
     from tuna.generate import generate_responses, probe_logprobs
     from tuna.responses import write_responses
 
@@ -170,6 +171,8 @@ def _gather(
             sets = scorer.score(sets)
         if sets:
             write_responses(run.folder / "responses.jsonl", sets)
+            ranking = "judge" if scorer is None and not sampling.logprobs else "rank"
+            run.following = next_command(ranking, data=run.folder / "responses.jsonl", output="FOLDER")
         run.finish(wanted, outcome, figures)
 
 

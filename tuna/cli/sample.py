@@ -161,6 +161,7 @@ def _local(
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.bar import progress_bar
+    from tuna.cli.next import say_next
     from tuna.files import content_hash
     from tuna.journal import Journal
     from tuna.models import load_model
@@ -189,6 +190,7 @@ def _local(
         for problem in problems[:10]:
             console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
         _write(console, output, sets, sampling.diversity)
+        say_next(console, "judge", data=output / "responses.jsonl", model="JUDGE", output="FOLDER")
     if problems:
         raise typer.Exit(1)
 
@@ -198,6 +200,7 @@ def _remote(
 ) -> None:
     from dataclasses import replace
 
+    from tuna.cli.next import next_command
     from tuna.sample import sample_from_endpoint
 
     replace(sampling, temperature=diversity.temperature(sampling.temperature, diversity.tries - 1))  # still in range
@@ -211,6 +214,7 @@ def _remote(
         )
         sets = [outcome.results[index] for index in sorted(outcome.results)]
         _write(run.console, run.folder, sets, diversity)
+        run.following = next_command("judge", data=run.folder / "responses.jsonl", model="JUDGE", output="FOLDER")
         run.finish(wanted, outcome, figures)
 
 

@@ -42,6 +42,7 @@ def score(
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
+    from tuna.cli.next import say_next
     from tuna.files import write_rows
     from tuna.models import load_model
     from tuna.records import read_records
@@ -73,6 +74,7 @@ def score(
         write_json(json_file, summary)
     if per_record_file is not None:
         write_rows(per_record_file, per_record(groups, report.scored))
+    say_next(console, "serve", model=model)
 
 
 def _score(

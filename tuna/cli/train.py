@@ -67,7 +67,9 @@ def train(
         Number, _flag(help="Warm-up steps, or below 1 their share. Default: 2.", panel=STEPS)
     ] = None,
     seed: Annotated[Whole, _flag(help="Of the order of the data and the hold-out. Default: 42.", panel=STEPS)] = None,
-    logging_steps: Annotated[Number, _flag(help="Steps from log line to log line. Default: 10.", panel=STEPS)] = None,
+    logging_steps: Annotated[
+        Number, _flag(help="Steps from log line to log line. Default: 10, fewer in a short run.", panel=STEPS)
+    ] = None,
     eval_steps: Annotated[Number, _flag(help="Evaluate every so many steps.", panel=STEPS)] = None,
     save_steps: Annotated[Number, _flag(help="Checkpoint every so many steps. Default: 500.", panel=STEPS)] = None,
     lora_r: Annotated[

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils.logging import disable_progress_bar
 
 from tuna.cli.data import best_and_worst
+from tuna.cli.next import say_next
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
 from tuna.config import TunaConfig
@@ -33,6 +34,7 @@ from tuna.trainer import TunaTrainer, tokenized
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
 ADAPTER_FOLDER = "adapter"
+LEAST_LINES = 5  # of the log, where there are as many steps
 
 
 def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -64,6 +66,8 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
     console.print(_summary(trainer, stats, held_out))
+    if "logging_steps" not in settings:
+        config.logging_steps = max(1, min(config.logging_steps, _steps(trainer) // LEAST_LINES))
 
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
     trainer.train(resume_from_checkpoint=run.resume or None)
@@ -85,6 +89,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     if after is not None:
         console.print(_comparison(before, after))
     console.print(f"model, {METRICS_FILE} and {PICTURE_FILE} are in {output}", highlight=False)
+    say_next(console, "score", model=output, data=run.eval_data or "DATA")
     return metrics
 
 
@@ -185,10 +190,17 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
         tokenizer.save_pretrained(output)
 
 
-def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
+def _steps_per_epoch(trainer: TunaTrainer) -> int:
+    return math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+
+
+def _steps(trainer: TunaTrainer) -> int:
     args = trainer.args
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    return args.max_steps if args.max_steps > 0 else math.ceil(_steps_per_epoch(trainer) * args.num_train_epochs)
+
+
+def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
+    args, steps, per_epoch = trainer.args, _steps(trainer), _steps_per_epoch(trainer)
     batch = (
         f"{args.per_device_train_batch_size} groups"
         if args.tokens_per_batch is None

@@ -65,6 +65,8 @@ def model_config(name_or_path: str | os.PathLike[str]) -> PretrainedConfig:
     if not path.exists():
         if (size := _size_of(name)) is not None:
             return _for_model(SIZES[size])
+        if "/" not in name:
+            raise FileNotFoundError(f"model = {name!r} is neither a path nor one of {', '.join(SIZES)}")
         place = hub_model(name, tuple(SIZES))
     try:
         found: PretrainedConfig = AutoConfig.from_pretrained(place)
