@@ -13,8 +13,10 @@ from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 __all__ = ["check_effects", "check_mappings"]
 
@@ -71,13 +73,20 @@ def check_effects(config: Any) -> None:
     """
     for name, reason in _idle(config):
         if is_given(config, name):
-            raise ValueError(f"{name} = {getattr(config, name)!r} would have no effect: {reason}")
+            raise ValueError(f"{_shown(config, name)} would have no effect: {reason}")
     for name, reason in _perhaps_idle(config):
         if is_given(config, name):
-            logger.warning("%s = %r has no effect in this run: %s", name, getattr(config, name), reason)
+            logger.warning("%s has no effect in this run: %s", _shown(config, name), reason)
     _check_loaders(config)
     _check_packages(config)
     _check_schedule(config)
+    _check_names(config)
+
+
+def _shown(config: Any, name: str) -> str:
+    """A setting with its value, as it is written; a token without."""
+    value = getattr(config, name)
+    return name if name == "hub_token" else f"{name} = {getattr(value, 'value', value)!r}"
 
 
 def check_mappings(config: Any) -> None:
@@ -113,7 +122,7 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
         if getattr(config, f"{strategy}_strategy") != "steps":
             yield name, f"{strategy}_strategy = {str(getattr(config, f'{strategy}_strategy').value)!r}"
     if config.eval_strategy == "no":
-        names = ("load_best_model_at_end", "eval_delay", "metric_for_best_model", "greater_is_better")
+        names = ("do_eval", "load_best_model_at_end", "eval_delay", "metric_for_best_model", "greater_is_better")
         yield from ((name, "nothing is evaluated during training (eval_strategy)") for name in names)
     if config.save_strategy == "no":
         yield from (
@@ -156,6 +165,8 @@ def _perhaps_idle(config: Any) -> Iterator[tuple[str, str]]:
 
 def _check_packages(config: Any) -> None:
     for service in config.report_to:
+        if not isinstance(service, str):
+            raise ValueError(f"report_to = {service!r} must be a name, or a list of names")
         if service == "kubeflow":  # added by transformers inside one of its jobs; it needs no package
             continue
         if service == "tensorboard":
@@ -173,6 +184,22 @@ def _check_packages(config: Any) -> None:
             raise ValueError("use_liger_kernel needs a package that is missing: pip install liger-kernel")
         if config.device.type == "cpu":
             raise ValueError("use_liger_kernel = True needs a GPU: its kernels are Triton's")
+
+
+def _check_names(config: Any) -> None:
+    """Refuse names that transformers and torch look up late, and do not find."""
+    allowed: dict[str, Any] = dict.fromkeys(("log_level", "log_level_replica"), trainer_log_levels)
+    values = {name: getattr(config, name) for name in allowed}
+    compiling = config.compile_options or {}
+    if "mode" in compiling:
+        allowed["torch_compile_mode"] = ["default", *torch._inductor.list_mode_options()]
+        values["torch_compile_mode"] = compiling["mode"]
+    if "backend" in compiling:
+        allowed["torch_compile_backend"] = torch._dynamo.list_backends(None)
+        values["torch_compile_backend"] = compiling["backend"]
+    for name, value in values.items():
+        if value not in allowed[name]:
+            raise ValueError(f"{name} = {value!r} is not one of {', '.join(allowed[name])}")
 
 
 def _services() -> tuple[str, ...]:

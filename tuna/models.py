@@ -40,6 +40,7 @@ __all__ = [
     "compile_layers",
     "load_model",
     "load_tokenizer",
+    "place_for",
     "smollm2_folder",
     "tiny_model",
 ]
@@ -102,6 +103,21 @@ def _tokenizer_at(place: str, name_or_path: str | os.PathLike[str]) -> PreTraine
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {name_or_path}: {error}") from error
     return tokenizer
+
+
+def place_for(device: str | None) -> torch.device:
+    """Where to compute: the device of that name, or for None a GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has a class for each kind of device
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device = {device!r} cannot be used: {reason}") from error
+    return place
 
 
 def cache_folder() -> Path:

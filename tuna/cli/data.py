@@ -54,7 +54,7 @@ def validate(
             console.print(best_and_worst(found.records, show))
     if found.problems:
         raise typer.Exit(1)
-    if not as_json:
+    if found.records and not as_json:
         say_next(console, "train", model="MODEL", data=source, output="FOLDER")
 
 

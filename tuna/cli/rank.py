@@ -46,7 +46,7 @@ def rank(
 
     from tuna.cli.messages import refuse_given
     from tuna.cli.next import say_next
-    from tuna.files import SUFFIXES, write_rows
+    from tuna.files import write_rows
     from tuna.ranking import RankingRules, rank_responses, ranking_figures
     from tuna.report import write_json
     from tuna.responses import read_responses
@@ -69,7 +69,7 @@ def rank(
         raise ValueError(
             f"no record of {data} has min_responses = {min_responses} responses left; see tuna rank --help"
         )
-    target = output if output.suffix in SUFFIXES and not output.is_dir() else output / "ranked.jsonl"
+    target = output if output.suffix and not output.is_dir() else output / "ranked.jsonl"
     write_rows(target, (found.row() for found in ranked))
     figures = {"data": data, **ranking_figures(ranked, too_few), "unreadable": len(problems)}
     table = Table(title=f"{data} ranked", show_header=False, title_justify="left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,7 +45,7 @@ def score(
 
     from tuna.cli.next import say_next
     from tuna.files import write_rows
-    from tuna.models import load_model
+    from tuna.models import load_model, place_for
     from tuna.records import read_records
     from tuna.report import write_json
     from tuna.scoring import per_record
@@ -54,12 +55,16 @@ def score(
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty = {length_penalty} must be finite")
+    if batch < 1:
+        raise ValueError(f"batch = {batch} must be at least 1")
+    place = place_for(device)
     console = Console()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     found = read_records(data, format=format, on_bad=on_bad)
     with console.status(f"loading {model} …"):
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.nn.Module.to(network, place)
     groups, unfit = tokenize_records(
         found.records[:limit], tokenizer, template=template, max_length=max_length, on_bad=on_bad

@@ -52,7 +52,7 @@ def serve(
     import uvicorn
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.models import load_model
+    from tuna.models import load_model, place_for
     from tuna.serve import Engine, create_app
     from tuna.serve.access import check_key, host_name
     from tuna_kernels.integrations.transformers import prepare_model
@@ -62,6 +62,7 @@ def serve(
         if threads < 1:
             raise ValueError(f"threads = {threads} must be at least 1")
         torch.set_num_threads(threads)
+    place = place_for(device)
     family, address = _address(host)
     hosts = [*(allow_host or ()), *([] if address else [host])]
     for option in hosts:
@@ -77,7 +78,7 @@ def serve(
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}") from error
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-        torch.nn.Module.to(network, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        torch.nn.Module.to(network, place)
         prepare_model(network)
         engine = Engine(network, tokenizer, max_rows=batch, max_tokens=batch_tokens, max_waiting=max_waiting)
         app = create_app(
