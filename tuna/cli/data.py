@@ -80,7 +80,7 @@ def convert(
     write_records(target, found.records)
     _print_problems(Console(stderr=True), found.problems)
     typer.echo(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
-    typer.echo(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}")
+    typer.echo(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}", err=True)
 
 
 @app.command()
@@ -160,7 +160,7 @@ def split(
         write_rows(output / name, part)
         typer.echo(f"{output / name}: {len(part)} rows")
     files = {"data": output / "train.jsonl", "eval_data": output / "held_out.jsonl"}
-    typer.echo(f"next: {next_command('train', model='MODEL', **files, output='FOLDER')}")
+    typer.echo(f"next: {next_command('train', model='MODEL', **files, output='FOLDER')}", err=True)
 
 
 def record_stats(records: Sequence[Record]) -> dict[str, Any]:

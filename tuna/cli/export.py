@@ -28,4 +28,4 @@ def export(
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
     done = write(source, output, model=model, dtype=None if dtype is None else getattr(torch, dtype))
     typer.echo(f"{done} is in {output}")
-    typer.echo(f"next: {next_command('serve', model=output)}")
+    typer.echo(f"next: {next_command('serve', model=output)}", err=True)
