@@ -53,7 +53,7 @@ MAPPINGS = (
     "liger_kernel_config",
 )
 OF_HUB = ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
-OF_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 TWO_PHASE = ("candidates_per_pass", "skip_inactive")
 OF_RANKS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -81,6 +81,7 @@ def check_effects(config: Any) -> None:
     _check_packages(config)
     _check_schedule(config)
     _check_names(config)
+    _check_numbers(config)
 
 
 def _shown(config: Any, name: str) -> str:
@@ -184,6 +185,21 @@ def _check_packages(config: Any) -> None:
             raise ValueError("use_liger_kernel needs a package that is missing: pip install liger-kernel")
         if config.device.type == "cpu":
             raise ValueError("use_liger_kernel = True needs a GPU: its kernels are Triton's")
+
+
+def _check_numbers(config: Any) -> None:
+    """Refuse numbers that the stock trainer takes for "not given", or counts down from for ever."""
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise ValueError(f"max_steps = {config.max_steps} must be at least 1 (-1: num_train_epochs decides)")
+    if config.max_steps < 0 and config.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs = {config.num_train_epochs} must be above 0")
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        if getattr(config, f"{name.partition('_')[0]}_strategy") == "steps" and getattr(config, name) <= 0:
+            raise ValueError(f"{name} = {getattr(config, name)} must be above 0")
+    if not 0 <= config.max_grad_norm < float("inf"):
+        raise ValueError(f"max_grad_norm = {config.max_grad_norm} must be a finite number, at least 0 (0: off)")
+    if config.save_total_limit is not None and config.save_total_limit < 1:
+        raise ValueError(f"save_total_limit = {config.save_total_limit} must be at least 1")
 
 
 def _check_names(config: Any) -> None:
