@@ -29,6 +29,14 @@ MINIMUM = "0.19.4"
 """Older versions lose gradients with offload and several backwards (0.18) or fail on frozen parameters (0.19.2)."""
 
 Settings = dict[str, Any]
+MAPPINGS = (
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "bf16",
+    "fp16",
+    "optimizer.params",
+    "scheduler",
+)
 
 
 def read_settings(source: str | os.PathLike[str] | Mapping[str, Any]) -> Settings:
@@ -48,6 +56,12 @@ def read_settings(source: str | os.PathLike[str] | Mapping[str, Any]) -> Setting
 
 
 def _check(where: str, settings: Settings) -> None:
+    for path in MAPPINGS:
+        part: Any = settings
+        for key in path.split("."):
+            part = part.get(key, {})
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{where}: {path} = {part!r} must be keys and values")
     stage = stage_of(settings)
     if stage not in (1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage = {stage!r} is not one of 1, 2, 3")

@@ -164,6 +164,13 @@ def test_numbers_under_deepspeed_and_in_its_files_are_numbers(tmp_path: Path) ->
     assert read_settings(tmp_path / "zero.yaml")["gradient_clipping"] == 1.0
 
 
+@pytest.mark.parametrize("wrong", ["bf16: true", "zero_optimization: 2", "optimizer: adam"])
+def test_deepspeed_settings_of_the_wrong_kind_are_named(wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "zero.yaml").write_text(f"gradient_clipping: auto\n{wrong}\n")
+    with pytest.raises(ValueError, match=rf"{wrong.partition(':')[0]}.* must be keys and values"):
+        read_settings(tmp_path / "zero.yaml")
+
+
 def test_booleans_stay_booleans_and_words_words() -> None:
     base = {"model": "tiny", "data": "a", "output_dir": "b"}
     given = ["fsdp=true", "save_strategy=no", "report_to=no", "bf16=yes"]
