@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # torch is installed by itself first: its pin in constraints.txt decides between the CPU and the CUDA build.
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all fuzz lint bench gpu-static gpu-bench mutants install clean
+.PHONY: demo test test-all test-versions fuzz lint bench gpu-static gpu-bench mutants install clean
 
 demo: $(STAMP)
 	$(BIN)/tuna demo --output runs/demo
@@ -28,6 +28,10 @@ SECONDS ?= 60
 SEED    ?= 0
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
+
+# The suite on the oldest and on the newest versions that are supported, each in an environment of its own.
+test-versions: $(STAMP)
+	$(BIN)/python -m tests.versions
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -62,4 +66,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs tuna_kernels/backends/_cpu*.so
+	rm -rf $(VENV) .venvs build dist *.egg-info runs tuna_kernels/backends/_cpu*.so

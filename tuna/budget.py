@@ -28,7 +28,7 @@ class Prices:
     """Prices per million tokens, in any one currency.
 
     Raises:
-        ValueError: a negative price.
+        ValueError: a price that is negative or not finite.
 
     Example:
         >>> Prices(input=2.0, output=8.0).cost(Usage(500_000, 250_000))
@@ -40,8 +40,8 @@ class Prices:
 
     def __post_init__(self) -> None:
         for name, price in (("price_input", self.input), ("price_output", self.output)):
-            if not price >= 0:
-                raise ValueError(f"{name} = {price} must be at least 0")
+            if not 0 <= price < float("inf"):
+                raise ValueError(f"{name} = {price} must be a finite number, at least 0")
 
     def cost(self, usage: Usage) -> float:
         """What so many tokens cost."""

@@ -15,8 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from tuna.answers import reported_usage
 from tuna.budget import Budget, BudgetSpent, Prices, Usage, estimate_tokens
-from tuna.endpoint import Api, Attempt, CallFailed, Endpoint, EndpointRefused, EndpointSettings
+from tuna.endpoint import (
+    UNKNOWN_PLACE,
+    Api,
+    Attempt,
+    CallFailed,
+    Endpoint,
+    EndpointRefused,
+    EndpointSettings,
+    UnusableAnswer,
+)
 from tuna.journal import Journal, content_key
 
 __all__ = [
@@ -84,11 +94,12 @@ class PaidCalls:
     Attributes:
         found: calls answered by the journal.
         made: calls answered by the endpoint.
+        passed_over: answers of the journal that are of no use, and were asked for again.
     """
 
     def __init__(self, endpoint: Endpoint, journal: Journal, budget: Budget) -> None:
         self.endpoint, self.journal, self.budget = endpoint, journal, budget
-        self.found = self.made = 0
+        self.found = self.made = self.passed_over = 0
         self._asking: dict[str, asyncio.Lock] = {}
 
     async def ask(
@@ -97,6 +108,7 @@ class PaidCalls:
         body: Mapping[str, Any],
         parse: Callable[[Any], Any],
         *,
+        stored: Callable[[Any], Any] = lambda answer: answer,
         draw: int = 0,
         omit: Sequence[str] = (),
     ) -> Any:
@@ -106,6 +118,7 @@ class PaidCalls:
             api: "completions" or "chat".
             body: the request; it decides the key.
             parse: makes a JSON value of the answer, to be kept, or raises `UnusableAnswer`.
+            stored: reads what ``parse`` made out of the journal, or raises `UnusableAnswer`: then it is asked again.
             draw: which draw of the same request this is: a sampled answer may be wanted more than once.
             omit: fields of ``body`` that do not change what is asked for (how to wrap the answer, say).
 
@@ -118,10 +131,15 @@ class PaidCalls:
         async with self._asking.setdefault(key, asyncio.Lock()):
             try:
                 answer = self.journal.get(key)
-                if answer is None:
-                    return await self._pay(key, api, body, parse)
-                self.found += 1
-                return answer
+                if answer is not None:
+                    try:
+                        answer = stored(answer)
+                    except UnusableAnswer:
+                        self.passed_over += 1
+                    else:
+                        self.found += 1
+                        return answer
+                return await self._pay(key, api, body, parse)
             finally:
                 self._asking.pop(key, None)
 
@@ -145,9 +163,10 @@ class PaidCalls:
                 reserved = False
 
         try:
-            answer, used = await self.endpoint.call(
-                api, body, lambda reply: (parse(reply), _reported(reply) or worst), before=before, after=after
+            answer, counts = await self.endpoint.call(
+                api, body, lambda reply: (parse(reply), _used(reply, worst)), before=before, after=after
             )
+            used = Usage(*counts)
             settle(used)
         finally:
             settle(worst)  # cancelled in flight: it may be billed
@@ -197,7 +216,9 @@ async def run_jobs(
 
     def no_endpoint(error: Exception | None) -> None:
         nonlocal in_a_row
-        down = isinstance(error, CallFailed) and (error.status is None or error.status >= 500)
+        down = isinstance(error, CallFailed) and (
+            error.status is None or error.status >= 500 or error.status in UNKNOWN_PLACE
+        )
         in_a_row = in_a_row + 1 if down else 0
         if in_a_row >= DOWN:
             outcome.stopped = outcome.stopped or CallFailed(f"{DOWN} jobs in a row failed, the last: {error}")
@@ -305,12 +326,7 @@ def worst_usage(api: Api, body: Mapping[str, Any]) -> Usage:
     return Usage(_prompt_tokens(api, body), int(body.get("n", 1)) * int(limit))
 
 
-def _reported(reply: Any) -> Usage | None:
-    """Tokens as the endpoint reports them, None where it does not."""
-    usage = reply.get("usage") if isinstance(reply, Mapping) else None
-    if not isinstance(usage, Mapping):
-        return None
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens", 0)]
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
-        return None
-    return Usage(*counts)
+def _used(reply: Any, worst: Usage) -> tuple[int, int]:
+    """Tokens as the endpoint reports them, or at their worst where it does not (or not in numbers)."""
+    used = reported_usage(reply) or worst
+    return used.input, used.output

@@ -202,6 +202,11 @@ class TunaConfig(TrainingArguments):
             ),
             "logging_nan_inf_filter": (self.logging_nan_inf_filter, "a loss that is not finite stops the run"),
             "label_smoothing_factor": (self.label_smoothing_factor, "the Tuna loss has no smoothed form"),
+            "neftune_noise_alpha": (
+                self.neftune_noise_alpha,
+                "its noise is scaled by the length of the input, here of all groups of a packed row, and a shared "
+                "prompt would draw it once for all its responses",
+            ),
             "dataloader_drop_last": (self.dataloader_drop_last, "every group is seen once per epoch"),
             "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),
             "fp16_full_eval": (self.fp16_full_eval, "load the model in float16 instead"),

@@ -11,6 +11,9 @@ the shape:
 | `alpaca_eval` | as `released`, with `generator[]` | highest |
 | `preference` | `prompt`, `chosen`, `rejected` | chosen |
 | `ranked_answers` | `prompt` or `question`, `answers[]` or `responses[]` of `{answer, rank}` | lowest |
+
+What stands beside a prompt is carried with it or refused (`tuna.prompts`). A field that no shape reads and that holds
+responses, scores, turns or a prompt is refused where the shape was recognised rather than named (`tuna.unread`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from tuna.prompts import prompt_of, turns_of
+from tuna.unread import check_all_read
 
 __all__ = ["FORMATS", "Format", "convert_row", "detect_format", "known_formats"]
 
@@ -34,19 +40,27 @@ class Format:
         keys: its fields, in words, for error messages and help.
         matches: whether a row has this shape, by its keys.
         convert: the row as fields of a `Record`; raises `ValueError` in plain words.
+        reads: the fields that `convert` reads, beside those of the prompt.
     """
 
     name: str
     keys: str
     matches: Callable[[Row], bool]
     convert: Callable[[Row], Fields]
+    reads: frozenset[str]
 
 
-def convert_row(row: Any, format: str) -> Fields:
+def convert_row(row: Any, format: str, *, recognised: bool = False) -> Fields:
     """One row of the shape `format` as fields of a `Record`.
 
+    Args:
+        row: the row.
+        format: a shape of `FORMATS`.
+        recognised: the shape was found by the row's keys, not named by the user: then a field that holds responses,
+            scores or turns and that the shape does not read is an error.
+
     Raises:
-        ValueError: unknown format, the row is no object, a field is missing or of the wrong kind.
+        ValueError: unknown format, the row is no object, a field is missing, of the wrong kind or cannot be carried.
 
     Example:
         >>> convert_row({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference")
@@ -59,6 +73,8 @@ def convert_row(row: Any, format: str) -> Fields:
     # Parquet and datasets give every row every column: an absent field is there as None.
     present = {key: value for key, value in row.items() if value is not None}
     fields = FORMATS[format].convert(present)
+    if recognised:
+        check_all_read(present, FORMATS[format].reads, fields, format)
     if "id" in present and "id" not in fields:
         fields["id"] = present["id"]
     return fields
@@ -78,17 +94,13 @@ def known_formats() -> str:
 
 
 def _from_tuna(row: Row) -> Fields:
-    fields = {key: row[key] for key in ("messages", "responses", "scores", "ranks") if key in row}
-    return {**_prompt_fields(row, "prompt"), **fields}
+    fields = {key: row[key] for key in ("responses", "scores", "ranks") if key in row}
+    return {**prompt_of(row, ("prompt",)), **fields}
 
 
 def _from_scored_outputs(row: Row) -> Fields:
     """`instruction, output[], score[]`; a single `output` text without a score is for plain fine-tuning."""
-    fields = _prompt_fields(row, "instruction")
-    context = row.get("input")
-    if context:
-        # Alpaca keeps the text to work on apart; left out, the answer would not fit the question.
-        fields["prompt"] = f"{fields['prompt']}\n{context}"
+    fields = prompt_of(row, ("instruction",))
     output, score = _required(row, "output"), row.get("score")
     if isinstance(output, str):
         return {**fields, "responses": [output]}
@@ -96,25 +108,71 @@ def _from_scored_outputs(row: Row) -> Fields:
 
 
 def _from_preference(row: Row) -> Fields:
-    chosen_context, chosen = _last_turn(_required(row, "chosen"), "chosen")
+    context, chosen = _last_turn(_required(row, "chosen"), "chosen")
     rejected_context, rejected = _last_turn(_required(row, "rejected"), "rejected")
-    if chosen_context != rejected_context:
+    if context != rejected_context:
         raise ValueError("'chosen' and 'rejected' answer different conversations: all turns but the last must agree")
-    prompt = row.get("prompt", row.get("question", row.get("instruction")))
-    fields: Fields
-    if not chosen_context:
-        if prompt is None:
-            raise ValueError("field 'prompt' is missing, and 'chosen' holds no earlier turns to take it from")
-        fields = _prompt_value(prompt)
-    elif isinstance(prompt, str) and chosen_context == [{"role": "user", "content": prompt}]:
-        fields = {"prompt": prompt}
-    else:
-        fields = {"messages": chosen_context}
+    _check_order(row)
+    # The turns that UltraFeedback and its kin repeat: prompt and chosen answer once more.
+    given = {key: value for key, value in row.items() if key != "messages"}
+    if "messages" in row:
+        messages = turns_of(row["messages"], "messages")
+        answered = messages[-1:] == [{"role": "assistant", "content": chosen}]
+        if not any(key in row for key in ("prompt", "question", "instruction")) and not context:
+            given["messages"] = messages[:-1] if answered else messages
+        elif not (answered or messages == context):
+            raise ValueError("field 'messages' stands beside 'chosen' and 'rejected' and is not their conversation")
+    fields = _asked(given, context)
     return {**fields, "responses": [chosen, rejected], "ranks": [0, 1]}
 
 
+def _asked(row: Row, context: list[Fields]) -> Fields:
+    """The prompt of a pair whose answers follow the turns of ``context``, which may be none or all of it."""
+    keys = ("prompt", "question", "instruction")
+    if not context:
+        if not any(key in row for key in (*keys, "messages")):
+            raise ValueError("field 'prompt' is missing, and 'chosen' holds no earlier turns to take it from")
+        return prompt_of(row, keys)
+    if not any(key in row for key in keys):
+        return prompt_of({**row, "messages": context})
+    fields = prompt_of(row, keys)
+    turns = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
+    given, told = ([(turn["role"], " ".join(turn["content"].split())) for turn in part] for part in (turns, context))
+    if given == told and "prompt" in fields:
+        return fields
+    if given[-len(told) :] == told:
+        return {"messages": turns}  # the prompt says more: a system turn, the turns before
+    system = [turn for turn in turns if turn["role"] == "system"]
+    if all(turn in told for turn in given):
+        return {"messages": context}
+    if all(turn in told for turn in given if turn[0] != "system"):
+        if told[0][0] == "system":
+            raise ValueError("a system text stands beside 'chosen', and another one in its turns: keep one")
+        return {"messages": [*system, *context]}
+    raise ValueError(
+        "the prompt is not part of the conversation that 'chosen' and 'rejected' hold: make them agree, or give one"
+    )
+
+
+def _check_order(row: Row) -> None:
+    """Scores of the two answers, under any name (`score_chosen`, `chosen-rating`), must not say the opposite."""
+    scores: dict[str, dict[str, float]] = {}
+    for key, value in row.items():
+        words = str(key).lower().replace("-", "_").replace(".", "_").split("_")
+        for side in ("chosen", "rejected"):
+            if side in words and isinstance(value, int | float) and not isinstance(value, bool):
+                scores.setdefault("_".join(word for word in words if word != side), {})[side] = value
+    for name, sides in scores.items():
+        rated = any(word in name for word in ("score", "rating", "reward"))
+        if rated and len(sides) == 2 and sides["chosen"] < sides["rejected"]:
+            raise ValueError(
+                f"the {name} of 'rejected' ({sides['rejected']:g}) is above that of 'chosen' ({sides['chosen']:g}): "
+                "which one is better?"
+            )
+
+
 def _from_ranked_answers(row: Row) -> Fields:
-    fields = _prompt_fields(row, "prompt", "question", "instruction")
+    fields = prompt_of(row, ("prompt", "question", "instruction"))
     key = "answers" if "answers" in row else "responses"
     answers = _required(row, key)
     if not isinstance(answers, list):
@@ -133,29 +191,17 @@ def _from_ranked_answers(row: Row) -> Fields:
     return {**fields, "responses": texts, "ranks": ranks}
 
 
-def _prompt_fields(row: Row, *keys: str) -> Fields:
-    """The prompt under the first of `keys` that the row has; a list of turns becomes `messages`."""
-    found = next((key for key in keys if key in row), None)
-    if found is None:
-        if "messages" in row:
-            return {"messages": row["messages"]}
-        raise ValueError("field " + " or ".join(map(repr, keys)) + " is missing")
-    return _prompt_value(row[found])
-
-
-def _prompt_value(prompt: Any) -> Fields:
-    return {"messages": prompt} if isinstance(prompt, list) else {"prompt": prompt}
-
-
 def _last_turn(answer: Any, name: str) -> tuple[list[Fields], Any]:
-    """An answer given as text, or as a conversation that ends with it: (the turns before, the text)."""
+    """An answer given as text, as a turn, or as a conversation that ends with it: (the turns before, the text)."""
+    if isinstance(answer, Mapping):
+        answer = [answer]
     if not isinstance(answer, list):
         return [], answer
-    turns = [dict(turn) if isinstance(turn, Mapping) else {} for turn in answer]
-    if not turns or turns[-1].get("role") != "assistant":
+    last = answer[-1] if answer else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
         raise ValueError(f"the last turn of {name!r} must be the assistant's")
-    context = [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns[:-1]]
-    return context, turns[-1].get("content")
+    turns = turns_of(answer, name)
+    return turns[:-1], turns[-1]["content"]
 
 
 def _required(row: Row, key: str) -> Any:
@@ -194,30 +240,35 @@ FORMATS: dict[str, Format] = {
                 _has_prompt(row) and (_holds_objects(row.get("answers")) or _holds_objects(row.get("responses")))
             ),
             _from_ranked_answers,
+            frozenset({"answers"}),
         ),
         Format(
             "tuna",
             "prompt or messages, responses[], scores[] (higher is better) or ranks[] (0 or 1 is best)",
             lambda row: ("prompt" in row or "messages" in row) and "responses" in row,
             _from_tuna,
+            frozenset({"responses", "scores", "ranks"}),
         ),
         Format(
             "preference",
             "prompt, chosen, rejected",
             lambda row: "chosen" in row and "rejected" in row,
             _from_preference,
+            frozenset({"chosen", "rejected"}),
         ),
         Format(
             "alpaca_eval",
             "instruction, output[], score[], generator[] (score: higher is better)",
             lambda row: "instruction" in row and "output" in row and "generator" in row,
             _from_scored_outputs,
+            frozenset({"output", "score", "generator"}),
         ),
         Format(
             "released",
             "instruction, output[], score[], id (score: higher is better)",
             lambda row: "instruction" in row and "output" in row,
             _from_scored_outputs,
+            frozenset({"output", "score"}),
         ),
     )
 }

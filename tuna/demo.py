@@ -35,8 +35,10 @@ from tuna.side_by_side import (
     count_tokens,
     step_memory,
 )
+from tuna.split import hold_out
 from tuna.tokenization import TokenizedGroup, tokenize_records
 from tuna.trainer import TunaTrainer
+from tuna.vocabulary import check_vocabulary
 from tuna_kernels import Group
 from tuna_kernels.losses import Preset
 
@@ -133,7 +135,9 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     say(f"loading {settings.model}")
     model, tokenizer = load_model(settings.model)
-    train_set, held_out = split(read_groups(settings, tokenizer), settings.seed)
+    groups = read_groups(settings, tokenizer)
+    check_vocabulary(model, groups, tokenizer)
+    train_set, held_out = split(groups, settings.seed)
     batches = draw_batches([item.group for item in train_set], settings)
     agreements = compare_results(model, batches[0][:1], settings, say)
     costs = compare_costs(model, batches, settings, say)
@@ -177,12 +181,10 @@ def read_demo_records(data: str | None) -> list[Record]:
 
 def split(groups: Sequence[TokenizedGroup], seed: int) -> tuple[list[TokenizedGroup], list[TokenizedGroup]]:
     """Two thirds to train on and one third held out, at random by ``seed``, both in the order given."""
-    count = max(1, round(HELD_OUT * len(groups)))
-    chosen = set(np.random.default_rng(seed).permutation(len(groups))[:count].tolist())
-    return (
-        [group for i, group in enumerate(groups) if i not in chosen],
-        [group for i, group in enumerate(groups) if i in chosen],
-    )
+    keys = [repr(list(map(int, group.group.prompt))) for group in groups]
+    held = hold_out(keys, HELD_OUT, seed)
+    pairs = list(zip(groups, keys, strict=True))
+    return [group for group, key in pairs if key not in held], [group for group, key in pairs if key in held]
 
 
 def draw_batches(groups: Sequence[Group], settings: DemoSettings) -> list[list[Group]]:

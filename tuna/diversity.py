@@ -17,14 +17,18 @@ __all__ = ["diversity_figures", "pair_rouge", "worst_pair"]
 # a to z and digits only, and would find all other texts empty).
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
+MOST_WORDS = 2000  # of a text that are compared: the time grows with their square
+
 
 class _Words:
     def tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text.lower())
+        return WORD.findall(text[: 40 * MOST_WORDS].lower())[:MOST_WORDS]
 
 
 def pair_rouge(texts: Sequence[str]) -> list[float]:
     """ROUGE-L (F-measure, 0 to 1) of every pair, in the order of `itertools.combinations`; equal texts have 1.
+
+    Of a longer text the first `MOST_WORDS` words are compared.
 
     Example:
         >>> [round(value, 2) for value in pair_rouge(["the cat sat", "the dog sat", "the cat sat"])]
@@ -52,7 +56,7 @@ def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[s
         - ``rouge_mean``, ``rouge_worst_mean``: mean over the instructions of the mean and of the worst pair.
         - ``alike``: instructions whose worst pair is at ``limit`` or above.
         - ``equal``: responses that another one of their instruction equals.
-        - ``cut``: responses that were cut ("length").
+        - ``cut``: responses that were cut (by a limit or a filter).
     """
     pairs = [pair_rouge([response.text for response in item.responses]) for item in sets]
     judged = [values for values in pairs if values]
@@ -63,5 +67,5 @@ def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[s
         "rouge_worst_mean": float(np.mean([max(values) for values in judged])) if judged else None,
         "alike": sum(max(values) >= limit for values in judged),
         "equal": sum(len(item.responses) - len({" ".join(r.text.split()) for r in item.responses}) for item in sets),
-        "cut": sum(response.finish_reason == "length" for item in sets for response in item.responses),
+        "cut": sum(response.cut for item in sets for response in item.responses),
     }

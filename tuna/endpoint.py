@@ -1,6 +1,5 @@
-"""One request to an OpenAI-compatible endpoint, asked until it is answered: the official client, our patience.
+"""One request to an OpenAI-compatible endpoint, asked until it is answered.
 
-The client's own retries are off, since it gives up on long waits, knows no total deadline and reports nothing.
 What happens to an attempt:
 
 | the endpoint | we |
@@ -8,24 +7,34 @@ What happens to an attempt:
 | answers with a JSON object that the caller can use | are done |
 | 408, 409, 425, 429, 500 and above | wait (Retry-After, or exponential back-off with jitter), try again |
 | cuts the connection, is too slow, sends no JSON or an unusable object | the same; the call counts as lost |
-| 401, 402, 403, 404, or 429 for an empty account | stop the run: every other call would fare the same |
+| sends what would come again at the full price (a text withheld, a body beyond the bound) | give this one up, lost |
+| 401, 402, or 429 for an empty account | stop the run: every other call would fare the same |
+| 403, 404 or a redirect to another host, before it has answered any call | the same |
 | asks all to wait beyond the total timeout | the same |
 | any other status (400: too long a prompt, …) | give this one up and say why |
+
+Redirects (307, 308) are followed on the same host only: nobody else is sent a prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import math
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Generic, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from tuna.answers import Api
+from tuna.bodies import UnusableAnswer, parse_json, read_body, short
+from tuna.keys import Redactor, api_key
+from tuna.remedies import address_of, error_words, remedy
 
 __all__ = [
     "Api",
@@ -40,15 +49,15 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Api = Literal["completions", "chat"]
 PATHS: dict[Api, str] = {"completions": "/completions", "chat": "/chat/completions"}
 RETRIED = frozenset({408, 409, 425, 429})
-STOPPING = frozenset({401, 402, 403, 404})
-NO_KEY = "none"  # what local servers without authentication are sent
-
-
-class UnusableAnswer(ValueError):
-    """An answer that came (and was paid for) but is not what was asked for. Raised by parsers."""
+STOPPING = frozenset({401, 402})
+UNKNOWN_PLACE = frozenset(
+    {300, 301, 302, 303, 304, 305, 307, 308, 403, 404}
+)  # the address or the model, or this call alone
+MOST_HOPS = 3
+MOST_WAIT = 86400.0  # seconds; a Retry-After beyond a day is a mistake of the endpoint's, and passed over
+MOST_ERROR = 2**16  # bytes that are read of an error
 
 
 class CallFailed(Exception):
@@ -68,7 +77,8 @@ class EndpointSettings:
     """Where and how patiently to ask.
 
     Attributes:
-        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``.
+        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``. Blanks around it, a
+            slash at its end and the path of a request (``/chat/completions``) are taken off.
         key_variable: environment variable that holds the key. The key itself is in no field, file or log.
         requests_per_minute: at most so many requests, evenly spaced; None: no limit of ours.
         request_timeout: seconds an attempt may take.
@@ -78,7 +88,7 @@ class EndpointSettings:
         max_backoff: most seconds of a back-off. A Retry-After may ask for more.
 
     Raises:
-        ValueError: a value outside its range; a base URL that is none, or holds credentials.
+        ValueError: a value outside its range; a base URL that is none, or holds credentials; a key that cannot be one.
     """
 
     base_url: str
@@ -91,11 +101,8 @@ class EndpointSettings:
     max_backoff: float = 60.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.username or parts.password or parts.query:
-            raise ValueError(f"base_url must hold no credentials or query; put the key into ${self.key_variable}")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"base_url = {self.base_url!r} is no http or https address")
+        key = api_key(self.key_variable)
+        object.__setattr__(self, "base_url", address_of(self.base_url, self.key_variable, Redactor(key)))
         for name in ("request_timeout", "total_timeout", "requests_per_minute"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -115,12 +122,14 @@ class Attempt:
         billed: whether it was, or may have been, paid for.
         status: HTTP status, None where none came.
         wait: seconds the endpoint asks to wait, None where it does not say.
+        again: whether another attempt may do better.
     """
 
     reason: str
     billed: bool
     status: int | None = None
     wait: float | None = None
+    again: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,13 +137,10 @@ class _Usable(Generic[T]):
     value: T  # wrapped: T could itself be anything
 
 
-def api_key(variable: str) -> str:
-    """The key from the environment, or a placeholder for servers that need none."""
-    return os.environ.get(variable, "").strip() or NO_KEY
-
-
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Seconds that ``retry-after-ms`` or ``Retry-After`` (seconds or an HTTP date) ask for; None without one.
+
+    More than a day is no time that an endpoint can mean: None.
 
     Example:
         >>> retry_after({"retry-after": "2.5"}), retry_after({"retry-after-ms": "300"}), retry_after({})
@@ -154,7 +160,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
             except (ValueError, TypeError, OverflowError):
                 continue
             seconds = moment - (time.time() if now is None else now)
-        if math.isfinite(seconds):
+        if math.isfinite(seconds) and seconds <= MOST_WAIT:
             return max(0.0, seconds)
     return None
 
@@ -165,37 +171,47 @@ class Endpoint:
     Attributes:
         requests, retries, refused, waited: requests sent, those beyond the first of a call, answers of 429, and
             seconds spent waiting (summed over calls).
+        single_choice: whether it turned out to refuse more than one choice a request.
     """
 
     def __init__(self, settings: EndpointSettings) -> None:
         self.settings = settings
         self.requests, self.retries, self.refused, self.waited = 0, 0, 0, 0.0
+        self.single_choice = False
         self._key = api_key(settings.key_variable)
+        self._redactor = Redactor(self._key)
+        self._answered = False  # whether any call has been: then the address is right
         self._clear_at = 0.0  # no request before this (loop time): a Retry-After holds for all
         self._next_slot = 0.0  # of the rate limit
 
     async def __aenter__(self) -> Endpoint:
-        import openai
+        import httpx
 
-        try:
-            self._client = openai.AsyncOpenAI(
-                base_url=self.settings.base_url,
-                api_key=self._key,
-                max_retries=0,
-                timeout=self.settings.request_timeout,
-            )
-        except openai.OpenAIError as error:
-            raise ValueError(self.redact(str(error))) from None
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+        headers = {
+            "authorization": f"Bearer {self._key}",
+            "content-type": "application/json",
+            "accept": "application/json",
+            "accept-encoding": "gzip",  # what `read_body` unpacks within its bound
+            "user-agent": "tuna",
+        }
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=self.settings.request_timeout,
+            limits=unlimited,
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none is kept
+        )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
+        await self._client.aclose()
 
     def redact(self, text: str) -> str:
         """``text`` without the key."""
-        return text.replace(self._key, "[key]") if self._key != NO_KEY else text
+        return self._redactor.text(text)
 
     async def call(
         self,
@@ -211,7 +227,8 @@ class Endpoint:
         Args:
             api: "completions" or "chat".
             body: the request.
-            parse: makes of the answer (a JSON value) what is wanted, or raises `UnusableAnswer`.
+            parse: makes of the answer (a JSON value) what is wanted, also JSON, or raises `UnusableAnswer`. The key
+                is taken out of its texts.
             before: awaited before each attempt (a budget may refuse it by raising).
             after: awaited after each attempt that brought nothing usable.
 
@@ -245,37 +262,71 @@ class Endpoint:
     async def _attempt(
         self, api: Api, body: Mapping[str, Any], parse: Callable[[Any], T], left: float
     ) -> _Usable[T] | Attempt:
-        import openai
+        import httpx
 
         timeout = min(self.settings.request_timeout, left)
+        url = self.settings.base_url + PATHS[api]
+        content = json.dumps(dict(body), allow_nan=False).encode()
         try:
-            request = self._client.post(PATHS[api], cast_to=object, body=dict(body))
-            answer = await asyncio.wait_for(request, timeout)  # the client's timeout is one of each read
-            return _Usable(parse(answer))
-        except (asyncio.TimeoutError, openai.APITimeoutError):
+            # The client's own timeout is one of each read.
+            answer = await asyncio.wait_for(self._post(url, content), timeout)
+            if isinstance(answer, Attempt):
+                return answer
+            value = self._redactor.value(parse(parse_json(answer)))
+        except asyncio.TimeoutError:
             return Attempt(f"no answer within {timeout:g} s", billed=True)
-        except openai.APIStatusError as error:
-            reason = self.redact(f"status {error.status_code}: {_short(_status_message(error))}")
-            return Attempt(reason, billed=False, status=error.status_code, wait=retry_after(error.response.headers))
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            # Refused before anything was sent: nobody has been paid.
-            unsent = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
-            reason = self.redact(f"connection failed: {_short(str(cause) or type(cause).__name__)}")
-            return Attempt(reason, billed=not unsent)
         except UnusableAnswer as error:
-            return Attempt(self.redact(f"unusable answer: {_short(str(error))}"), billed=True, status=200)
-        except (ValueError, openai.APIError) as error:  # not JSON
-            return Attempt(self.redact(f"the answer is no JSON: {_short(str(error))}"), billed=True, status=200)
+            return Attempt(self._said(f"unusable answer: {error}"), billed=True, status=200, again=error.again)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            # Refused before anything was sent: nobody has been paid.
+            unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.InvalidURL)
+            reason = f"connection failed: {str(error) or type(error).__name__}"
+            return Attempt(self._said(reason + (f" (at {url})" if unsent else "")), billed=not unsent)
+        self._answered = True
+        return _Usable(value)
+
+    async def _post(self, url: str, content: bytes) -> bytes | Attempt:
+        """The body of an answer of status 2xx, or what came instead."""
+        for _ in range(MOST_HOPS + 1):
+            async with self._client.stream("POST", url, content=content) as response:
+                status = response.status_code
+                if 200 <= status < 300:
+                    return await read_body(response.aiter_raw(), response.headers.get("content-encoding", ""))
+                if not 300 <= status < 400:
+                    words = await self._error(response.aiter_raw(), response.headers.get("content-encoding", ""))
+                    reason = self._said(f"status {status}: {words}", remedy(status, words, url, self.settings))
+                    return Attempt(reason, billed=False, status=status, wait=retry_after(response.headers))
+                target = response.headers.get("location", "")
+            there = _same_host(url, target) if status in (307, 308) else None
+            if there is None:
+                where = f" to {target}" if target else ""
+                advice = "it was not followed, for prompts go to the host of base_url only"
+                return Attempt(
+                    self._said(f"status {status}: {url} redirects{where}", advice), False, status, again=False
+                )
+            url = there
+        return Attempt(self._said(f"status {status}: {url} redirects in circles"), False, status, again=False)
+
+    async def _error(self, chunks: Any, encoding: str) -> str:
+        try:
+            return error_words(await read_body(chunks, encoding, MOST_ERROR))
+        except UnusableAnswer as error:
+            return f"the error's text cannot be read: {error}"
+
+    def _said(self, words: str, advice: str = "") -> str:
+        """Words that may be the endpoint's, as they may be printed and written down."""
+        words = short(self.redact(words))
+        return f"{words.rstrip('.')}. {advice}" if advice else words
 
     def _limit(self) -> str:
         return f"total_timeout = {self.settings.total_timeout:g} s"
 
     def _raise_if_hopeless(self, outcome: Attempt) -> None:
         status = outcome.status
-        if status in STOPPING or (status == 429 and "insufficient_quota" in outcome.reason):
+        refused = status in STOPPING or (status == 429 and "insufficient_quota" in outcome.reason)
+        if refused or (status in UNKNOWN_PLACE and not self._answered):
             raise EndpointRefused(f"{self.settings.base_url} refuses: {outcome.reason}", status)
-        if status is not None and 400 <= status < 500 and status not in RETRIED:
+        if not outcome.again or (status is not None and 300 <= status < 500 and status not in RETRIED):
             raise CallFailed(outcome.reason, status)
 
     def _wait_after(self, attempt: int, outcome: Attempt) -> float:
@@ -304,13 +355,14 @@ class Endpoint:
             await asyncio.sleep(delay)
 
 
-def _status_message(error: Any) -> str:
-    code = f" ({error.code})" if getattr(error, "code", None) else ""
-    body = error.body
-    message = body.get("message") if isinstance(body, Mapping) else None
-    return (str(message) if message else str(error.message)) + code
-
-
-def _short(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _same_host(url: str, target: str) -> str | None:
+    """The address that a redirect leads to if it is on the same host and port, or there with TLS instead of none."""
+    try:
+        there = urljoin(url, target)
+        one, other = urlsplit(url), urlsplit(there)
+        same = (one.scheme, one.hostname, one.port) == (other.scheme, other.hostname, other.port)
+        safer = one.hostname == other.hostname and (one.scheme, other.scheme) == ("http", "https")
+        plain = one.port in (None, 80) and other.port in (None, 443)
+    except ValueError:
+        return None
+    return there if target and not other.username and (same or (safer and plain)) else None

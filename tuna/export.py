@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuna import checkpoints
+from tuna.adapters import merged
 from tuna.models import load_model
+from tuna.templates import end_generation_at, save_template, saved_template
 
 ADAPTER = "adapter_config.json"
 
@@ -37,6 +39,7 @@ def export(source: Path, output: Path, *, model: str | None = None, dtype: torch
     checkpoint = _checkpoint(source)
     if output.exists():
         raise ValueError(f"output = {output} exists: choose another folder")
+    template = saved_template(checkpoint)
     masters = zero_weights(checkpoint)
     if (checkpoint / ADAPTER).exists():
         plain: Any = _merged(checkpoint, masters, model)
@@ -55,6 +58,11 @@ def export(source: Path, output: Path, *, model: str | None = None, dtype: torch
         if (checkpoint / "tokenizer_config.json").exists():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
             tokenizer.save_pretrained(draft)
+            if template is not None:
+                end_generation_at(plain, tokenizer, template)
+                plain.generation_config.save_pretrained(draft)
+        if template is not None:
+            save_template(draft, template)
         draft.rename(output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -102,8 +110,7 @@ def merged_from(adapted: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     fresh = get_peft_model(type(base)(base.config), wrapped.peft_config[name], adapter_name=name)
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
     fresh.to(dtype).load_state_dict(weights)
-    merged: nn.Module = fresh.merge_and_unload()
-    return merged
+    return merged(fresh)
 
 
 def _checkpoint(source: Path) -> Path:
@@ -132,5 +139,4 @@ def _merged(checkpoint: Path, masters: Mapping[str, Tensor] | None, model: str |
         _, unknown = adapted.load_state_dict(masters, strict=False)
         if unknown:
             raise ValueError(f"{checkpoint} does not fit {name}: unknown weights {list(unknown)[:5]}")
-    merged: nn.Module = adapted.merge_and_unload()
-    return merged
+    return merged(adapted)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tuna.calls import PaidCalls, Request
-from tuna.endpoint import Api, CallFailed, EndpointRefused, UnusableAnswer
+from tuna.answers import MISSING, parse_choices, stored_choices
+from tuna.calls import PaidCalls, Request, request_key
+from tuna.endpoint import Api, CallFailed, EndpointRefused
 from tuna.records import Record
 from tuna.responses import Instruction, Response, ResponseSet
 from tuna.templates import render_prompt
 
 __all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "probe_logprobs", "with_extra"]
+
+
+PROBED = 4  # tokens of the probe
 
 
 class NoLogprobs(ValueError):
@@ -93,10 +97,10 @@ class Sampling:
             body["stop"] = list(self.stop)
         return Request(self.api, with_extra({**body, **self._wanted()}, self.extra), draw)
 
-    def probe(self) -> Request:
+    def probe(self, max_tokens: int = PROBED) -> Request:
         """The cheapest request that shows whether there are log-probabilities."""
         prompt = self._prompt(Instruction(id="probe", prompt="Say: yes"))
-        body = {"model": self.model, **prompt, "max_tokens": 4, **self._wanted()}
+        body = {"model": self.model, **prompt, "max_tokens": max_tokens, **self._wanted()}
         return Request(self.api, with_extra(body, self.extra))
 
     def _wanted(self) -> dict[str, Any]:
@@ -115,14 +119,27 @@ class Sampling:
 
 
 def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with further fields; those that are None are taken away."""
-    return {name: value for name, value in {**body, **extra}.items() if value is not None}
+    """A request with further fields; those that are None are taken away.
+
+    Raises:
+        ValueError: a number of choices or tokens that is none, or a stream is asked for.
+    """
+    found = {name: value for name, value in {**body, **extra}.items() if value is not None}
+    for name in ("n", "max_tokens", "max_completion_tokens"):
+        value = found.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"--extra: {name} = {value!r} must be a whole number, at least 1")
+    if found.get("stream"):
+        raise ValueError("--extra: stream is not taken; answers are read whole")
+    return found
 
 
 async def generate_responses(
     calls: PaidCalls, sampling: Sampling, instruction: Instruction, *, keep_logprobs: bool = False
 ) -> ResponseSet:
     """``sampling.n`` responses to an instruction; an endpoint that gives fewer is asked again for the rest.
+
+    One that refuses more than one choice a request is asked for one at a time, from then on.
 
     Raises:
         CallFailed: a call was given up. What was answered before is in the journal.
@@ -131,9 +148,7 @@ async def generate_responses(
     found: list[Response] = []
     draw = 0
     while len(found) < sampling.n:
-        request = sampling.request(instruction, sampling.n - len(found), draw)
-        parse = parse_choices(sampling.api, logprobs=sampling.logprobs)
-        answer = await calls.ask(request.api, request.body, parse, draw=draw)
+        answer = await _draw(calls, sampling, instruction, sampling.n - len(found), draw)
         found += [_response(choice, keep_logprobs) for choice in answer["choices"]]
         draw += 1
     return ResponseSet(
@@ -144,8 +159,45 @@ async def generate_responses(
     )
 
 
+async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, n: int, draw: int) -> dict[str, Any]:
+    """An answer of up to ``n`` choices."""
+
+    async def ask(choices: int) -> dict[str, Any]:
+        request = sampling.request(instruction, choices, draw)
+        parse = parse_choices(sampling.api, logprobs=sampling.logprobs)
+        stored = stored_choices(logprobs=sampling.logprobs)
+        answer: dict[str, Any] = await calls.ask(request.api, request.body, parse, stored=stored, draw=draw)
+        return answer
+
+    def known(choices: int) -> bool:
+        request = sampling.request(instruction, choices, draw)
+        return request_key(request.api, request.body, draw=draw) in calls.journal
+
+    # An earlier run may have learnt it: what it was answered is not paid for again.
+    if not known(n) and (calls.endpoint.single_choice or known(1)):
+        n = 1
+    try:
+        return await ask(n)
+    except EndpointRefused:
+        raise
+    except CallFailed as error:
+        if n == 1 or "n" in sampling.extra or error.status not in (400, 422, 501):
+            raise
+        refused = error
+    try:
+        answer = await ask(1)
+    except EndpointRefused:
+        raise
+    except CallFailed:
+        raise refused from None  # it was not the number of choices
+    calls.endpoint.single_choice = True
+    return answer
+
+
 async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
     """Ask one short question to see whether log-probabilities come. It counts as a call, once a folder.
+
+    A model that thinks may need as many tokens as its responses will have before there is a text to look at.
 
     Raises:
         NoLogprobs: they do not.
@@ -155,74 +207,25 @@ async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
         "nothing but this probe was asked. Score the responses with a local model (--score-with MODEL), "
         "or gather them without log-probabilities (--no-logprobs)"
     )
-    request = sampling.probe()
-    try:
-        answer = await calls.ask(request.api, request.body, parse_choices(sampling.api, logprobs=False))
-    except EndpointRefused:
-        raise
-    except CallFailed as error:
-        if error.status not in (400, 422):
+    choices: list[dict[str, Any]] = []
+    for most in (PROBED, sampling.max_tokens):
+        request = sampling.probe(most)
+        parse = parse_choices(request.api, logprobs=False, probe=True)
+        try:
+            answer = await calls.ask(request.api, request.body, parse, stored=stored_choices(logprobs=False))
+        except EndpointRefused:
             raise
-        raise NoLogprobs(f"the endpoint refuses to give log-probabilities ({error}); {advice}") from error
-    if any(choice["logprobs"] is None for choice in answer["choices"]):
-        raise NoLogprobs(f"{sampling.model} answers without log-probabilities; {advice}")
-
-
-def parse_choices(api: Api, *, logprobs: bool) -> Callable[[Any], dict[str, Any]]:
-    """A parser of answers: ``{"model", "choices": [{"text", "finish_reason", "tokens", "logprobs"}]}``.
-
-    It raises `UnusableAnswer` where there is no choice, a choice without text, or, with ``logprobs``, one without
-    the log-probabilities of its tokens.
-    """
-
-    def parse(reply: Any) -> dict[str, Any]:
-        choices = reply.get("choices") if isinstance(reply, Mapping) else None
-        if not isinstance(choices, list) or not choices:
-            raise UnusableAnswer("it has no choices")
-        found = [_choice(api, number, choice) for number, choice in enumerate(choices)]
-        missing = [number for number, choice in enumerate(found) if choice["logprobs"] is None]
-        if logprobs and missing:
-            raise UnusableAnswer(f"choices {missing} have no log-probabilities")
-        usage = reply.get("usage")
-        if len(found) == 1 and found[0]["tokens"] is None and isinstance(usage, Mapping):
-            found[0]["tokens"] = usage.get("completion_tokens")
-        model = reply.get("model")
-        return {"model": model if isinstance(model, str) else None, "choices": found}
-
-    return parse
-
-
-def _choice(api: Api, number: int, choice: Any) -> dict[str, Any]:
-    if not isinstance(choice, Mapping):
-        raise UnusableAnswer(f"choice {number} is no object")
-    message = choice.get("message") if api == "chat" else choice
-    text = message.get("content" if api == "chat" else "text") if isinstance(message, Mapping) else None
-    if text is None and api == "chat" and isinstance(message, Mapping):
-        text = message.get("refusal")  # an answer too: asking again would be answered the same
-    if not isinstance(text, str):
-        raise UnusableAnswer(f"choice {number} has no text")
-    reason = choice.get("finish_reason")
-    values = _token_logprobs(choice.get("logprobs"))
-    return {
-        "text": text,
-        "finish_reason": reason if isinstance(reason, str) else None,
-        "tokens": None if values is None else len(values),
-        "logprobs": values,
-    }
-
-
-def _token_logprobs(given: Any) -> list[float] | None:
-    """The log-probability of each token in either shape (`content[].logprob`, `token_logprobs`), or None."""
-    if not isinstance(given, Mapping):
-        return None
-    content, values = given.get("content"), given.get("token_logprobs")
-    if isinstance(content, list):
-        values = [item.get("logprob") if isinstance(item, Mapping) else None for item in content]
-    if not isinstance(values, list):
-        return None
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
-        return None
-    return [float(value) for value in values]
+        except CallFailed as error:
+            if error.status not in (400, 422):
+                raise
+            raise NoLogprobs(f"the endpoint refuses to give log-probabilities ({error}); {advice}") from error
+        choices = answer["choices"]
+        if any(choice["text"].strip() for choice in choices):
+            break
+    if all(choice["logprobs"] is None for choice in choices):
+        why = next((choice["missing"] for choice in choices if "missing" in choice), "has none")
+        if not why.endswith(MISSING):
+            raise NoLogprobs(f"{sampling.model} answers without log-probabilities (its answer {why}); {advice}")
 
 
 def _response(choice: Mapping[str, Any], keep_logprobs: bool) -> Response:
@@ -235,4 +238,5 @@ def _response(choice: Mapping[str, Any], keep_logprobs: bool) -> Response:
         logprob_mean=total / len(values) if total is not None and values else None,
         finish_reason=choice["finish_reason"],
         logprobs=values if keep_logprobs else None,
+        reasoning=choice.get("reasoning"),
     )

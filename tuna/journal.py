@@ -1,8 +1,10 @@
 """A folder in which paid work is written down as it comes in: manifest, journal, lock.
 
 * `journal.jsonl` is append-only, one JSON object a line, on the disk (fsync) before anyone is told that a call is
-  done. A process killed at any point loses the calls in flight and nothing else; a torn last line is cut off.
-* `manifest.json` holds the parameters that decide what the answers mean. A folder takes one set of them.
+  done. A process killed at any point loses the calls in flight and nothing else; a torn last line is cut off. Any
+  other line that is no entry is passed over, and told.
+* `manifest.json` holds the parameters that decide what the answers mean; it is written with the first entry. A folder
+  that holds answers takes one set of them; one without may be used with others.
 * `lock` is held by the process at work (and freed by the system when it dies).
 """
 
@@ -20,12 +22,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from tuna.bodies import clean_text, parse_json
 from tuna.budget import Usage
 from tuna.report import write_json
 
 __all__ = ["FolderInUse", "Journal", "OtherParameters", "content_key"]
 
 JOURNAL, MANIFEST, LOCK = "journal.jsonl", "manifest.json", "lock"
+MOST_USED = 10**12  # tokens of a call in the books: beyond, a line is not to be believed
 
 
 class OtherParameters(ValueError):
@@ -65,21 +69,28 @@ class Journal:
         spent: tokens of all calls in the journal, those included that brought nothing.
         calls: their number.
         lost: how many of them brought nothing.
+        notes: of lines that could not be read, or not wholly: which, and why.
 
     Raises:
         FolderInUse: another process holds the lock.
-        OtherParameters: the manifest names other parameters; the message says which.
-        ValueError: a line (not a torn last one) is no journal entry.
+        OtherParameters: there are answers, and the manifest names other parameters; the message says which.
+        ValueError: a manifest that cannot be read; a parameter that cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tool: str, parameters: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.tool, self.parameters = tool, dict(parameters)
+        self.tool = tool
+        text = json.dumps({"tool": tool, "parameters": dict(parameters)}, ensure_ascii=False)
+        if clean_text(text) != text:
+            raise ValueError(f"the parameters of tuna {tool} hold bytes that are no UTF-8 text")
+        self.manifest = json.loads(text)
         self.calls, self.lost, self.spent = 0, 0, Usage(0, 0)
+        self.notes: list[str] = []
         self._places: dict[str, _Place] = {}
         self._pending: list[bytes] = []
         self._taken = self._written = 0  # entries handed in, entries on the disk
         self._broken: OSError | None = None
+        self._claimed = False
         self._turn = asyncio.Lock()
         self._writing = threading.Lock()
 
@@ -87,11 +98,11 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
-            self._check_manifest()
             self._file = (self.folder / JOURNAL).open("a+b", buffering=0)
-            _sync_folder(self.folder)
             try:
                 self._load()
+                self._check_manifest()
+                _sync_folder(self.folder)
             except BaseException:
                 self._file.close()
                 raise
@@ -121,7 +132,7 @@ class Journal:
         place = self._places.get(key)
         if place is None:
             return None
-        return json.loads(os.pread(self._file.fileno(), place.length, place.offset))["answer"]
+        return parse_json(os.pread(self._file.fileno(), place.length, place.offset), unique=False)["answer"]
 
     async def add(self, key: str, answer: Any, usage: Usage) -> None:
         """Write an answer down; returns when it is on the disk. Calls side by side share one fsync."""
@@ -149,6 +160,10 @@ class Journal:
                 return
             offset = self._file.seek(0, os.SEEK_END)
             try:
+                if not self._claimed:
+                    write_json(self.folder / MANIFEST, self.manifest)
+                    _sync_folder(self.folder)
+                    self._claimed = True
                 self._write(b"".join(lines))
             except OSError as error:
                 # Disk full: nothing may follow a torn line, so nothing more is written.
@@ -165,14 +180,24 @@ class Journal:
             left = left[os.write(self._file.fileno(), left) :]
         os.fsync(self._file.fileno())
 
-    def _count(self, entry: Mapping[str, Any], place: _Place) -> None:
-        used = Usage(*entry["usage"])
+    def _count(self, entry: Any, place: _Place) -> str | None:
+        """Enter a line into the books; what is wrong with it, None where nothing is.
+
+        Raises:
+            ValueError: it is no entry.
+        """
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("key"), str):
+            raise ValueError("no object with a key")
+        if ("answer" in entry) == ("lost" in entry):
+            raise ValueError("neither an answer nor a lost call")
         self.calls += 1
-        self.spent = self.spent + used
+        used = _usage(entry.get("usage"))
+        self.spent = self.spent + (used or Usage(0, 0))
         if "answer" in entry:
             self._places[entry["key"]] = place
         else:
             self.lost += 1
+        return None if used is not None else "its tokens cannot be read and are counted as none"
 
     def _load(self) -> None:
         offset = 0
@@ -180,9 +205,12 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # torn: the process died while it wrote
             try:
-                self._count(json.loads(line), _Place(offset, len(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self.folder / JOURNAL} line {number} is no journal entry: {error}") from error
+                note = self._count(parse_json(line, unique=False), _Place(offset, len(line)))
+            except ValueError as error:
+                note = f"it is no journal entry ({error}) and is passed over"
+                self.calls, self.lost = self.calls + 1, self.lost + 1
+            if note is not None:
+                self.notes.append(f"{self.folder / JOURNAL} line {number}: {note}")
             offset += len(line)
         if offset < self._file.seek(0, os.SEEK_END):
             self._file.truncate(offset)
@@ -204,22 +232,35 @@ class Journal:
         return file
 
     def _check_manifest(self) -> None:
+        if not self._places:
+            return  # nothing here that other parameters could be mixed with: the first entry claims the folder
         path = self.folder / MANIFEST
-        wanted = json.loads(json.dumps({"tool": self.tool, "parameters": self.parameters}))
+        self._claimed = True
         if not path.exists():
-            if (self.folder / JOURNAL).exists():
-                raise OtherParameters(f"{self.folder} has a {JOURNAL} without {MANIFEST}; take another folder")
-            write_json(path, wanted)
-            return
-        found = json.loads(path.read_text("utf-8"))
+            raise OtherParameters(f"{self.folder} has a {JOURNAL} without {MANIFEST}; take another folder")
+        try:
+            found = parse_json(path.read_bytes(), unique=False)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}); take another folder") from error
+        if not isinstance(found, dict) or not isinstance(found.get("parameters", {}), dict):
+            raise ValueError(f"{path} is no manifest; take another folder")
         if found.get("tool") != self.tool:
             raise OtherParameters(f"{self.folder} holds a run of tuna {found.get('tool')}; take another folder")
-        earlier, now = found.get("parameters", {}), wanted["parameters"]
+        earlier, now = found.get("parameters", {}), self.manifest["parameters"]
         names = [name for name in {**earlier, **now} if not _same(earlier, now, name)]
         if names:
             rows = [f"  {name}: {_show(earlier, name)} there, {_show(now, name)} now" for name in names]
             head = f"{self.folder} holds a run with other parameters:"
             raise OtherParameters("\n".join([head, *rows, "Use those, or another folder."]))
+
+
+def _usage(value: Any) -> Usage | None:
+    """Tokens as an entry holds them, None where a version that took the endpoint's word for them wrote no numbers."""
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    prompt, output = value
+    good = all(type(count) is int and 0 <= count <= MOST_USED for count in value)
+    return Usage(prompt, output) if good else None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,28 +1,35 @@
 """What a judge's answer says, read with tolerance for its form and none for its content.
 
-Read are, in this order: a JSON object (also in a code fence, with trailing commas, in Python's quotes), the complete
-`ranking` of a JSON object that was cut off, an order in plain text (`tuna.orders`), and, where no ranking is given
-but valid sub-scores of all candidates are, the order of their sums. The order must then name every candidate once;
-one that is missing must have been declared the duplicate of one that is there. Everything else is `Unparsable`.
+Left out first is what the judge thought before it answered (`tuna.reasoning`) and what it quotes of the candidates
+(`tuna.quotations`). Read are then, in this order: a JSON object (also in a code fence, nearly JSON, or cut off after
+its `ranking`; see `tuna.loose_json`), an order in plain text (`tuna.orders`), and, where no ranking is given but valid
+sub-scores of all candidates are, the order of their sums. The order must then name every candidate once; one that is
+missing must have been declared the duplicate of one that is there. Everything else is `Unparsable`. The time it takes
+grows with the length of the answer, which is bounded.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tuna.orders import EVERYONE, Tiers, Unparsable, candidate_number, order_in_text, tiers_of
+from tuna.bodies import clean_text, parse_json, short
+from tuna.loose_json import FoundObject, find_objects
+from tuna.orders import EVERYONE, REVERSED, Tiers, Unparsable, candidate_number, order_in_text, tiers_of
+from tuna.quotations import is_quoted
+from tuna.reasoning import split_reasoning
 
-__all__ = ["ASPECTS", "Judgement", "Unparsable", "parse_judgement"]
+__all__ = ["ASPECTS", "MOST_CHARACTERS", "Judgement", "Unparsable", "parse_judgement"]
 
 ASPECTS = ("correctness", "helpfulness", "clarity")
 MOST = 5  # of a sub-score
+MOST_CHARACTERS = 100_000  # of an answer, its thinking apart
+MOST_RANKINGS = 16  # in an answer
 RANKINGS = ("ranking", "final_ranking", "ranked_list", "rank", "order")
+FIELDS = frozenset({*RANKINGS, "kind", "reference", "duplicates", "scores"})
 REFUSAL = re.compile(
     r"\b(?:I.?m sorry|I (?:cannot|can.t|am unable|will not|won.t)|as an AI|unable to (?:rank|compare))",
     re.IGNORECASE,
@@ -66,39 +73,95 @@ def parse_judgement(text: str, count: int) -> Judgement:
             ...
         tuna.orders.Unparsable: candidate 3 is neither ranked nor the duplicate of one that is
     """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
-    if not text:
-        raise Unparsable("the answer is empty")
-    found = [value for value in _objects(text) if any(name in value for name in (*RANKINGS, "scores"))]
+    text = _answer(text)
+    objects = [_unwrapped(found) for found in find_objects(text)]
+    objects = [found for found in objects if FIELDS & {*found.value, found.open_field}]
+    if len(objects) > MOST_RANKINGS:
+        raise Unparsable(f"the answer holds {len(objects)} objects of the form that was asked for")
+    objects = [found for found in objects if not is_quoted(text, found.start, found.end)]
     try:
-        if found:
-            return _from_object(found, count)
-        if (cut := _cut_ranking(text)) is not None:
-            result = Judgement(_complete(tiers_of(cut), count, []), source="cut json", reference=_cut_reference(text))
-            result.notes.append("the JSON was cut off or malformed; its ranking is complete")
-            return result
+        if any(_tells(found.value) or found.open_field in RANKINGS for found in objects):
+            _refuse_reversed(text, objects)
+            return _from_objects(objects, count)
+        if any(not found.whole for found in objects):
+            raise Unparsable("the JSON is cut off or malformed, and no ranking is in it")
         return Judgement(_complete(order_in_text(text), count, []), source="text")
     except Unparsable as error:
-        if not found and REFUSAL.search(text[:400]):
-            raise Unparsable(f"the judge refuses: {' '.join(text.split())[:120]}") from error
+        if not objects and REFUSAL.search(text[:400]):
+            raise Unparsable(f"the judge refuses: {' '.join(text[:400].split())[:120]}") from error
         raise
 
 
-def _from_object(found: Sequence[Mapping[str, Any]], count: int) -> Judgement:
+def _answer(text: str) -> str:
+    """The answer without the thinking before it."""
+    text = clean_text(text).replace("\xa0", " ").strip()
+    try:
+        value = parse_json(text.encode()) if text[:1] in ('{"', "{", '"') else None
+    except ValueError:
+        value = None
+    if isinstance(value, str):
+        text = clean_text(value)  # JSON within a JSON text
+    elif not isinstance(value, dict):
+        thinking, text = split_reasoning(text, anywhere=True)
+        text = text.strip()
+        if not text and thinking:
+            raise Unparsable("the answer was cut off within its reasoning, or holds nothing else")
+    if not text:
+        raise Unparsable("the answer is empty")
+    if len(text) > MOST_CHARACTERS:
+        raise Unparsable(f"the answer has {len(text):,} characters; read are up to {MOST_CHARACTERS:,}")
+    return text
+
+
+def _unwrapped(found: FoundObject) -> FoundObject:
+    """The object within ``{"judgement": {"ranking": …}}``."""
+    inner = [value for value in found.value.values() if isinstance(value, dict) and FIELDS & set(value)]
+    if not found.whole or FIELDS & set(found.value) or len(inner) != 1:
+        return found
+    return FoundObject(found.start, inner[0], found.end, whole=True)
+
+
+def _tells(value: Mapping[str, Any]) -> bool:
+    return any(name in value for name in (*RANKINGS, "scores"))
+
+
+def _refuse_reversed(text: str, objects: Sequence[FoundObject]) -> None:
+    """Raise where the words around the objects, or their fields, say that the worst comes first."""
+    edges = [0, *(edge for found in objects for edge in (found.start, found.end)), len(text)]
+    outside = " ".join(text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+    inside = [
+        f"{name} {value if isinstance(value, str) and name not in ('reference', 'kind') else ''}".replace("_", " ")
+        for found in objects
+        for name, value in found.value.items()
+    ]
+    if any(REVERSED.search(words[:20_000]) for words in (outside, *inside)):
+        raise Unparsable("it is not plain whether the best or the worst comes first")
+
+
+def _from_objects(objects: Sequence[FoundObject], count: int) -> Judgement:
     notes: list[str] = []
-    rankings = [(value, _ranking_value(value)) for value in found]
-    ranked = [(value, tiers_of(ranking)) for value, ranking in rankings if ranking is not None]
-    if any(_plain(tiers) != _plain(ranked[0][1]) for _, tiers in ranked):
+    open_ones = [found.open_field for found in objects if found.open_field in RANKINGS]
+    if open_ones:
+        raise Unparsable("the answer was cut off within its ranking")
+    if any(found.twice & FIELDS for found in objects):
+        raise Unparsable("the answer holds a field twice with different values")
+    found = [item for item in objects if _tells(item.value)]
+    ranked = [(item, tiers_of(ranking)) for item in found for ranking in _ranking_values(item.value)]
+    if len(ranked) > MOST_RANKINGS or any(_plain(tiers) != _plain(ranked[0][1]) for _, tiers in ranked):
         raise Unparsable("the answer holds several rankings that disagree")
-    value = ranked[-1][0] if ranked else found[-1]
+    last = ranked[-1][0] if ranked else found[-1]
+    value = last.value
     duplicates = _duplicates(value.get("duplicates"), count, notes)
     scores = _scores(value.get("scores"), count, notes)
+    source: Literal["json", "cut json", "scores"] = "json" if last.whole else "cut json"
     if ranked:
-        ranking, source = ranked[-1][1], "json"
+        ranking = ranked[-1][1]
     else:
         ranking, source = _order_of_sums(scores, count), "scores"
         notes.append("no ranking is given; it is that of the summed sub-scores")
-    kind = str(value.get("kind", "")).lower().replace("-ended", "").replace(" ended", "").strip()
+    if not last.whole:
+        notes.append("the JSON was cut off or malformed; its ranking is complete")
+    kind = str(value.get("kind", ""))[:40].lower().replace("-ended", "").replace(" ended", "").strip()
     reference = value.get("reference")
     return Judgement(
         ranking=_complete(ranking, count, duplicates, notes),
@@ -106,7 +169,7 @@ def _from_object(found: Sequence[Mapping[str, Any]], count: int) -> Judgement:
         reference=reference.strip() if isinstance(reference, str) and reference.strip() else None,
         duplicates=duplicates,
         scores=scores,
-        source="json" if source == "json" else "scores",
+        source=source,
         notes=notes,
     )
 
@@ -115,8 +178,10 @@ def _plain(tiers: Tiers) -> Tiers:
     return [sorted(tier) for tier in tiers]
 
 
-def _ranking_value(value: Mapping[str, Any]) -> Any:
-    return next((value[name] for name in RANKINGS if value.get(name) not in (None, [], "")), None)
+def _ranking_values(value: Mapping[str, Any]) -> list[Any]:
+    """What the object gives as its ranking; a ``rank`` or ``order`` only where nothing else is one."""
+    given = [value[name] for name in RANKINGS[:3] if value.get(name) not in (None, [], "")]
+    return given or [value[name] for name in RANKINGS[3:] if value.get(name) not in (None, [], "")][:1]
 
 
 def _complete(tiers: Tiers, count: int, duplicates: list[list[int]], notes: list[str] | None = None) -> Tiers:
@@ -157,7 +222,7 @@ def _duplicates(given: Any, count: int, notes: list[str]) -> list[list[int]]:
         except Unparsable:
             members = set()
         if len(members) < 2 or not all(1 <= member <= count for member in members):
-            notes.append(f"duplicates {group!r} name no two candidates and are passed over")
+            notes.append(f"duplicates {short(str(group), 60)} name no two candidates and are passed over")
             continue
         joined = [other for other in groups if other & members]
         groups = [other for other in groups if not other & members] + [members.union(*joined)]
@@ -177,7 +242,7 @@ def _scores(given: Any, count: int, notes: list[str]) -> dict[int, dict[str, flo
                 raise Unparsable(f"there are {count} candidates")
             values = {aspect: _sub_score(item.get(aspect)) for aspect in ASPECTS}
         except (Unparsable, AttributeError) as error:
-            notes.append(f"scores {str(item)[:60]} are passed over: {error}")
+            notes.append(f"scores {short(str(item), 60)} are passed over: {error}")
             continue
         repeated |= {number} & scores.keys()
         scores[number] = values
@@ -187,12 +252,15 @@ def _scores(given: Any, count: int, notes: list[str]) -> dict[int, dict[str, flo
     return dict(sorted(scores.items()))
 
 
+_SUB_SCORE = re.compile(rf"\s*([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?)\s*(?:(?:/|out of)\s*{MOST}(?:\.0)?\s*)?")
+
+
 def _sub_score(value: Any) -> float:
     """0 to 5; also "4" and "4/5"."""
-    if isinstance(value, str) and (found := re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:/\s*{MOST}(?:\.0)?\s*)?", value)):
+    if isinstance(value, str) and (found := _SUB_SCORE.fullmatch(value[:40])):
         value = float(found[1])
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Unparsable(f"a sub-score is {value!r}")
+        raise Unparsable(f"a sub-score is {short(repr(value), 40)}")
     if not 0 <= value <= MOST:
         raise Unparsable(f"a sub-score of {value} is outside 0 to {MOST}")
     return float(value)
@@ -203,75 +271,3 @@ def _order_of_sums(scores: Mapping[int, Mapping[str, float]], count: int) -> Tie
         raise Unparsable(f"no ranking is given, and valid sub-scores for {len(scores)} of {count} candidates only")
     sums = {number: sum(values.values()) for number, values in scores.items()}
     return [[n for n, total in sums.items() if total == level] for level in sorted(set(sums.values()), reverse=True)]
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The outermost JSON objects in a text, strict or nearly."""
-    decoder, at = json.JSONDecoder(), 0
-    while (at := text.find("{", at)) >= 0:
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = _closing(text, at)
-            value = None if end is None else _nearly_json(text[at:end])
-            at = at + 1 if value is None or end is None else end
-        if isinstance(value, dict):
-            yield value
-
-
-def _closing(text: str, start: int) -> int | None:
-    """One past the bracket that closes the one at ``start``, strings apart; None where there is none."""
-    depth, quote, escaped = 0, "", False
-    for i in range(start, len(text)):
-        char = text[i]
-        if quote:
-            escaped = char == "\\" and not escaped
-            if char == quote and not (i and text[i - 1] == "\\"):
-                quote = ""
-        elif char == '"':
-            quote = char
-        elif char in "{[":
-            depth += 1
-        elif char in "}]":
-            depth -= 1
-            if depth == 0:
-                return i + 1
-    return None
-
-
-def _nearly_json(text: str) -> Any:
-    """A JSON object with trailing commas, raw line breaks in its texts, or in Python's spelling."""
-    mended = re.sub(r",(\s*[}\]])", r"\1", text)
-    try:
-        return json.loads(mended, strict=False)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-
-
-def _cut_ranking(text: str) -> Any | None:
-    """The value of `"ranking":` in a JSON object that is not whole, if the value is; None without such."""
-    found = [match for name in RANKINGS[:3] for match in re.finditer(rf'["\']{name}["\']\s*:\s*(?=\[)', text)]
-    if not found:
-        return None
-    start = found[-1].end()
-    end = _closing(text, start)
-    if end is None:
-        raise Unparsable("the answer was cut off within its ranking")
-    value = _nearly_json(text[start:end])
-    if not isinstance(value, list) or not value:
-        raise Unparsable(f"the ranking {text[start:end][:60]!r} cannot be read")
-    return value
-
-
-def _cut_reference(text: str) -> str | None:
-    found = re.search(r'"reference"\s*:\s*("(?:[^"\\]|\\.)*")', text, re.DOTALL)
-    if found is None:
-        return None
-    try:
-        return str(json.loads(found[1], strict=False)).strip() or None
-    except ValueError:
-        return None

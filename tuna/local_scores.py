@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tuna.records import Record
 from tuna.responses import ResponseSet
 from tuna.scoring import score_dataset
-from tuna.templates import end_token_id
-from tuna.tokenization import TokenizedGroup, tokenize_records
+from tuna.tokenization import tokenize_records
 
 __all__ = ["score_responses"]
 
@@ -31,7 +29,7 @@ def score_responses(
 ) -> list[ResponseSet]:
     """The same sets with `tokens`, `logprob_sum` and `logprob_mean` of a local model: all k in one pass.
 
-    The end token is scored with a response that ended, and not with one that was cut ("length").
+    The end token is scored with a response that ended, and not with one that was cut (by a limit or a filter).
 
     Args:
         sets: what to score.
@@ -55,10 +53,11 @@ def score_responses(
         )
         for item in sets
     ]
-    groups, _ = tokenize_records(records, tokenizer, template=template, max_length=max_length)
-    end = end_token_id(tokenizer, template)
-    whole = [_without_ends(group, item, end) for group, item in zip(groups, sets, strict=True)]
-    report = score_dataset(model, whole, tokens_per_batch=tokens_per_batch, backend=backend, on_batch=on_batch)
+    unended = {item.id: [i for i, response in enumerate(item.responses) if response.cut] for item in sets}
+    groups, _ = tokenize_records(records, tokenizer, template=template, max_length=max_length, unended=unended)
+    report = score_dataset(
+        model, groups, tokens_per_batch=tokens_per_batch, backend=backend, on_batch=on_batch, tokenizer=tokenizer
+    )
     sums, lengths = report.scored.logprob_sums, report.scored.lengths
     scored = []
     for item, (first, last) in zip(sets, pairwise(report.scored.group_offsets), strict=True):
@@ -75,12 +74,3 @@ def score_responses(
         ]
         scored.append(item.model_copy(update={"responses": responses, "scored_by": name}))
     return scored
-
-
-def _without_ends(group: TokenizedGroup, item: ResponseSet, end: int) -> TokenizedGroup:
-    """The group without the end token of responses that the endpoint cut (an empty one keeps it)."""
-    responses = [
-        tokens[:-1] if response.finish_reason == "length" and len(tokens) > 1 and tokens[-1] == end else tokens
-        for tokens, response in zip(group.group.responses, item.responses, strict=True)
-    ]
-    return replace(group, group=replace(group.group, responses=responses))

@@ -6,8 +6,9 @@ The score of a response is ``logprob_sum / tokens ** length_penalty``. The rules
 2. A response without text, or of fewer than ``min_tokens`` tokens, is left out ("empty", "short").
 3. Responses of the same text (white space aside) are one: the reference if it is among them, else the one of the
    highest score ("duplicate").
-4. A truncated response (finish reason "length") is left out, ranked below all whole ones, or kept like any other:
-   `truncated` = "drop", "last", "keep". The default drops it: training would teach to end where it was cut.
+4. A truncated response (whose finish reason is no end: "length", "content_filter", …) is left out, ranked below all
+   whole ones, or kept like any other: `truncated` = "drop", "last", "keep". The default drops it: training would teach
+   to end where it was cut.
 5. The others follow by score, higher first. Scores within ``tie`` of the best of their level are tied.
 6. A record of fewer than ``min_responses`` responses is left out.
 """
@@ -124,7 +125,7 @@ class _Entry:
 
     @property
     def truncated(self) -> bool:
-        return self.response.finish_reason == "length"
+        return self.response.cut
 
 
 def rank_responses(

@@ -15,6 +15,7 @@ import numpy as np
 from tuna.files import open_rows, replacing
 from tuna.recipe import PlannedStep, Recipe
 from tuna.recipe_pictures import accuracy_picture, histogram_picture, training_picture
+from tuna.responses import ENDS
 
 __all__ = ["write_report"]
 
@@ -63,7 +64,7 @@ def _gathered(steps: Steps, folder: Path) -> str:
             continue
         responses = [response for row in _rows(step.product) for response in row["responses"]]
         tokens = [response["tokens"] for response in responses if response.get("tokens")]
-        cut = sum(response.get("finish_reason") == "length" for response in responses)
+        cut = sum((response.get("finish_reason") or "").lower() not in ENDS for response in responses)
         alike = _json(step.folder / "diversity.json")
         calls = _json(step.folder / "summary.json").get("calls of all runs")
         lengths[_title(step)] = tokens

@@ -26,6 +26,7 @@ from pydantic import (
 
 from tuna.convert import FORMATS, convert_row, detect_format, known_formats
 from tuna.files import Unreadable, open_rows, write_rows
+from tuna.prompts import check_turn, check_unread_prompt, joined
 
 __all__ = [
     "BadRecords",
@@ -62,16 +63,29 @@ Rank: TypeAlias = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
 
 
 class Message(BaseModel):
-    """One turn of a conversation: `role` (system, user, assistant, tool, …) and `content`."""
+    """One turn of a conversation: `role` (system, user, assistant, tool, …) and `content`, a text or parts of one.
+
+    A turn that holds more (tool calls, images, reasoning apart) is refused; notes such as an id or a time are ignored.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     role: Text = Field(min_length=1)
     content: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _carried(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        check_turn(value)
+        return {**value, "content": joined(value["content"])} if "content" in value else value
+
 
 class Record(BaseModel):
-    """A prompt, its k >= 1 responses and the order among them. Fields it does not know are ignored.
+    """A prompt, its k >= 1 responses and the order among them.
+
+    Fields it does not know are ignored, those that would belong to the prompt (`system`, `tools`, …) are refused.
 
     Attributes:
         id: unique name within its file.
@@ -99,6 +113,13 @@ class Record(BaseModel):
     responses: list[Text] = Field(min_length=1)
     scores: list[Score] | None = None
     ranks: list[Rank] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _carried(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            check_unread_prompt(value)
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Record:
@@ -235,7 +256,7 @@ def read_records(
     problems: list[Problem] = []
     places: dict[str, int] = {}
     for place, row in items:
-        record = _to_record(row, shape, f"{stem}-{place}")
+        record = _to_record(row, shape, f"{stem}-{place}", recognised=format == "auto")
         if isinstance(record, Record) and record.id in places:
             record = f"id {record.id!r} stands already at {rows.unit} {places[record.id]}"
         if isinstance(record, str):
@@ -272,14 +293,14 @@ def _detect(items: Sequence[tuple[int, Any]], name: str) -> str:
     return "tuna"
 
 
-def _to_record(row: Any, shape: str, made_id: str) -> Record | str:
+def _to_record(row: Any, shape: str, made_id: str, *, recognised: bool) -> Record | str:
     """The record, or in plain words why there is none."""
     if isinstance(row, Record):
         return row
     if isinstance(row, Unreadable):
         return row.reason
     try:
-        fields = convert_row(row, shape)
+        fields = convert_row(row, shape, recognised=recognised)
         given = fields.get("id", made_id)
         fields["id"] = str(given) if isinstance(given, int | float) else given
         return Record.model_validate(fields)
@@ -303,6 +324,7 @@ def _plain_detail(detail: Any) -> str:
         "float_type": "must be a number",
         "int_type": "must be a whole number",
         "model_type": "must be an object {role, content}",
+        "dict_type": "must be an object {role, content}",
         "too_short": "must not be empty",
         "string_too_short": "must not be empty",
     }.get(detail["type"], str(detail["msg"]))

@@ -7,22 +7,42 @@ Instructions are read from the shapes they come in:
 | plain | `prompt` (text) or `messages` | `id` | `reference` |
 | Alpaca, Tuna as released | `instruction`, then `input` on the next line | `id` | `output` if it is one text |
 | self-instruct seed tasks | `instruction`, then the `input` of the first of `instances` | `id` | its `output` |
-| Vicuna and MT-bench questions | the first of `turns`, or `question` or `text` | `question_id` | |
+| Vicuna and MT-bench questions | the first of `turns`, or `question` or `text` | `question_id` | `reference` |
+
+What stands beside a prompt goes with it, or is refused (`tuna.prompts`). Responses that a row has besides are not read.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tuna.answers import LEAST, ROUNDING
 from tuna.files import Unreadable, open_rows, write_rows
+from tuna.prompts import prompt_of
 from tuna.records import Message, OnBad, Problem, Record, Text, settle_problems
 
-__all__ = ["Instruction", "Response", "ResponseSet", "read_instructions", "read_responses", "write_responses"]
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "ENDS",
+    "Instruction",
+    "Response",
+    "ResponseSet",
+    "instruction_fields",
+    "read_instructions",
+    "read_responses",
+    "write_responses",
+]
+
+Logprob: TypeAlias = Annotated[float, Field(le=ROUNDING, gt=LEAST, allow_inf_nan=False)]
+# Finish reasons of a response that ended by itself, as endpoints name them.
+ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed"})
 
 
 class Instruction(BaseModel):
@@ -68,16 +88,29 @@ class Response(BaseModel):
         logprob_mean: the sum divided by `tokens`, or None.
         finish_reason: "stop" (it ended), "length" (it was cut) or another word of the endpoint's.
         logprobs: of each token, where they were kept.
+        reasoning: what the model thought before it answered, where there is any; in no other field, and not trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    text: str
-    tokens: int | None = None
-    logprob_sum: float | None = None
-    logprob_mean: float | None = None
+    text: Text
+    tokens: int | None = Field(default=None, ge=0)
+    logprob_sum: float | None = Field(default=None, le=ROUNDING, allow_inf_nan=False)
+    logprob_mean: float | None = Field(default=None, le=ROUNDING, gt=LEAST, allow_inf_nan=False)
     finish_reason: str | None = None
-    logprobs: list[float] | None = None
+    logprobs: list[Logprob] | None = None
+    reasoning: Text | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Response:
+        if self.logprob_sum is not None and self.tokens and self.logprob_sum <= LEAST * self.tokens:
+            raise ValueError(f"logprob_sum = {self.logprob_sum} over {self.tokens} tokens counts missing ones as real")
+        return self
+
+    @property
+    def cut(self) -> bool:
+        """Whether it ended otherwise than by itself: at the limit, by a filter, in a tool call."""
+        return self.finish_reason is not None and self.finish_reason.lower() not in ENDS
 
 
 class ResponseSet(Instruction):
@@ -111,7 +144,7 @@ def read_instructions(
         BadRecords: with ``on_bad="fail"``, some cannot be used.
         ValueError: unknown kind of file.
     """
-    return _read(source, Instruction, _instruction_fields, on_bad)
+    return _read(source, Instruction, instruction_fields, on_bad)
 
 
 def read_responses(
@@ -173,15 +206,15 @@ def _present(row: Any) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _instruction_fields(row: Any) -> dict[str, Any]:
+def instruction_fields(row: Any) -> dict[str, Any]:
+    """A row of any shape above as fields of an `Instruction`; raises `ValueError` in plain words."""
     present = _present(row)
     fields: dict[str, Any] = {}
     given = present.get("id", present.get("question_id"))
     if given is not None:
         fields["id"] = str(given) if isinstance(given, int) else given
-    for key in ("messages", "prompt"):
-        if key in present:
-            return {**fields, key: present[key], "reference": present.get("reference")}
+    if any(key in present for key in ("messages", "prompt")):
+        return {**fields, **prompt_of(present), "reference": present.get("reference")}
     if "instruction" in present:
         return {**fields, **_from_instruction(present)}
     turns = present.get("turns")
@@ -189,15 +222,20 @@ def _instruction_fields(row: Any) -> dict[str, Any]:
     if question is None:
         keys = ", ".join(map(str, present)) or "none"
         raise ValueError(f"there is no prompt, messages, instruction, turns, question or text (fields: {keys})")
-    return {**fields, "prompt": question}
+    if isinstance(turns, list) and len(turns) > 1:
+        logger.warning("%s: the first of %d turns is asked, the others need its answer", fields.get("id"), len(turns))
+    reference = present.get("reference")
+    if isinstance(turns, list) and isinstance(reference, list) and reference:
+        reference = reference[0]  # one a turn
+    return {**fields, **prompt_of({**present, "question": question}), "reference": reference}
 
 
 def _from_instruction(row: Mapping[str, Any]) -> dict[str, Any]:
     instances = row.get("instances")
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], Mapping) else {}
-    context, output = row.get("input", first.get("input")), row.get("output", first.get("output"))
-    prompt = f"{row['instruction']}\n{context}" if context else row["instruction"]
-    return {"prompt": prompt, "reference": output if isinstance(output, str) else None}
+    output = row.get("output", first.get("output", row.get("reference")))
+    prompt = prompt_of({"input": first.get("input"), **row})
+    return {**prompt, "reference": output if isinstance(output, str) else None}
 
 
 def _response_fields(row: Any) -> dict[str, Any]:
@@ -207,5 +245,7 @@ def _response_fields(row: Any) -> dict[str, Any]:
         responses = [{"text": item} if isinstance(item, str) else item for item in responses]
     given = present.get("id")
     named = {} if given is None else {"id": str(given) if isinstance(given, int) else given}
-    fields = {**present, **named, "responses": responses}
+    asked = prompt_of(present, ("prompt",))
+    others = {key: value for key, value in present.items() if key not in ("prompt", "messages")}
+    fields = {**others, **asked, **named, "responses": responses}
     return fields if given is not None else {key: value for key, value in fields.items() if key != "id"}

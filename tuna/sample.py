@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tuna import decoding
 from tuna.budget import Usage
 from tuna.calls import PaidCalls
+from tuna.chat import ChatTemplate
 from tuna.decoding import Row, end_tokens, generate, position_limit
 from tuna.diversity import worst_pair
 from tuna.generate import Sampling as EndpointSampling
@@ -25,8 +26,9 @@ from tuna.generate import generate_responses
 from tuna.journal import Journal, content_key
 from tuna.records import Record
 from tuna.responses import Instruction, Response, ResponseSet
-from tuna.templates import render_prompt
+from tuna.templates import Renderer
 from tuna.tokenization import encode_prompts
+from tuna.vocabulary import check_tokens
 
 __all__ = ["Diversity", "LocalSampling", "Try", "diverse", "sample_from_endpoint", "sample_locally"]
 
@@ -222,6 +224,7 @@ async def _work(
     on_done: Callable[[int], None],
 ) -> None:
     ends = end_tokens(model, tokenizer, chat=sampling.template == "chat")
+    chat = Renderer(sampling.template, tokenizer).chat
     # Prompts of about one length side by side: less padding.
     waiting = deque(sorted((job for job in jobs if job.key not in journal), key=lambda job: len(job.prompt)))
     for _ in range(len(jobs) - len(waiting)):
@@ -229,7 +232,7 @@ async def _work(
     settings = {name: value for name, value in asdict(sampling).items() if name not in ("diversity", "temperature")}
     while waiting:
         taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
-        _draw(model, tokenizer, taken, sampling, ends)
+        _draw(model, tokenizer, taken, sampling, ends, chat)
         for job in reversed(taken):
             if not sampling.diversity.settled(job.tries):
                 waiting.appendleft(job)  # first in line, so that few are half done at any time
@@ -247,13 +250,14 @@ def _jobs(
     instructions: Sequence[Instruction],
     sampling: LocalSampling,
 ) -> tuple[list[_Job], list[str]]:
-    texts = []
+    renderer, texts = Renderer(sampling.template, tokenizer), []
     for item in instructions:
         record = Record(id=item.id, prompt=item.prompt, messages=item.messages, responses=[""])
-        texts.append(render_prompt(record, sampling.template, tokenizer))
+        texts.append(renderer.prompt(record))
     jobs, problems = [], []
     limit = position_limit(model)
-    for item, prompt in zip(instructions, encode_prompts(tokenizer, texts), strict=True):
+    for item, prompt in zip(instructions, encode_prompts(tokenizer, texts, template=sampling.template), strict=True):
+        check_tokens(model, prompt, tokenizer, f"instruction {item.id!r}")
         if not prompt or (limit is not None and len(prompt) + sampling.max_tokens > limit):
             problems.append(
                 f"instruction {item.id!r}: {len(prompt)} prompt tokens and max_tokens = {sampling.max_tokens} go "
@@ -270,6 +274,7 @@ def _draw(
     jobs: Sequence[_Job],
     sampling: LocalSampling,
     ends: frozenset[int],
+    chat: ChatTemplate | None,
 ) -> None:
     """One try more of every job, all as one batch."""
     rows: list[list[Row]] = []
@@ -280,13 +285,14 @@ def _draw(
         rows.append([Row(job.prompt, sampling.drawn_at(temperature, (*stream, i)), ends) for i in range(sampling.k)])
     generate(model, tokenizer, [row for group in rows for row in group])
     for job, group in zip(jobs, rows, strict=True):
-        job.tries.append(Try.of([_response(row) for row in group], group[0].sampling.temperature))
+        job.tries.append(Try.of([_response(row, chat) for row in group], group[0].sampling.temperature))
 
 
-def _response(row: Row) -> Response:
+def _response(row: Row, chat: ChatTemplate | None) -> Response:
+    """What was drawn; a response is the answer alone, for training writes the template's text around it again."""
     total = sum(row.logprobs)
     return Response(
-        text=row.text,
+        text=row.text if chat is None else chat.answer_in(row.text),
         tokens=len(row.ids),
         logprob_sum=total,
         logprob_mean=total / len(row.ids) if row.ids else None,

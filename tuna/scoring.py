@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from tuna.batching import GroupBatchSampler, group_loader
 from tuna.evaluation import PendingScores, in_dataset_order
 from tuna.metrics import ScoredGroups, ranking_metrics
 from tuna.tokenization import TokenizedGroup
+from tuna.vocabulary import check_vocabulary
 from tuna_kernels.integrations.transformers import prepare_model, score_groups
 from tuna_kernels.tree import Share
 
@@ -56,6 +58,7 @@ def score_dataset(
     share: Share = "tree",
     backend: str = "auto",
     on_batch: Callable[[int], None] = lambda tokens: None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ScoreReport:
     """Score all responses of ``groups``, on the device the model is on, in evaluation mode.
 
@@ -67,10 +70,13 @@ def score_dataset(
         share: as in `tuna_kernels.pack_groups`.
         backend: of `tuna_kernels`.
         on_batch: called after each pass with the packed tokens it took.
+        tokenizer: of the groups; named in errors.
 
     Raises:
-        ValueError: no groups, ``tokens_per_batch`` below 1, or a model that cannot be served.
+        ValueError: no groups, ``tokens_per_batch`` below 1, tokens that the model has no embedding for, or a model
+            that cannot be served.
     """
+    check_vocabulary(model, groups, tokenizer)
     sampler = GroupBatchSampler(
         [item.group for item in groups],
         tokens_per_batch=tokens_per_batch,

@@ -1,17 +1,19 @@
 """From records to token ids.
 
 Prompt and response are tokenised apart and joined as ids, so the boundary stands at the same place for every
-candidate and the prompt can be computed once. Where the tokenizer itself begins a text with a
-beginning-of-sequence token (Llama's does, SmolLM2's, Qwen's and GPT-2's do not), the prompt gets it, once even
-if its template printed it too. Responses get no special tokens: text that looks
-like one, such as `</s>` in HTML, is tokenised as the text it is. The end token closes uncut responses only;
-a cut one did not end. Truncation cuts responses, never the prompt.
+candidate and the prompt can be computed once. Under a chat template, prompt and response are exactly what it
+renders, up to and including the end of the turn (`tuna.chat`). Elsewhere, where the tokenizer itself begins a text
+with a beginning-of-sequence token (Llama's does, SmolLM2's, Qwen's and GPT-2's do not), the prompt gets it, and the
+end of sequence closes the response. A beginning never stands twice. Text of a response that looks like a special
+token, such as `</s>` in HTML, is tokenised as the text it is. The end token closes uncut responses only; a cut one
+did not end. Truncation cuts responses, never the prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tuna.chat import Answer, special_text
 from tuna.records import OnBad, Problem, Record, settle_problems
-from tuna.templates import check_template, end_token_id, render_prompt
+from tuna.templates import DEFAULT, Renderer, end_token_id
 from tuna_kernels.tree import Group, pack_groups
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ __all__ = ["TokenStats", "TokenizedGroup", "encode_prompts", "token_stats", "tok
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+ANCHORS = ("\n", "|", "a", "0")
 CHUNK = 4096  # texts a call of the tokenizer, groups a call of pack_groups: bounds the memory
 
 
@@ -55,6 +59,7 @@ def tokenize_records(
     template: str,
     max_length: int,
     on_bad: OnBad = "fail",
+    unended: Mapping[str, Collection[int]] | None = None,
 ) -> tuple[list[TokenizedGroup], list[Problem]]:
     """Tokenise records.
 
@@ -64,6 +69,7 @@ def tokenize_records(
         template: "none", "chat", "alpaca" or a text with `{prompt}`; see `tuna.templates`.
         max_length: most tokens of prompt and response together, end token included.
         on_bad: "fail" raises one error that lists the problems, "skip" leaves such records out and says why.
+        unended: by the id of a record, which of its responses did not end: these get nothing after their text.
 
     Returns:
         The groups, in the order of the records, and the problems (each names its record).
@@ -76,37 +82,95 @@ def tokenize_records(
     settle_problems((), on_bad)
     if max_length < 2:
         raise ValueError(f"max_length = {max_length} must be at least 2: one token of prompt and one of response")
-    check_template(template, tokenizer)
+    renderer = Renderer(template, tokenizer)
     end = end_token_id(tokenizer, template)
     problems: list[Problem] = []
-    kept: list[Record] = []
-    texts: list[str] = []
+    rendered: list[_Rendered] = []
     for record in records:
-        text = _try_render(record, template, tokenizer)
-        if isinstance(text, Problem):
-            problems.append(text)
-        else:
-            kept.append(record)
-            texts.append(text)
-    prompts = encode_prompts(tokenizer, texts)
-    fits = [_room_problem(record, len(ids), max_length) for record, ids in zip(kept, prompts, strict=True)]
+        item = _render(renderer, record)
+        problems += [item] if isinstance(item, Problem) else []
+        rendered += [item] if isinstance(item, _Rendered) else []
+    prompts = encode_prompts(tokenizer, [item.prompt for item in rendered], template=template)
+    fits = [_room_problem(item.record, len(ids), max_length) for item, ids in zip(rendered, prompts, strict=True)]
     problems += [problem for problem in fits if problem is not None]
     settle_problems(problems, on_bad)
-    usable = [(record, ids) for record, ids, bad in zip(kept, prompts, fits, strict=True) if bad is None]
-    texts = [text for record, _ in usable for text in record.responses]
-    responses = iter(_encode(tokenizer, texts, special=False))
+    usable = [(item, ids) for item, ids, bad in zip(rendered, prompts, fits, strict=True) if bad is None]
+    answers = iter(_encode_answers(tokenizer, [item for item, _ in usable], end, unended or {}))
     groups = [
-        _group(record, prompt, list(islice(responses, len(record.responses))), end, max_length)
-        for record, prompt in usable
+        _group(item.record, prompt, list(islice(answers, len(item.answers))), max_length) for item, prompt in usable
     ]
     return groups, problems
 
 
-def _try_render(record: Record, template: str, tokenizer: PreTrainedTokenizerBase) -> str | Problem:
+@dataclass(frozen=True)
+class _Rendered:
+    record: Record
+    prompt: str
+    answers: list[Answer]
+
+
+def _render(renderer: Renderer, record: Record) -> _Rendered | Problem:
     try:
-        return render_prompt(record, template, tokenizer)
+        prompt = renderer.prompt(record)
+        return _Rendered(record, prompt, renderer.answers(record, prompt))
     except ValueError as error:
         return Problem("", None, str(error))
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[_Rendered], end: int, unended: Mapping[str, Collection[int]]
+) -> list[list[int]]:
+    """Token ids of all responses in order, with the end token where they ended."""
+    special = special_text(tokenizer)
+    answers = []
+    for item in items:
+        cut = unended.get(item.record.id, ())
+        for number, answer in enumerate(item.answers):
+            # An empty one keeps its end: without it there would be nothing.
+            unfinished = number in cut and bool(answer.before or answer.text)
+            answers.append(Answer(answer.before, answer.text, "", True) if unfinished else answer)
+    plain = [not (answer.before or answer.after) for answer in answers]
+    spelled = [bool(special.search(answer.text)) for answer in answers]
+    ids: list[list[int]] = [[] for _ in answers]
+    # Data is text, whatever it spells; the template's own special tokens are tokens.
+    as_text = [i for i, answer in enumerate(answers) if plain[i]]
+    in_one = [i for i, answer in enumerate(answers) if not plain[i] and not spelled[i]]
+    for i, found in zip(as_text, _encode(tokenizer, [answers[i].text for i in as_text], special=False), strict=True):
+        ids[i] = found
+    wholes = _encode_after(tokenizer, [answers[i].whole for i in in_one], special=True)
+    for i, found in zip(in_one, wholes, strict=True):
+        ids[i] = found
+    for i, answer in enumerate(answers):
+        if not plain[i] and spelled[i]:
+            ids[i] = _encode_pieces(tokenizer, answer, special)
+    return [found if answer.ended else [*found, end] for found, answer in zip(ids, answers, strict=True)]
+
+
+def _encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Token ids of texts that follow others, without the blank that some tokenizers put before every text."""
+    begun, second, both = _encode(tokenizer, ["a\n", "b", "a\nb"], special=special)
+    ids: list[list[int]] = _encode(tokenizer, texts, special=special)
+    if [*begun, *second] == both:
+        return ids
+    left = list(range(len(texts)))
+    for before in ANCHORS:  # a character that does not merge with the text's first
+        (head,) = _encode(tokenizer, [before], special=special)
+        found = _encode(tokenizer, [before + texts[i] for i in left], special=special)
+        for i, whole in zip(left, found, strict=True):
+            if whole[: len(head)] == head:
+                ids[i] = whole[len(head) :]
+        left = [i for i, whole in zip(left, found, strict=True) if whole[: len(head)] != head]
+    return ids
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, answer: Answer, special: re.Pattern[str]) -> list[int]:
+    """Token ids of an answer whose own text spells special tokens, which stay text."""
+    start = max((found.end() for found in special.finditer(answer.before)), default=0)
+    first = special.search(answer.after)
+    stop = len(answer.after) if first is None else first.start()
+    middle = answer.before[start:] + answer.text + answer.after[:stop]
+    head, tail = _encode_after(tokenizer, [answer.before[:start], answer.after[stop:]], special=True)
+    return [*head, *_encode_after(tokenizer, [middle], special=False)[0], *tail]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
@@ -124,10 +188,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
     return ids
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts: text that spells a special token is that token, one beginning in front."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, template: str = DEFAULT
+) -> list[list[int]]:
+    """Token ids of prompts rendered with ``template``: text that spells a special token is that token.
+
+    A chat template prints the beginning of sequence itself, or means none; other prompts get the tokenizer's own.
+    """
     bos = own_bos(tokenizer)
-    return [_with_bos(ids, bos) for ids in _encode(tokenizer, texts, special=True)]
+    return [_with_bos(ids, bos, give=template != "chat") for ids in _encode(tokenizer, texts, special=True)]
 
 
 def own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -136,9 +205,9 @@ def own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _with_bos(ids: list[int], bos: int | None) -> list[int]:
-    """`ids` with exactly one beginning-of-sequence token in front, however many its template printed."""
-    if bos is None:
+def _with_bos(ids: list[int], bos: int | None, *, give: bool) -> list[int]:
+    """`ids` with one beginning-of-sequence token in front, however many were printed; none printed, one if ``give``."""
+    if bos is None or (not give and ids[:1] != [bos]):
         return ids
     start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     return [bos, *ids[start:]]
@@ -154,16 +223,13 @@ def _room_problem(record: Record, prompt_tokens: int, max_length: int) -> Proble
     return None
 
 
-def _group(
-    record: Record, prompt: list[int], responses: Sequence[list[int]], end: int, max_length: int
-) -> TokenizedGroup:
+def _group(record: Record, prompt: list[int], responses: Sequence[list[int]], max_length: int) -> TokenizedGroup:
     room = max_length - len(prompt)
     # A response that fits without its end token counts as cut: it cannot be seen to end.
-    ended = [[*response, end] for response in responses]
-    cut = sum(len(response) > room for response in ended)
+    cut = sum(len(response) > room for response in responses)
     group = Group(
         prompt=np.array(prompt, np.int64),
-        responses=[np.array(response[:room], np.int64) for response in ended],
+        responses=[np.array(response[:room], np.int64) for response in responses],
         scores=record.scores,
         ranks=record.ranks,
     )

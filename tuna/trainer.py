@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,21 +31,19 @@ from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
 from tuna.config import TunaConfig
 from tuna.durable import DurableTrainer
 from tuna.evaluation import PendingScores, in_dataset_order
+from tuna.group_data import GroupData, check_data, tokenized
 from tuna.guards import FiniteLoss
 from tuna.meters import TrainingMeter
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
 from tuna.models import compile_layers
-from tuna.records import Record
 from tuna.schedule import Schedule
-from tuna.tokenization import TokenizedGroup, tokenize_records
+from tuna.templates import save_template
+from tuna.tokenization import TokenizedGroup
+from tuna.vocabulary import check_vocabulary
 from tuna_kernels import LossCounts, RankingLossOutput
 from tuna_kernels.integrations.ranking_model import Carrier, Request
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, score_groups
 from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
-
-logger = logging.getLogger(__name__)
-SHOWN_PROBLEMS = 10
-GroupData = Sequence[TokenizedGroup] | Sequence[Record]
 
 
 class TunaTrainer(DurableTrainer):
@@ -59,16 +56,17 @@ class TunaTrainer(DurableTrainer):
         model: a causal language model of transformers, or a `peft` model around one. It is prepared for trees
             (`tuna_kernels.integrations.transformers.prepare_model`) and keeps working as before otherwise.
         args: the settings.
-        train_dataset: tokenised groups, or records, which are tokenised here by ``args.template``,
-            ``args.max_length`` and ``args.on_bad`` with ``processing_class``.
+        train_dataset: tokenised groups, or records (also as a `datasets.Dataset` or rows of any shape that
+            `tuna.records.read_records` knows), which are tokenised here by ``args.template``, ``args.max_length`` and
+            ``args.on_bad`` with ``processing_class``.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; saved with the model.
         callbacks: as for the stock trainer.
         optimizers: optimizer and schedule, as for the stock trainer.
 
     Raises:
-        ValueError: DataParallel (several GPUs in one process), an empty dataset, a model or a setting that
-            cannot be trained exactly on trees.
+        ValueError: DataParallel (several GPUs in one process), an empty dataset, tokens that the model has no
+            embedding for, a model or a setting that cannot be trained exactly on trees.
         TypeError: ``args`` is no `TunaConfig`, or a dataset of something else.
     """
 
@@ -90,11 +88,13 @@ class TunaTrainer(DurableTrainer):
         if not isinstance(args, TunaConfig):
             raise TypeError(f"args must be a TunaConfig, got {type(args).__name__}")
         tokenize = functools.partial(tokenized, args=args, tokenizer=processing_class)
+        train = train_dataset and tokenize(train_dataset)
         evaluation = (
             {name: tokenize(data) for name, data in eval_dataset.items()}
             if isinstance(eval_dataset, Mapping)
             else eval_dataset and tokenize(eval_dataset)
         )
+        check_data(model, train, evaluation, args, processing_class)
         model = prepare_model(model, attention=args.tree_attention)
         if args.compile_options is not None:
             compile_layers(model, args.compile_options)
@@ -103,7 +103,7 @@ class TunaTrainer(DurableTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset and tokenize(train_dataset),
+            train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -319,6 +319,7 @@ class TunaTrainer(DurableTrainer):
         if not dataset:
             raise ValueError("eval_dataset is empty or missing: there is nothing to evaluate")
         groups = tokenized(dataset, self.args, cast(Any, self.processing_class))
+        check_vocabulary(cast(Any, self.model), groups, cast(Any, self.processing_class))
         loader = self.get_eval_dataloader(groups)
         self.callback_handler.eval_dataloader = loader
         settings: Any = {"length_penalty": self.args.length_penalty, "backend": self.args.backend}
@@ -339,6 +340,12 @@ class TunaTrainer(DurableTrainer):
         """Refused: a tree has no labels to predict. `score` gives what the model makes of each response."""
         raise TypeError("TunaTrainer has no predict: use score(dataset) or evaluate(dataset)")
 
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_template(output_dir or str(self.args.output_dir), self.args.template)
+
     # Logging
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -353,42 +360,25 @@ class TunaTrainer(DurableTrainer):
         super().log(logs, start_time)
 
 
-def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[TokenizedGroup]:
-    """``dataset`` as tokenised groups; records are tokenised by the settings in ``args``.
-
-    Raises:
-        TypeError: elements of another kind.
-        ValueError: records without a tokenizer, or none that can be used.
-    """
-    items: list[Any] = list(dataset)
-    if all(isinstance(item, TokenizedGroup) for item in items):
-        return items
-    wrong = next((item for item in items if not isinstance(item, Record)), None)
-    if wrong is not None:
-        raise TypeError(f"a dataset holds TokenizedGroup or Record, all of one kind, not {type(wrong).__name__}")
-    if tokenizer is None:
-        raise ValueError("records need a tokenizer: pass processing_class=tokenizer")
-    groups, problems = tokenize_records(
-        items, tokenizer, template=args.template, max_length=args.max_length, on_bad=args.on_bad
-    )
-    for problem in problems[:SHOWN_PROBLEMS]:
-        logger.warning("left out: %s", problem)
-    if len(problems) > SHOWN_PROBLEMS:
-        logger.warning("… and %d more left out", len(problems) - SHOWN_PROBLEMS)
-    if not groups:
-        raise ValueError(f"none of the {len(items)} records can be used; the first problem: {problems[0]}")
-    return groups
-
-
 @contextmanager
 def _forward_replaced(module: nn.Module, function: Callable[[Request], Any]) -> Iterator[None]:
-    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call."""
+    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call.
+
+    While ``function`` runs the module has its own forward again.
+    """
     own = module.__dict__.get("forward")
-    module.forward = function
+
+    def restore() -> None:
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+    def instead(request: Request) -> Any:
+        restore()
+        return function(request)
+
+    module.forward = instead
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        restore()

@@ -8,7 +8,7 @@ has those; see docs/attention.md. None but the oracle computes T × T across gro
 group's attention comes out in the same bits alone and packed with others.
 
 What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
-separate ones), additive biases and sinks (no model among the tested families trains with them).
+separate ones) and additive biases (no model among the tested families trains with them).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tuna_kernels import attention_ops
 from tuna_kernels._errors import CannotServe
 from tuna_kernels.backends import attention_flash, attention_flex, attention_reference, attention_triton
 from tuna_kernels.config import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
+from tuna_kernels.logprobs import should_validate
 
 __all__ = ["tree_attention"]
 
@@ -44,6 +46,7 @@ def tree_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -61,6 +64,7 @@ def tree_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -77,6 +81,7 @@ def tree_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -94,14 +99,17 @@ def tree_attention(
             branch measures its distance along its own sequence. A row always sees itself.
         scale: factor on the scores; default ``1 / sqrt(d)``.
         softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
-        return_lse: also the log-sum-exp of the scores, differentiable.
+        sinks: [Hq] float, one learned logit per query head that stands in the denominator of all its rows and
+            carries no value (GPT-OSS), differentiable; neither scaled nor capped; -inf: none.
+        return_lse: also the log-sum-exp of the scores, sink included, differentiable.
         backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"triton"` on CUDA or `"cpu"`
             on CPU where they serve the inputs, else `"torch"`), one of those, `"reference"`, `"flex"` (PyTorch's
             FlexAttention) or `"flash"` (flash-attn).
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
-        ``return_lse`` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable once in q, k and v.
+        ``return_lse`` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable in q, k, v and sinks: once,
+        in reverse mode; backend ``"reference"`` as often and in whatever mode one likes.
         Under autocast q, k and v are cast to its dtype first, as for PyTorch's own attention.
 
     Raises:
@@ -122,17 +130,18 @@ def tree_attention(
     _check_tensors(q, k, v)
     _check_tree(k, q, subtree_end, query_rows, position_ids)
     _check_settings(window, position_ids, softcap)
+    _check_sinks(sinks, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     chosen = _resolve(backend, q, k, v, query_rows)
     if chosen in _AUTOGRAD:
         with torch.autocast(q.device.type, enabled=False):
             out, lse = _AUTOGRAD[chosen].tree_attention(
-                q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
+                q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
             )
     else:
         out, lse = attention_ops.tree_attention(
-            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap, chosen
+            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap, chosen, sinks
         )
     return (out, lse) if return_lse else out
 
@@ -179,6 +188,21 @@ def _check_settings(window: int | None, position_ids: Tensor | None, softcap: fl
         raise ValueError("window needs position_ids, the depth of each row: packed rows are no distance")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap = {softcap} is not above 0")
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks is {sinks.dtype}, not a floating dtype")
+    if sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks has shape {list(sinks.shape)}, not [{q.shape[1]}], one for each head of q")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device}, q on {q.device}: they must agree")
+    readable = should_validate(None, sinks) and not is_functorch_wrapped_tensor(sinks)
+    if readable and bool((sinks == math.inf).any()):
+        head = int((sinks == math.inf).nonzero()[0])
+        raise ValueError(f"sinks[{head}] = inf: nothing else would be seen; it must be finite, or -inf for none")
 
 
 def check_backend(name: str, argument: str = "backend") -> None:

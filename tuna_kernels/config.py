@@ -12,6 +12,7 @@ from .backends import cpu as _cpu_backend
 from .backends import triton as _triton_backend
 from .backends.head import HeadBackend, tiled_backend
 from .backends.torch import TorchTileOps
+from .installation import warn_of_shadowing
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_BACKEND"
@@ -53,6 +54,8 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
     if asked == "auto":
         first = "triton" if device.type == "cuda" else "cpu"
         if why_not(first, device, *dtypes):
+            if device.type == "cpu" and not torch.compiler.is_compiling():
+                warn_of_shadowing()
             return "torch"
         mention_unchecked(first, device)
         return first
@@ -99,6 +102,7 @@ def show_config() -> str:
         lines.append(
             f"native code for {_cpu_backend.instruction_set().name} ({_cpu_backend.ISA_VARIABLE} may ask for less)"
         )
+    lines += [f"{name} products: {whose}" for name, whose in _cpu_backend.products_chosen().items()]
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         chosen = resolve_backend("auto", torch.device(device), torch.float32)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import parallel
 from ._errors import CannotServe
 from .backends import reference
+from .backends.layout import dense_rows
 from .backends.reference import compute_dtype
 from .config import resolve_backend, unit_gradient_pays
 
@@ -281,8 +282,8 @@ def selective_logprobs(
     chosen = resolve_backend(backend, logits.device, logits.dtype)
     if chosen == "reference":
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    if inplace_backward:  # the op overwrites what it is given: dense rows that do not overlap
+        flat = flat.contiguous() if flat.stride(0) < flat.shape[1] else dense_rows(flat)
     logprobs: Tensor = torch.ops.tuna_kernels.selective_logprobs(
         flat, flat_targets, float(temperature), ignore_index, chosen, inplace_backward
     )[0]

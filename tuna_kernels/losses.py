@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class LossCounts:
         ranks_ = torch.as_tensor(ranks, dtype=torch.int64)
         offsets = torch.as_tensor(group_offsets, dtype=torch.int64)
         better, worse = ranked_pairs(ranks_, offsets)
-        by_lag = np.bincount((ranks_[worse] - ranks_[better]).cpu().numpy(), minlength=1)[1:]
+        by_lag = torch.bincount(ranks_[worse] - ranks_[better], minlength=1)[1:]
         return cls(groups=offsets.numel() - 1, pairs_by_lag=tuple(by_lag.tolist()), tokens=int(tokens))
 
     def __add__(self, other: LossCounts) -> LossCounts:
@@ -116,7 +115,7 @@ def tuna_hinge(
     open_weight = torch.where(hinge > 0, pair_weight, 0.0)
     # NaN scores must give a NaN loss, never a plausible one: clamp keeps NaN, the comparison above does not.
     loss = (hinge.clamp(min=0) * pair_weight).sum()
-    gradient = torch.zeros_like(exact).index_add_(0, worse, open_weight).index_add_(0, better, -open_weight)
+    gradient = torch.zeros_like(exact).index_add(0, worse, open_weight).index_add_(0, better, -open_weight)
     return loss, gradient
 
 
@@ -204,7 +203,7 @@ def preset_upstream(
     lengths = candidate_offsets.diff()
     candidate = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
     exact = logprobs.detach().double()
-    sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=exact.device).index_add_(0, candidate, exact)
+    sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=exact.device).index_add(0, candidate, exact)
     penalty = lengths.double() ** length_penalty
     scores = sums / penalty
     # The scores as the caller sees them decide which hinges are open.

@@ -13,9 +13,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
+from . import derivatives
 from .backends import linear, ranking
+from .backends.layout import dense_rows
 from .backends.linear import LinearCall, Saved
 from .backends.ranking import Candidates, LossSettings
 from .backends.reference import compute_dtype
@@ -28,14 +32,16 @@ FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 ElevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Autocast must not reach into a kernel: it would turn our float32 products into half precision."""
+def _kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """What holds for every op: rows are dense, and autocast does not reach into it, where it would turn our float32
+    products into half precision."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
+        dense: Any = [dense_rows(a) if isinstance(a, Tensor) else a for a in args]
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(*dense, **kwargs)
 
     return inner
 
@@ -53,7 +59,7 @@ def _or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor 
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs", mutates_args=())
-@_outside_autocast
+@_kernel
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -89,7 +95,7 @@ def _(hidden: Tensor, *rest: Any) -> FiveTensors:
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs_backward", mutates_args=())
-@_outside_autocast
+@_kernel
 def linear_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -120,7 +126,7 @@ def linear_logprobs_backward(
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs_backward_into", mutates_args=("main_grad",))
-@_outside_autocast
+@_kernel
 def linear_logprobs_backward_into(
     main_grad: Tensor,
     hidden: Tensor,
@@ -187,10 +193,10 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.main_grad = inputs[13]  # not saved: other micro-batches add to it before this backward runs
 
 
-def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_gradients(ctx: Any, saved: Sequence[Any], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = _five_needed(ctx)
     ignore_index, logit_scale, softcap, backend, filter_eps = ctx.settings
-    arguments = (*ctx.saved_tensors, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
+    arguments = (*saved, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
     if ctx.main_grad is None or not needs[1]:
         gradients = torch.ops.tuna_kernels.linear_logprobs_backward(*arguments)
     else:
@@ -199,14 +205,16 @@ def _linear_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
     return (*_or_none(gradients, needs), *[None] * 10)
 
 
-linear_logprobs.register_autograd(_linear_gradients, setup_context=_save_linear)
+derivatives.register(linear_logprobs, setup_context=_save_linear, backward=_linear_gradients)
+derivatives.register(linear_logprobs_backward)
+derivatives.register(linear_logprobs_backward_into)
 
 
 # --- selective_logprobs ---------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs", mutates_args=())
-@_outside_autocast
+@_kernel
 def selective_logprobs(
     logits: Tensor,
     targets: Tensor,
@@ -227,7 +235,7 @@ def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward", mutates_args=())
-@_outside_autocast
+@_kernel
 def selective_logprobs_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -250,7 +258,7 @@ def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward_", mutates_args=("logits",))
-@_outside_autocast
+@_kernel
 def selective_logprobs_backward_(
     upstream: Tensor,
     logits: Tensor,
@@ -276,23 +284,26 @@ def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
 
 
-def _selective_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    logits, *saved = ctx.saved_tensors
+def _selective_gradients(ctx: Any, saved: Sequence[Any], upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logits, *of_softmax = saved
     if ctx.inplace:
         gradient = logits.detach()
-        torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, *saved, *ctx.settings)
+        torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, *of_softmax, *ctx.settings)
         return gradient, *[None] * 5
-    gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, *saved, *ctx.settings)
+    gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, *of_softmax, *ctx.settings)
     return gradient, *[None] * 5
 
 
-selective_logprobs.register_autograd(_selective_gradients, setup_context=_save_selective)
+derivatives.register(selective_logprobs, setup_context=_save_selective, backward=_selective_gradients)
+derivatives.register(selective_logprobs_backward)
+derivatives.register(selective_logprobs_backward_)
 
 
 # --- ranking_loss ---------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tuna_kernels::ranking_loss", mutates_args=())
+@_kernel
 def ranking_loss(
     scores: Tensor,
     ranks: Tensor,
@@ -321,21 +332,32 @@ def _(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _save_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
+    ctx.save_for_forward(output[1])
 
 
-def _ranking_gradients(ctx: Any, upstream: Tensor | None, _gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
+def _ranking_gradients(
+    ctx: Any, saved: Sequence[Any], upstream: Tensor | None, _gradient: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The loss is piecewise linear: its gradient is constant in the scores, and linear in the upstream."""
+    (gradient,) = saved
     return (None if upstream is None else (gradient * upstream).to(gradient.dtype), *[None] * 6)
 
 
-ranking_loss.register_autograd(_ranking_gradients, setup_context=_save_ranking)
+def _ranking_tangents(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+    (gradient,) = ctx.saved_tensors
+    return (gradient * tangent).sum(dtype=compute_dtype(gradient.dtype)), torch.zeros_like(gradient)
+
+
+derivatives.register(
+    ranking_loss, setup_context=_save_ranking, backward=_ranking_gradients, jvp=_ranking_tangents, twice=True
+)
 
 
 # --- linear_ranking_loss --------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tuna_kernels::linear_ranking_loss", mutates_args=())
-@_outside_autocast
+@_kernel
 def linear_ranking_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -402,8 +424,12 @@ class _Ready:
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         self._gradients: list[Tensor] | None = [g.detach() for g in gradients]
 
-    def take(self) -> list[Tensor] | None:
+    def take(self, needs: Sequence[bool]) -> list[Tensor] | None:
+        """None where they were taken, or one that is needed was not made: inside `torch.func` the caller of the loss
+        may not see what is to be differentiated."""
         gradients, self._gradients = self._gradients, None
+        if gradients is None or any(wanted and not g.numel() for g, wanted in zip(gradients, needs, strict=True)):
+            return None
         return gradients
 
 
@@ -414,16 +440,19 @@ def _save_linear_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.ready = _Ready(output[6:])
 
 
-def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_ranking_gradients(
+    ctx: Any, saved: Sequence[Any], scale: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The first backward takes the gradients that lie ready; a later one (retain_graph) makes them again, by the same
     call of the same op: a second backward gives the bits of the first."""
     none: list[Tensor | None] = [None] * 17
     if scale is None:
         return (*[None] * 5, *none)
     needs = _five_needed(ctx)
-    call = ctx.saved_tensors[:5]
-    ready = ctx.ready.take() or _made_again(ctx)
-    if type(scale) not in (Tensor, FakeTensor):  # being traced: the graph's compiler decides what happens in place
+    call = saved[:5]
+    ready = ctx.ready.take(needs) or _made_again(ctx, saved, needs)
+    if type(scale) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(scale) or _has_tangent(scale):
+        # being traced, the graph's compiler decides what happens in place; under vmap there are several scales
         ready = [g * scale for g in ready]
     elif type(scale) is FakeTensor or scale.device.type != "cpu" or scale.item() != 1.0:  # free to read on CPU alone
         ready = [g.mul_(scale) for g in ready]
@@ -433,10 +462,13 @@ def _linear_ranking_gradients(ctx: Any, scale: Tensor | None, *_: Tensor | None)
     return (*_or_none(gradients, needs), *none)
 
 
-def _made_again(ctx: Any) -> list[Tensor]:
-    with torch.no_grad():
-        outputs = torch.ops.tuna_kernels.linear_ranking_loss(*ctx.saved_tensors, *ctx.settings)
-    return list(outputs[6:])
+def _made_again(ctx: Any, saved: Sequence[Any], needs: list[bool]) -> list[Tensor]:
+    *settings, _, backend = ctx.settings
+    return list(torch.ops.tuna_kernels.linear_ranking_loss(*saved, *settings, needs, backend)[6:])
 
 
-linear_ranking_loss.register_autograd(_linear_ranking_gradients, setup_context=_save_linear_ranking)
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+derivatives.register(linear_ranking_loss, setup_context=_save_linear_ranking, backward=_linear_ranking_gradients)

@@ -18,12 +18,15 @@ A vocabulary padded to a multiple of the ranks has its padding at the end: ``val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import derivatives
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,12 @@ class _Copy(torch.autograd.Function):
     """Identity; the gradient is summed over the group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(x: Tensor, group: str) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -160,10 +166,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(
-    ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, *_: Tensor | None
+    ctx: Any,
+    saved: Sequence[Any],
+    g: Tensor | None,
+    g_lse: Tensor | None,
+    g_entropy: Tensor | None,
+    *_: Tensor | None,
 ) -> tuple[Any, ...]:
     """No rank needs another's numbers."""
-    mine, counted, weight, above = ctx.saved_tensors
+    mine, counted, weight, above = saved
     zero = torch.zeros_like(weight)
     g = zero if g is None else torch.where(counted, g, 0)
     g_lse = zero if g_lse is None else torch.where(counted, g_lse, 0)
@@ -176,4 +187,6 @@ def _gradients(
     return of_chosen, of_lse - of_entropy * above, of_entropy, *none
 
 
-combine_shards.register_autograd(_gradients, setup_context=_save)
+_INSTEAD = 'gather the head and leave out process_group, with backend="reference"'
+derivatives.register(all_reduce_sum, instead=_INSTEAD)
+derivatives.register(combine_shards, setup_context=_save, backward=_gradients, instead=_INSTEAD)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def path_of(name: str) -> Path:
     """``$XDG_CACHE_HOME/tuna_kernels/NAME.json``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "tuna_kernels" / f"{name}.json"
 
 
@@ -19,17 +20,41 @@ def read(name: str) -> Any:
     """What was written last; None where nothing was, or it cannot be read."""
     try:
         return json.loads(path_of(name).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def write(name: str, value: Any) -> None:
     """Atomic; a directory that cannot be written only means that nothing is remembered."""
-    path = path_of(name)
+    _place(name, value, os.replace)
+
+
+def is_writable(name: str) -> bool:
+    """Whether `write` would remember something, found by writing."""
+    return _place(name, None, lambda temporary, _: None)
+
+
+def keep_first(name: str, value: Any, is_valid: Callable[[Any], bool]) -> Any:
+    """Remember ``value`` unless another process remembered a valid one first, and return what is remembered: processes
+    that start together agree."""
+    if not _place(name, value, os.link) and not is_valid(read(name)):
+        write(name, value)  # over what is no value, or on a file system without hard links
+    kept = read(name)
+    return kept if is_valid(kept) else value
+
+
+def _place(name: str, value: Any, put: Callable[[str, Path], None]) -> bool:
+    """Write ``value`` to a file beside its place and ``put`` it there; whether that could be done."""
+    path, temporary = path_of(name), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            temporary = file.name
             json.dump(value, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        put(temporary, path)
+        return True
     except OSError:
-        return
+        return False
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

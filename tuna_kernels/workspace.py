@@ -127,7 +127,7 @@ def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
     ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
     """
     compute, width, plan = compute_dtype(dtype), shape["width"], _plan(shape, dtype)
-    is_native = backend == "cpu" and _cpu.has_products()
+    is_native = backend == "cpu" and _cpu.has_products(dtype)
     weights = 0 if dtype == compute else 1 if is_native else 2
     rows, columns = plan.chunk(shape["rows"]), min(plan.columns, shape["vocabulary"])
     packed = 0

@@ -27,6 +27,7 @@ struct Buffers {
   float* d_scores;   // [m, n]; backward only
   float* top;        // [m] running maximum; lse in the backward
   float* sum;        // [m] running sum; delta in the backward
+  float* row_sums;   // [m]; backward only
   float* row;        // [max(D, E)]
 };
 
@@ -53,6 +54,7 @@ TUNA_INLINE int64_t carve(Buffers& buffers, float* base, const PlanView& plan, c
   buffers.d_scores = take(backward ? m * kKeyRows : 0);
   buffers.top = take(m);
   buffers.sum = take(m);
+  buffers.row_sums = take(backward ? m : 0);
   buffers.row = take(size > value_size ? size : value_size);
   return taken;
 }

@@ -273,6 +273,40 @@ static void load_statistics(const Task& task, const Queries& queries, const Atte
   }
 }
 
+// lse is in float32: where it is large its rounding would be an error of every e^(z - lse). The row's sum of them tells:
+// it is 1 but for that rounding (less where something else, a sink, stands in the denominator). Dividing dO and delta by
+// it divides the row's probabilities.
+constexpr float kLargeLse = 32.f, kRoundings = 2.f * 0x1p-24f;
+
+static void correct_large_rows(const Task& task, const Queries& queries) {
+  const Buffers& b = task.buffers;
+  const int64_t rows = queries.rows(), e = task.value_size;
+  bool large = false;
+  for (int64_t m = 0; m < rows; ++m) large |= fabsf(b.top[m]) > kLargeLse;
+  if (!large) return;
+  float* const sums = b.row_sums;
+  for (int64_t m = 0; m < rows; ++m) sums[m] = 0.f;
+  for (int64_t i = queries.block.first; i < queries.block.last; ++i) {
+    const Seen& seen = task.plan.seen[i];
+    const int64_t n = seen.width;
+    score(task, queries, Keys(task, seen.key), seen);
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* z = b.scores + m * n;
+      const float lse = b.top[m];
+      float total = 0.f;
+#pragma omp simd reduction(+ : total)
+      for (int64_t j = 0; j < n; ++j) total += exp_of(z[j] - lse);
+      sums[m] += total;
+    }
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    if (!(fabsf(b.top[m]) > kLargeLse) || !(fabsf(logf(sums[m])) <= kRoundings * fabsf(b.top[m]))) continue;
+    const float factor = 1.f / sums[m];
+    for (int64_t j = 0; j < e; ++j) b.out[m * e + j] *= factor;
+    b.sum[m] *= factor;
+  }
+}
+
 // dK and dV of all tasks: [batch, key_heads, rows of all chunks, padded size].
 struct Shares {
   float *dk, *dv;
@@ -290,6 +324,7 @@ static void backward_queries(const Task& task, const Queries& queries, const Att
   load_queries(task, queries, call.q, call.size, call.scale, b.queries);
   load_queries(task, queries, gradients.grad_out, call.value_size, 1.f, b.out);
   load_statistics(task, queries, gradients);
+  correct_large_rows(task, queries);
   for (int64_t i = 0; i < rows * d; ++i) b.d_queries[i] = 0.f;
   for (int64_t i = queries.block.first; i < queries.block.last; ++i) {
     const Seen& seen = task.plan.seen[i];

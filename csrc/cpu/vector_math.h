@@ -35,8 +35,10 @@ TUNA_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// e^x for x <= 88.7. Relative error below 2e-7 (tests hold it against float64); below -87.3 the result is 0, and NaN stays NaN.
-// x = n ln2 + r with |r| <= ln2/2; ln2 is split in two so that n ln2 is exact; e^r by a polynomial of degree 6.
+// e^x for x <= 88.7. Relative error below 1.2e-7 with fused multiply-add and without (tests hold it against float64); below
+// -87.3 the result is 0, and NaN stays NaN. x = n ln2 + r with |r| <= ln2/2; ln2 is split in two so that n ln2 is exact;
+// e^r = 1 + r + r^2 q(r), with the q of degree 4 whose largest relative error in e^r is least: 3e-9, where the terms of the
+// series leave 1.6e-7.
 TUNA_INLINE float exp_of(float x) {
   const float lowest = -87.33654f;
   const float clamped = x > lowest ? x : lowest;
@@ -45,13 +47,13 @@ TUNA_INLINE float exp_of(float x) {
   const float n = shifted - shifter;
   float r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  float p = 1.f / 720.f;
-  p = p * r + 1.f / 120.f;
-  p = p * r + 1.f / 24.f;
-  p = p * r + 1.f / 6.f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
+  float p = 1.3814532e-3f;
+  p = p * r + 8.368745e-3f;
+  p = p * r + 4.1668393e-2f;
+  p = p * r + 0.16666521f;
+  p = p * r + 0.49999994f;
+  p = p * (r * r) + r;
+  p = p + 1.f;
   const float two_to_n = bits_to_float((float_to_bits(shifted) - float_to_bits(shifter) + 127u) << 23);
   const float result = x < lowest ? 0.f : p * two_to_n;
   return x == x ? result : x;

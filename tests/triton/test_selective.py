@@ -46,9 +46,17 @@ def test_nothing_to_do_and_strided() -> None:
     selective_logprobs(none, torch.empty(0, dtype=torch.int64, device=DEVICE), backend="triton").sum().backward()
     base = torch.randn(6, 40, 3, device=DEVICE)
     targets = torch.randint(0, 40, (6, 3), device=DEVICE)
+    apart = torch.stack([targets, targets + 1000], -1)[..., 0]  # not dense: their neighbours are no targets
     for logits in (base.transpose(1, 2), torch.randn(6, 3, 90, device=DEVICE)[..., 7:47]):
-        got, expected = (selective_logprobs(logits, targets, backend=b) for b in ("triton", "reference"))
-        torch.testing.assert_close(got, expected)
+        for wanted in (targets, apart):
+            leaves = [logits.clone().requires_grad_() for _ in range(2)]
+            backends = ("triton", "reference")
+            got, expected = (
+                selective_logprobs(leaf, wanted, backend=b) for leaf, b in zip(leaves, backends, strict=True)
+            )
+            torch.testing.assert_close(got, expected)
+            gradients = (torch.autograd.grad(out.sum(), x)[0] for out, x in zip((got, expected), leaves, strict=True))
+            torch.testing.assert_close(*gradients)
     ignored = torch.randn(4, 9, device=DEVICE, requires_grad=True)
     out = selective_logprobs(ignored, torch.full((4,), -100, device=DEVICE), backend="triton")
     out.sum().backward()

@@ -117,8 +117,14 @@ def assert_equals_oracle(
     scale: float | None = None,
     seeds: tuple[int, ...] = (7,),
     lse: bool = True,
+    large: bool = False,
 ) -> None:
-    """out, lse and, for every seed's upstream, the gradients: as good as plain torch in the same dtype."""
+    """out, lse and, for every seed's upstream, the gradients: as good as plain torch in the same dtype.
+
+    ``large``: scores of hundreds. The backward takes p from a score and a log-sum-exp in base 2, each rounded once by
+    half a unit of its size: a relative error of p of up to that size in units, which plain torch does not make (it
+    keeps p).
+    """
     end, depth = tree.subtree_end.to(DEVICE), tree.position_ids.to(DEVICE)
     scale = leaves[0].shape[-1] ** -0.5 if scale is None else scale
     keywords: dict[str, Any] = {"query_rows": rows, "position_ids": depth, "window": window, "softcap": softcap}
@@ -151,7 +157,8 @@ def assert_equals_oracle(
     names = [["out", "lse"], *[["dq", "dk", "dv"]] * len(seeds)]
     for group in zip(found, textbook, truth, names, strict=True):
         for got, own, exact, name in zip(*group, strict=True):
-            assert_as_good_as_textbook(got, own, exact, name)
+            size = truth[0][1].abs().max().item() if large and name.startswith("d") else 0
+            assert_as_good_as_textbook(got, own, exact, name, units=16 + size)
 
 
 @given(
@@ -206,7 +213,7 @@ def test_head_groups_and_batches(heads: tuple[int, int], batch: int) -> None:
 @pytest.mark.parametrize("scale", [0.001, 20.0, -1.0])
 def test_flat_and_peaked_scores(scale: float, dtype: torch.dtype) -> None:
     """All keys alike, one key taking all (scores of hundreds), scores turned around."""
-    assert_equals_oracle(inputs(TREE.num_tokens, TREE.num_tokens, dtype=dtype), TREE, scale=scale)
+    assert_equals_oracle(inputs(TREE.num_tokens, TREE.num_tokens, dtype=dtype), TREE, scale=scale, large=scale > 1)
 
 
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 30.0, 1e4])

@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     sets = [
         ResponseSet(
             id=f"q{i}",
-            prompt="Why?",
+            prompt=f"Why {i}?",
             reference="Because.",
             responses=[
                 Response(text=f"{n} words", tokens=n, logprob_sum=-1.0 * i, finish_reason="stop") for n in (1, 2)
@@ -341,7 +341,8 @@ def test_the_whole_recipe_runs_and_survives_being_killed(tmp_path: Path) -> None
 
 def shortest_first(body: dict[str, Any]) -> str:
     """A judge that prefers short answers."""
-    candidates = re.findall(r'<candidate number="(\d+)">\n(.*?)\n</candidate>', body["messages"][1]["content"], re.S)
+    pattern = r'<candidate-([0-9a-f]{12}) number="(\d+)">\n(.*?)\n</candidate-\1>'
+    candidates = [found[1:] for found in re.findall(pattern, body["messages"][1]["content"], re.S)]
     order = sorted(candidates, key=lambda one: (len(one[1]), one[1]))
     marks = [{"candidate": int(n), "correctness": 3, "helpfulness": 3, "clarity": 3} for n, _ in candidates]
     ranking = [[int(n)] for n, _ in order]

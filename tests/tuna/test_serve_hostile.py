@@ -156,7 +156,7 @@ HALF = "\\ud800"
         ("completions", '{"model":"tiny","prompt":"a","%s":1}'),
         ("chat/completions", '{"model":"tiny","messages":[{"role":"user","content":"%s"}]}'),
         ("chat/completions", '{"model":"tiny","messages":[{"role":"user","content":[{"type":"text","text":"%s"}]}]}'),
-        ("chat/completions", '{"model":"tiny","messages":[{"role":"user","content":"a","name":"%s"}]}'),
+        ("chat/completions", '{"model":"tiny","messages":[{"role":"user","content":"a","id":"%s"}]}'),
         ("chat/completions", '{"model":"tiny","messages":[],"tools":[{"function":{"name":"%s"}}]}'),
         ("chat/completions", '{"model":"tiny","messages":[{"role":"user","content":"a"}],"response_format":{"type":'
                              '"json_schema","json_schema":{"schema":{"properties":{"%s":{}}}}}}'),
@@ -190,8 +190,8 @@ def test_half_a_surrogate_pair_is_the_clients_error(url: str, path: str, body: s
         ("completions", {**ASK, "stop": ["x" * 2000]}, "at most 1024"),
         ("completions", {**ASK, "prompt": "x" * 2_000_000}, "4096 positions"),
         ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
-         "only text is served"),
-        ("chat/completions", {**CHAT, "messages": [{**TURNS[0], "tool_calls": [{}]}]}, "tool_calls"),
+         "a part that is no text"),
+        ("chat/completions", {**CHAT, "messages": [{**TURNS[0], "tool_calls": [{"id": "call"}]}]}, "tool_calls"),
         ("rank", {"prompt": "a", "responses": ["b"], "length_penalty": 1e308}, "length_penalty"),
         ("rank", {"prompt": "a", "responses": ["x" * 2_000_000]}, "4096 positions"),
         ("rank", {"prompt": "a b c", "responses": ["x"], "max_length": 2}, "leaves no room"),
@@ -204,7 +204,7 @@ def test_what_no_request_may_hold_is_the_clients_error(url: str, path: str, body
 
 
 def test_fields_without_a_value_may_stand_beside_a_turn(url: str) -> None:
-    turns = [{**TURNS[0], "tool_calls": None, "refusal": None, "name": "bob"}]
+    turns = [{**TURNS[0], "tool_calls": None, "refusal": None}]
     assert post(url, "chat/completions", {"model": "tiny", "messages": turns, "max_tokens": 1}).status_code == 200
 
 

@@ -164,8 +164,8 @@ def test_records_that_do_not_fit_are_named_and_left_out() -> None:
 def test_a_prompt_without_any_token_is_named() -> None:
     tokenizer = tiny_model()[1]
     tokenizer.bos_token = None
-    tokenizer.chat_template = "{{ '' }}"
-    record = Record(id="void", prompt="p", responses=["x"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    record = Record.model_validate({"id": "void", "messages": [{"role": "user", "content": ""}], "responses": ["x"]})
     with pytest.raises(BadRecords, match="record 'void': the prompt has no tokens"):
         tokenize_records([record], tokenizer, template="chat", max_length=9)
 

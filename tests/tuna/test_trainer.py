@@ -325,6 +325,7 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path, targets: list[str]) -> No
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -369,8 +370,11 @@ def test_compiling_sharded_layers_is_refused(tmp_path: Path) -> None:
 
 def test_bad_datasets_are_named(tmp_path: Path) -> None:
     settings = config(tmp_path)
-    with pytest.raises(TypeError, match="TokenizedGroup or Record"):
-        TunaTrainer(tiny_llama(), settings, [{"prompt": "a"}])  # type: ignore[list-item]
+    for wrong in ([3], [{"prompt": "a"}, ragged(1)[0]], [{"prompt": "a"}, 3]):
+        with pytest.raises(TypeError, match="TokenizedGroup, Record or rows of records"):
+            TunaTrainer(tiny_llama(), settings, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="records need a tokenizer"):
+        TunaTrainer(tiny_llama(), settings, [{"prompt": "a", "responses": ["b"]}])
     with pytest.raises(ValueError, match="train_dataset is empty"):
         TunaTrainer(tiny_llama(), settings).train()
     with pytest.raises(ValueError, match="eval_dataset is empty"):

@@ -160,10 +160,11 @@ def leaves_of(total: int, heads: tuple[int, int], batch: int = 1) -> list[Tensor
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
     softcap=st.none() | st.floats(0.5, 20),
     batch=st.integers(1, 2),
+    sink=st.none() | st.sampled_from([-4.0, 0.5, 3.0]),
 )
 @settings(max_examples=60, deadline=None)
 def test_flash_equals_reference(
-    forest: list[Group], share: Share, heads: tuple[int, int], softcap: float | None, batch: int
+    forest: list[Group], share: Share, heads: tuple[int, int], softcap: float | None, batch: int, sink: float | None
 ) -> None:
     """Output, log-sum-exp and gradients of trees of any depth. The stand-in rounds every part to half precision, as the
     library does: the bounds are a few of those roundings."""
@@ -172,7 +173,10 @@ def test_flash_equals_reference(
     exact = [x.detach().double().requires_grad_() for x in leaves]
     results = []
     for qkv, backend in ((leaves, "flash"), (exact, "reference")):
-        out, lse = tree_attention(*qkv, tree.subtree_end, softcap=softcap, scale=0.6, return_lse=True, backend=backend)
+        sinks = None if sink is None else torch.full((heads[0],), sink, dtype=qkv[0].dtype)
+        out, lse = tree_attention(
+            *qkv, tree.subtree_end, softcap=softcap, scale=0.6, sinks=sinks, return_lse=True, backend=backend
+        )
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().to(out.dtype)
         results.append((out, lse, *torch.autograd.grad(out, qkv, upstream)))
     for name, found, true in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +50,36 @@ def test_without_the_extension_everything_runs_on_torch() -> None:
     value, why, refused = done.stdout.splitlines()
     assert abs(float(value) + 1.3862944) < 1e-6
     assert "not there" in why and refused.startswith("refused: backend = 'cpu' cannot serve this call")
+
+
+def test_a_checkout_that_hides_the_installed_package_is_named(tmp_path: Path) -> None:
+    """`pip install .`, then Python in the clone: its copy has no extension. Said at the first use, with both places."""
+    source = Path(tk.__file__).parent
+    checkout, site = tmp_path / "checkout" / source.name, tmp_path / "site" / source.name
+    shutil.copytree(source, checkout, ignore=shutil.ignore_patterns("_cpu*", "__pycache__"))
+    shutil.copytree(checkout, site)
+    (site / "backends" / f"_cpu{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    (checkout / "backends" / "_cpu.cpython-36m-x86_64-linux-gnu.so").write_bytes(b"")
+    program = (
+        "import torch, tuna_kernels as tk\n"
+        "for _ in range(2): tk.linear_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([0]))\n"
+        "print(tk.available_backends()['cpu'])\n"
+    )
+
+    def run(folder: Path) -> tuple[str, str]:
+        environment = os.environ | {"PYTHONPATH": str(site.parent)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip(), done.stderr
+
+    why, warned = run(checkout.parent)
+    assert str(checkout) in why and str(site) in why and "pip install --editable ." in why
+    assert warned.count(why) == 1
+    why, warned = run(tmp_path)
+    assert "Python took" not in why + warned  # that the file is no extension is another matter
+    shutil.rmtree(site)
+    why, warned = run(checkout.parent)
+    assert "built for another Python (_cpu.cpython-36m-x86_64-linux-gnu.so)" in why and "Python took" not in warned
 
 
 def test_importing_the_library_needs_torch_and_numpy_only() -> None:

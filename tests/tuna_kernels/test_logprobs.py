@@ -128,6 +128,17 @@ VARIANTS = [
     Case(spread=0.0),  # flat
     Case(bias=True, shift=-500.0),  # all logits far below zero: a tail of zeros would win
     Case(bias=True, shift=500.0),
+    Case(bias=True, shift=2e4),  # log-sum-exp itself is off by 1e-3 in float32
+    Case(bias=True, shift=-2e4, entropy=True),
+    Case(bias=True, shift=2e4, frozen_head=True),
+    Case(scale=100.0),  # steep: a fused multiply-add sees the largest logit other than it was rounded
+    Case(scale=1e4, frozen_head=True),
+    Case(scale=-50.0, bias=True, lora=True, entropy=True),
+    Case(scale=-50.0, frozen_head=True),
+    Case(scale=1e-3, bias=True),
+    Case(scale=0.0, entropy=True),
+    Case(scale=100.0, softcap=5.0, bias=True),  # saturated
+    Case(scale=-3.0, softcap=1000.0, frozen_head=True),
 ]
 DTYPES = list(itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2))
 
@@ -243,6 +254,8 @@ def test_expanded_upstream_and_strided_inputs(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 576])
 def test_a_rows_bits_do_not_depend_on_the_batch(dtype: torch.dtype, width: int) -> None:
+    if not cpu.has_products(dtype):
+        pytest.skip("the BLAS multiplies: which bits a row gets beside others is its own business (docs/numerics.md)")
     g = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(1300, width, generator=g).to(dtype),
@@ -414,7 +427,11 @@ BAD = [
     ({"bias": torch.zeros(3)}, ValueError, "bias"),
     ({"lora": (torch.zeros(2, 4), torch.zeros(7, 2), 1.0)}, ValueError, "lora"),
     ({"softcap": 0.0}, ValueError, "softcap"),
+    ({"softcap": 1e-50}, ValueError, "softcap = 1e-50"),
+    ({"softcap": float("inf")}, ValueError, "softcap = inf"),
     ({"logit_scale": float("nan")}, ValueError, "logit_scale"),
+    ({"logit_scale": 1e40}, ValueError, "logit_scale = 1e"),
+    ({"bias": torch.zeros(7).double(), "backend": "cpu"}, RuntimeError, "float64"),
     ({"backend": "cuda12"}, ValueError, "cuda12"),
     ({"hidden": torch.zeros(4, 3).double(), "backend": "cpu"}, RuntimeError, "float64"),
     ({"hidden": torch.zeros(4, 3, device="meta")}, ValueError, "meta"),
@@ -434,8 +451,9 @@ def test_selective_bad_input_is_named() -> None:
     logits = torch.zeros(2, 5)
     with pytest.raises(IndexError, match=r"targets\[1\] = 5"):
         selective_logprobs(logits, torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="temperature = 0"):
-        selective_logprobs(logits, torch.tensor([0, 1]), temperature=0)
+    for temperature in (0, -1.0, float("nan"), float("inf"), 1e-300):
+        with pytest.raises(ValueError, match=f"temperature = {temperature}"):
+            selective_logprobs(logits, torch.tensor([0, 1]), temperature=temperature)
     with pytest.raises(ValueError, match="targets"):
         selective_logprobs(logits, torch.tensor([0, 1, 2]))
     with pytest.raises(TypeError, match="logits"):

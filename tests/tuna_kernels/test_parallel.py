@@ -24,6 +24,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"frozen": True, "entropy": False},
     {"valid": 60},  # all of the second rank is padding
     {"dtype": torch.bfloat16, "bias": True},
+    {"bias": True, "logit_scale": -300.0},
+    {"bias": True, "shift": 2e4},
+    {"bias": True, "masked": True},  # targets and a whole rank without probability
+    {"bias": True, "masked": True, "frozen": True, "entropy": False},
 ]
 
 
@@ -33,7 +37,10 @@ def problem(options: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Tens
     valid = options.get("valid", VOCABULARY)
     leaves = {"hidden": torch.randn(17, 24, generator=g), "weight": torch.randn(PADDED, 24, generator=g)}
     if options.get("bias"):
-        leaves["bias"] = torch.randn(PADDED, generator=g) * 3 - 50
+        leaves["bias"] = torch.randn(PADDED, generator=g) * 3 - 50 + options.get("shift", 0.0)
+    if options.get("masked"):
+        leaves["bias"][PADDED // RANKS :] = -torch.inf
+        leaves["bias"][1::3] = -torch.inf
     if options.get("lora"):
         leaves |= {"lora_a": torch.randn(3, 24, generator=g), "lora_b": torch.randn(PADDED, 3, generator=g)}
     targets = torch.randint(0, valid, (40,), generator=g)
@@ -134,9 +141,10 @@ def check_ranks(backend: str) -> None:
             for name in wanted:
                 # The hidden gradient is rounded once a rank before it is summed.
                 rounded = dtype if name.startswith("d ") else torch.float32
-                assert_as_good_as_textbook(
-                    got[name], expected[name], wanted[name], f"{name} {options} rank {rank}", rounded=rounded
-                )
+                absent = wanted[name] == -torch.inf
+                assert torch.equal(got[name] == -torch.inf, absent), f"{name} {options} rank {rank}"
+                values = (x[name].masked_fill(absent, 0) for x in (got, expected, wanted))
+                assert_as_good_as_textbook(*values, f"{name} {options} rank {rank}", rounded=rounded)
 
 
 @pytest.mark.parametrize(

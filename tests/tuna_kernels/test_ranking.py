@@ -137,8 +137,8 @@ def test_micro_batches_with_the_counts_of_the_step_add_up(backend: str, preset: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("budget", [0, None])
-def test_second_backward_is_right(backend: str, budget: int | None) -> None:
-    """Gradients made in the forward are handed over once; the next backward recomputes them."""
+def test_a_second_backward_gives_the_bits_of_the_first(backend: str, budget: int | None) -> None:
+    """Gradients made in the forward are handed over once; the next backward makes them again the same way."""
     tree = pack_groups(make_groups())
     hidden = torch.randn(tree.num_tokens, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
@@ -146,9 +146,46 @@ def test_second_backward_is_right(backend: str, budget: int | None) -> None:
     first = torch.autograd.grad(loss * 2, (hidden, weight), retain_graph=True)
     kept = [g.clone() for g in first]
     second = torch.autograd.grad(loss * 3, (hidden, weight), retain_graph=True)
-    for before, now, again in zip(kept, first, second, strict=True):
+    third = torch.autograd.grad(loss * 2, (hidden, weight), retain_graph=True)
+    for before, now, other, again in zip(kept, first, second, third, strict=True):
         assert torch.equal(before, now), "the first result was changed by the second backward"
-        torch.testing.assert_close(again, now * 1.5, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(other, now * 1.5, rtol=1e-4, atol=1e-6)
+        assert torch.equal(again, now)
+
+
+@pytest.mark.parametrize("budget", [0, ONE_GROUP, None])
+def test_gradcheck(budget: int | None) -> None:
+    """It runs two backwards of one graph and wants the same bits (``nondet_tol=0``)."""
+    tree = pack_groups([Group([1, 2], [[3, 4], [3, 5, 6], [7]], ranks=[0, 1, 2])])
+    g = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, 5, generator=g).double().requires_grad_() for n in (tree.num_tokens, 11))
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return linear_ranking_loss(h, w, tree, logits_budget=budget, backend="torch").loss
+
+    assert torch.autograd.gradcheck(loss, (h, w))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("mle_weight", [1.0, 0.0])
+def test_a_token_without_probability(backend: str, preset: Any, mle_weight: float) -> None:
+    """In a losing candidate it costs that one its score and nothing else; gradients are finite whatever the loss is."""
+    tree = pack_groups([Group([0], [[1, 2], [3], [4]], ranks=[0, 1, 2])])
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(tree.num_tokens, 8, generator=g), torch.randn(9, 8, generator=g)
+    for token, is_best in ((4, False), (2, True)):
+        h, bias = hidden.clone().requires_grad_(), torch.zeros(9)
+        bias[token] = -torch.inf
+        out = linear_ranking_loss(h, weight, tree, bias=bias, preset=preset, mle_weight=mle_weight, backend=backend)
+        out.loss.backward()
+        assert out.scores.isinf().tolist() == [is_best, False, not is_best]
+        assert out.ranking.isfinite().item() is not is_best
+        assert out.mle.isfinite().item() is (preset == "paper" and not is_best)
+        expected = out.ranking + (mle_weight * out.mle if mle_weight else 0)
+        torch.testing.assert_close(out.loss.detach(), expected)
+        assert h.grad is not None and h.grad.isfinite().all()
+        assert h.grad.any() or not mle_weight
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -71,7 +71,14 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=WINDOW)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_COMMON)),
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**_COMMON, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, final_logit_softcapping=3.0)
+        Gemma2Config(
+            **_COMMON,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            final_logit_softcapping=3.0,
+            attn_implementation="eager",  # stock SDPA leaves the softcap out in some versions of transformers
+        )
     ),
     "opt": lambda: OPTForCausalLM(
         OPTConfig(

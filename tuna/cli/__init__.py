@@ -76,13 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always; 0 when all went well, 2 for an error of the user's.
     """
+    from tuna.cli.terminal import complain, log_visibly
+
+    log_visibly()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="tuna")
     except USER_ERRORS as error:
         if os.environ.get("TUNA_TRACEBACK", "0") not in ("", "0"):
             raise
         words = sys.argv[1:] if arguments is None else list(arguments)
-        print(f"error: {message(error, words, typer.main.get_command(app))}", file=sys.stderr)
+        complain(f"error: {message(error, words, typer.main.get_command(app))}")
         raise SystemExit(2) from None
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tuna.cli.template import TemplateOption, given_template, warn
+from tuna.cli.terminal import Terminal, complain, say, say_json, visible
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from tuna.records import Problem, Record
     from tuna.tokenization import TokenStats
@@ -43,10 +46,10 @@ def validate(
 
     found = read_records(source, format=format, on_bad="skip")
     stats = record_stats(found.records)
-    console = Console()
+    console = Terminal()
     if as_json:
         problems = [{"file": p.file, p.unit: p.line, "reason": p.reason} for p in found.problems]
-        typer.echo(json.dumps({**stats, "problems": problems}, ensure_ascii=False))
+        say_json({**stats, "problems": problems})
     else:
         _print_problems(console, found.problems)
         console.print(_stats_table(stats))
@@ -78,9 +81,9 @@ def convert(
 
     found = read_records(source, format=format, on_bad=on_bad)
     write_records(target, found.records)
-    _print_problems(Console(stderr=True), found.problems)
-    typer.echo(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
-    typer.echo(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}", err=True)
+    _print_problems(Terminal(stderr=True), found.problems)
+    say(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
+    complain(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}")
 
 
 @app.command()
@@ -91,7 +94,7 @@ def stats(
     model: Annotated[
         str | None, typer.Option(help="Count tokens with the tokenizer of this model (name or folder).")
     ] = None,
-    template: Annotated[str, typer.Option(help="none, chat, alpaca, or a text with {prompt}.")] = "alpaca",
+    template: TemplateOption = None,
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and response together.")] = 512,
     batch_groups: Annotated[int, typer.Option(help="Groups a padded batch has, to compare with.")] = 16,
     on_bad: OnBadFlag = "skip",
@@ -105,25 +108,28 @@ def stats(
         refuse_given(context, "tokens are counted with --model", "template", "max_length", "batch_groups")
     found = read_records(source, format=format, on_bad=on_bad)
     problems, tokens = list(found.problems), None
+    console = Terminal(stderr=as_json)
     if model is not None and found.records:
         from tuna.models import load_tokenizer
+        from tuna.notices import cut_notice
         from tuna.tokenization import token_stats, tokenize_records
 
+        tokenizer = load_tokenizer(model)
         groups, unfit = tokenize_records(
             found.records,
-            load_tokenizer(model),
-            template=template,
+            tokenizer,
+            template=given_template(console, template, model, tokenizer),
             max_length=max_length,
             on_bad=on_bad,
         )
         problems += unfit
         tokens = token_stats(groups, batch_groups=batch_groups) if groups else None
+        warn(console, cut_notice(groups, max_length))
     numbers = record_stats(found.records)
     if as_json:
         left_out = [str(problem) for problem in problems]
-        typer.echo(json.dumps({**numbers, "tokens": asdict(tokens) if tokens else None, "problems": left_out}))
+        say_json({**numbers, "tokens": asdict(tokens) if tokens else None, "problems": left_out})
         return
-    console = Console()
     _print_problems(console, problems)
     console.print(_stats_table(numbers))
     if tokens is not None:
@@ -134,33 +140,43 @@ def stats(
 @app.command()
 def split(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Any .json or .jsonl file whose rows have ids.")],
+    source: Annotated[str, typer.Argument(help="Any .json or .jsonl file whose rows have prompts or ids.")],
     output: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
-    fraction: Annotated[float | None, typer.Option(help="Hold out this share, chosen by a hash of the ids.")] = None,
-    like: Annotated[str | None, typer.Option(help="Or: hold out the ids that this file has.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, another choice.")] = 0,
+    fraction: Annotated[
+        float | None, typer.Option(help="Hold out this share of the prompts, chosen by their hash.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Or: hold out the ids and the prompts that this file has.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another choice.")] = 42,
 ) -> None:
-    """Split a file by the ids of its rows, which are copied as they are."""
+    """Split a file by the prompts of its rows (by their ids where they have none); rows are copied as they are.
+
+    All rows of a prompt go to the same side. The same seed and share hold out the same prompts in tuna train.
+    """
     from tuna.cli.messages import refuse_given
     from tuna.cli.next import next_command
     from tuna.files import write_rows
-    from tuna.split import hold_out, rows_with_ids
+    from tuna.split import hold_out, rows_to_split
 
     if (fraction is None) == (like is None):
         raise ValueError("give exactly one of --fraction and --like")
     if like is not None:
         refuse_given(context, "--like says what is held out", "seed")
-    rows = rows_with_ids(source)
-    held = set(rows_with_ids(like)) if like is not None else hold_out(rows, fraction or 0.0, seed)
+    rows = rows_to_split(source)
+    if like is not None:
+        there = rows_to_split(like)
+        ids, prompts = ({getattr(item, name) for item in there} - {None} for name in ("id", "prompt"))
+        held = {item.key for item in rows if item.id in ids or item.prompt in prompts}
+    else:
+        held = hold_out([item.key for item in rows], fraction or 0.0, seed)
     parts = {
-        "train.jsonl": [row for name, row in rows.items() if name not in held],
-        "held_out.jsonl": [row for name, row in rows.items() if name in held],
+        "train.jsonl": [item.row for item in rows if item.key not in held],
+        "held_out.jsonl": [item.row for item in rows if item.key in held],
     }
     for name, part in parts.items():
         write_rows(output / name, part)
-        typer.echo(f"{output / name}: {len(part)} rows")
+        say(f"{output / name}: {len(part)} rows")
     files = {"data": output / "train.jsonl", "eval_data": output / "held_out.jsonl"}
-    typer.echo(f"next: {next_command('train', model='MODEL', **files, output='FOLDER')}", err=True)
+    complain(f"next: {next_command('train', model='MODEL', **files, output='FOLDER')}")
 
 
 def record_stats(records: Sequence[Record]) -> dict[str, Any]:
@@ -195,7 +211,7 @@ def best_and_worst(records: Sequence[Record], count: int = 3, width: int = 160) 
     ranked = [record for record in records if max(record.dense_ranks()) > 0]
     for record in ranked[:count]:
         prompt = record.prompt if record.prompt is not None else (record.messages or [])[-1].content
-        cells = (record.id, prompt, _judged(record, record.best()), _judged(record, record.worst()))
+        cells = map(visible, (record.id, prompt, _judged(record, record.best()), _judged(record, record.worst())))
         # Text, not str: rich would read [brackets] in data as mark-up.
         table.add_row(*(Text(cell if len(cell) <= width else cell[: width - 1] + "…") for cell in cells))
     return table

@@ -32,12 +32,12 @@ def demo(
     well held-out responses are ranked before and after some tens of steps.
     """
     import torch
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.info import collect_info
     from tuna.cli.next import say_next
     from tuna.cli.progress import TrainingProgress
+    from tuna.cli.terminal import Terminal
     from tuna.demo import DemoSettings, run_demo
 
     if threads is not None:
@@ -60,12 +60,12 @@ def demo(
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = DemoSettings.tiny(**changes) if tiny else DemoSettings(**changes)
-    console = Console()
+    console = Terminal()
     results = run_demo(
         settings,
         output,
         callbacks=[TrainingProgress(console)],
-        say=lambda line: console.print(f"[dim]{line} …[/dim]", highlight=False),
+        say=lambda line: console.print(f"{line} …", style="dim", highlight=False),
         machine=collect_info(),
     )
     for table in demo_tables(results):

@@ -22,10 +22,11 @@ def export(
     import torch
 
     from tuna.cli.next import next_command
+    from tuna.cli.terminal import complain, say
     from tuna.export import export as write
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
     done = write(source, output, model=model, dtype=None if dtype is None else getattr(torch, dtype))
-    typer.echo(f"{done} is in {output}")
-    typer.echo(f"next: {next_command('serve', model=output)}", err=True)
+    say(f"{done} is in {output}")
+    complain(f"next: {next_command('serve', model=output)}")

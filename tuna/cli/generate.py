@@ -51,7 +51,10 @@ def generate(
         str | None, typer.Option(help="Take the log-probabilities from this local model instead of the endpoint.")
     ] = None,
     score_template: Annotated[
-        str | None, typer.Option(help="How prompts are shown to it. Default: chat for chat, else the template.")
+        str | None,
+        typer.Option(
+            help="How prompts are shown to it. Default: as it was trained; else chat for chat, or the template."
+        ),
     ] = None,
     score_max_length: Annotated[int, typer.Option(help="Most tokens it scores of prompt and response.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Use the first so many instructions.")] = None,
@@ -73,10 +76,10 @@ def generate(
     dry_run: paid.DryRun = False,
 ) -> None:
     """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
-    from rich.console import Console
-
     from tuna.cli.messages import refuse_given
+    from tuna.cli.terminal import Terminal
     from tuna.generate import Sampling
+    from tuna.templates import saved_template
 
     if score_with is None:
         refuse_given(context, "it is for --score-with", "score_template", "score_max_length")
@@ -111,7 +114,7 @@ def generate(
         logprobs=logprobs and score_with is None,
         extra=paid.parse_extra(extra),
     )
-    run = paid.PaidRun(Console(), "generate", output, sampling.parameters(), settings)
+    run = paid.PaidRun(Terminal(), "generate", output, sampling.parameters(), settings)
     wanted = read_wanted(run.console, instructions, limit, on_bad)
     requests = [sampling.request(item) for item in wanted]  # what cannot be rendered shows before the first call
     if dry_run:
@@ -120,7 +123,7 @@ def generate(
         return
     scorer = None
     if score_with is not None:
-        shown = score_template or ("chat" if api == "chat" else template)
+        shown = score_template or saved_template(score_with) or ("chat" if api == "chat" else template)
         scorer = _Scorer(run.console, score_with, shown, score_max_length)
         scorer.check(wanted)
     _gather(run, sampling, wanted, keep_token_logprobs, scorer)

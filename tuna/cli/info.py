@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
+
+from tuna.cli.terminal import Terminal, say_json
 
 __all__ = ["collect_info", "info"]
 
@@ -32,11 +32,18 @@ PACKAGES = {
 
 
 def collect_info() -> dict[str, Any]:
-    """Versions, threads, devices and backends, as plain JSON values; a usable backend has "" for a reason."""
+    """Versions, threads, devices and backends, as plain JSON values; a usable backend has "" for a reason.
+
+    ``cpu_products``: by type, whose matrix products the `cpu` backend takes; ``warnings``: versions outside
+    of the tested, a checkout that hides the installed package.
+    """
     import torch
 
     from tuna import __version__
+    from tuna_kernels import versions
+    from tuna_kernels.backends.cpu import products_chosen
     from tuna_kernels.config import available_backends
+    from tuna_kernels.installation import shadowing
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -46,7 +53,9 @@ def collect_info() -> dict[str, Any]:
         "cpu": {"logical_cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "cuda_devices": devices,
         "backends": available_backends(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu_products": products_chosen(),
+        "packages": {name: versions.installed(name) for name in PACKAGES},
+        "warnings": [*versions.warnings(), *filter(None, [shadowing()])],
     }
 
 
@@ -61,12 +70,13 @@ def info(
         raise typer.Exit(check_kernels(as_json=as_json))
     found = collect_info()
     if as_json:
-        typer.echo(json.dumps(found))
+        say_json(found)
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from tuna.cli.terminal import Terminal
+
+    console = Terminal()
     console.print(f"tuna {found['tuna']}, Python {found['python']}, {found['platform']}", highlight=False)
     console.print("{logical_cores} logical cores, torch uses {torch_threads} threads".format(**found["cpu"]))
     console.print(f"CUDA devices: {', '.join(found['cuda_devices']) or 'none'}", highlight=False)
@@ -76,7 +86,12 @@ def info(
     packages = Table("package", "version", "for", title="Packages", title_justify="left")
     for name, installed in found["packages"].items():
         packages.add_row(name, installed or "not installed", PACKAGES[name])
-    console.print(backends, packages)
+    console.print(backends)
+    for name, whose in found["cpu_products"].items():
+        console.print(f"{name} products of the cpu backend: {whose}", highlight=False)
+    console.print(packages)
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}", style="bold yellow", highlight=False)
 
 
 def check_kernels(*, as_json: bool) -> int:
@@ -87,7 +102,6 @@ def check_kernels(*, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
@@ -97,12 +111,12 @@ def check_kernels(*, as_json: bool) -> int:
     if reason := triton.why_not():
         raise ValueError(f"--self-check: {reason}")
     interpreted = triton.is_interpreted()
-    console = Console()
+    console = Terminal()
     running = run_checks("cpu" if interpreted else "cuda", small=interpreted)
-    checks = list(track(running, "checking kernels", console=Console(stderr=True), transient=True))
+    checks = list(track(running, "checking kernels", console=Terminal(stderr=True), transient=True))
     failed = sum(not check.passed for check in checks)
     if as_json:
-        typer.echo(json.dumps([asdict(check) | {"passed": check.passed} for check in checks]))
+        say_json([asdict(check) | {"passed": check.passed} for check in checks])
         return int(failed > 0)
     table = Table("kernel", "error", "allowed", "", title="GPU kernels against the float64 oracle")
     for check in checks:
@@ -113,10 +127,3 @@ def check_kernels(*, as_json: bool) -> int:
     where = "Triton's interpreter" if interpreted else "this card"
     console.print(f"{len(checks) - failed} of {len(checks)} checks passed in {where}")
     return int(failed > 0)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -54,8 +54,7 @@ def judge(
     dry_run: paid.DryRun = False,
 ) -> None:
     """Let a judge model rank responses; writes records for tuna train. Interrupted, it goes on where it was."""
-    from rich.console import Console
-
+    from tuna.cli.terminal import Terminal
     from tuna.judge import Judge, JudgeSettings
 
     settings = paid.paid_settings(
@@ -84,7 +83,7 @@ def judge(
         response_format=response_format,
         extra=paid.parse_extra(extra),
     )
-    run = paid.PaidRun(Console(), "judge", output, asked.parameters(), settings)
+    run = paid.PaidRun(Terminal(), "judge", output, asked.parameters(), settings)
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
     items = _candidates(run, data, on_bad)[:limit]

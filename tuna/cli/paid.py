@@ -43,6 +43,7 @@ __all__ = [
     "parse_extra",
 ]
 
+SHOWN = 5  # notes about a journal that are printed
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -98,7 +99,7 @@ def paid_settings(
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency} must be at least 1")
     endpoint = EndpointSettings(
-        base_url.rstrip("/"),
+        base_url,
         key_variable,
         requests_per_minute=requests_per_minute,
         request_timeout=request_timeout,
@@ -118,9 +119,12 @@ def parse_extra(text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: no JSON object.
     """
+    from tuna.bodies import parse_json
+
     try:
-        value = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
+        value = parse_json(text.encode("utf-8", "replace")) if text else {}
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
         raise ValueError(f"--extra is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"--extra takes a JSON object, not {text}")
@@ -148,7 +152,18 @@ class PaidRun:
     following: str = ""
 
     def journal(self) -> Journal:
-        """The folder's journal, to be opened."""
+        """The folder's journal, to be opened.
+
+        Raises:
+            ValueError: no call could succeed for want of a key.
+        """
+        from tuna.remedies import needs_key
+
+        if (reason := needs_key(self.settings.endpoint)) is not None:
+            raise ValueError(reason)
+        return self._journal()
+
+    def _journal(self) -> Journal:
         from tuna.journal import Journal
 
         return Journal(self.folder, self.tool, {"base_url": self.settings.endpoint.base_url, **self.parameters})
@@ -160,7 +175,7 @@ class PaidRun:
         from tuna.calls import worst_case
 
         if (self.folder / "manifest.json").exists():
-            with self.journal() as journal:
+            with self._journal() as journal:
                 calls, found, usage = worst_case(requests, journal)
         else:
             calls, found, usage = worst_case(requests)
@@ -188,8 +203,12 @@ class PaidRun:
         from tuna.calls import run_paid
         from tuna.cli.bar import progress_bar
 
+        for note in journal.notes[:SHOWN]:
+            self._say(note, "yellow")
+        if len(journal.notes) > SHOWN:
+            self._say(f"… and {len(journal.notes) - SHOWN} lines more", "yellow")
         start = time.perf_counter()
-        with progress_bar(self.console, "records", TextColumn("{task.fields[spent]}")) as bar:
+        with progress_bar(self.console, "records", TextColumn("{task.fields[spent]}", markup=False)) as bar:
             task = bar.add_task(self.tool, total=len(jobs), spent="")
             outcome, calls = asyncio.run(
                 run_paid(
@@ -256,6 +275,7 @@ def _figures(outcome: Outcome[Any], calls: PaidCalls, jobs: int, seconds: float)
         "left": jobs - done - failed,
         "calls answered": calls.made,
         "answered by the journal": calls.found,
+        "passed over in the journal": calls.passed_over + len(journal.notes),
         "requests sent": endpoint.requests,
         "repeated after a fault": endpoint.retries,
         "refused for their rate": endpoint.refused,

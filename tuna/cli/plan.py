@@ -40,7 +40,7 @@ def plan(
     response: Annotated[int, _flag(help="Tokens of a response.", panel=DATA)] = 256,
     data: Annotated[str | None, _flag(help="Or real ranked records, whose lengths count.", panel=DATA)] = None,
     tokenizer: Annotated[str | None, _flag(help="For --data. Default: the model's.", panel=DATA)] = None,
-    template: Annotated[str, _flag(help="For --data, as in tuna train.", panel=DATA)] = "none",
+    template: Annotated[str | None, _flag(help="For --data, as in tuna train.", panel=DATA)] = None,
     max_length: Annotated[int, _flag(help="For --data, as in tuna train.", panel=DATA)] = 512,
     groups: Annotated[int, _flag(help="Groups of a micro-batch.", panel=STEP)] = 1,
     method: Annotated[
@@ -69,9 +69,8 @@ def plan(
 
     Fails with the reason, and with the nearest plan that fits, where the one asked for does not.
     """
-    from rich.console import Console
-
     from tuna.cli.messages import refuse_given
+    from tuna.cli.terminal import Terminal
     from tuna.plan.planner import Planner
     from tuna.plan.simulate import Simulator
     from tuna.plan.sizes import explicit_config, model_config
@@ -99,7 +98,7 @@ def plan(
     planner = Planner(Simulator(config))
     if zero is None:
         request = _lowest_stage(planner, request)
-    console = Console()
+    console = Terminal()
     rows = _compare(console, planner, request, most_groups)
     title = f"{model or 'model'}: {workload.describe()}, {_setting(request)}"
     console.print(_table(title, rows))
@@ -129,7 +128,7 @@ def _advise(console: Console, planner: Planner, request: Request, model: str | N
 
 
 def _workload(
-    k: int, prompt: int, response: int, data: str | None, tokenizer: str | None, template: str, max_length: int
+    k: int, prompt: int, response: int, data: str | None, tokenizer: str | None, template: str | None, max_length: int
 ) -> Workload:
     from tuna.plan.workload import Workload
 
@@ -139,11 +138,13 @@ def _workload(
         raise ValueError("--data needs --tokenizer (or a --model that brings one)")
     from tuna.models import load_tokenizer
     from tuna.records import read_records
+    from tuna.templates import DEFAULT, saved_template
     from tuna.tokenization import tokenize_records
 
+    shown = template or saved_template(tokenizer) or DEFAULT
     found = read_records(data, format="auto", on_bad="skip")
     groups, _ = tokenize_records(
-        found.records, load_tokenizer(tokenizer), template=template, max_length=max_length, on_bad="skip"
+        found.records, load_tokenizer(tokenizer), template=shown, max_length=max_length, on_bad="skip"
     )
     if not groups:
         raise ValueError(f"data = {data!r} holds no record that can be used")

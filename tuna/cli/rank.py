@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tuna.cli.template import TemplateOption, given_template
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,7 +34,7 @@ def rank(
         bool, typer.Option("--reference/--no-reference", help="Whether the dataset's own response takes rank 0.")
     ] = True,
     score_with: Annotated[str | None, typer.Option(help="Score with this local model instead of the file's.")] = None,
-    template: Annotated[str, typer.Option(help="For --score-with: none, chat, alpaca or with {prompt}.")] = "none",
+    template: TemplateOption = None,
     max_length: Annotated[int, typer.Option(help="For --score-with: most tokens of prompt and response.")] = 2048,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="For --score-with: of the weights.")
@@ -41,11 +43,11 @@ def rank(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Rank responses by the log-probability their teacher gave them, the reference response first."""
-    from rich.console import Console
     from rich.table import Table
 
     from tuna.cli.messages import refuse_given
     from tuna.cli.next import say_next
+    from tuna.cli.terminal import Terminal
     from tuna.files import write_rows
     from tuna.ranking import RankingRules, rank_responses, ranking_figures
     from tuna.report import write_json
@@ -56,7 +58,7 @@ def rank(
     )
     if score_with is None:
         refuse_given(context, "it is for --score-with", "template", "max_length", "dtype")
-    console = Console()
+    console = Terminal()
     sets, problems = read_responses(data, on_bad=on_bad)
     if not sets:
         raise ValueError(f"data = {data!r} holds no responses")
@@ -82,7 +84,7 @@ def rank(
 
 
 def _scored(
-    console: Console, sets: list[ResponseSet], name: str, template: str, max_length: int, dtype: str
+    console: Console, sets: list[ResponseSet], name: str, template: str | None, max_length: int, dtype: str
 ) -> list[ResponseSet]:
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -94,6 +96,7 @@ def _scored(
     with console.status(f"scoring with {name} …"):
         model, tokenizer = load_model(name, dtype=getattr(torch, dtype))
         torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+        template = given_template(console, template, name, tokenizer)
         return score_responses(sets, model, tokenizer, name=name, template=template, max_length=max_length)
 
 

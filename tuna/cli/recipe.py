@@ -25,14 +25,14 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not show what the steps print.")] = False,
 ) -> None:
     """Run the steps that are not done yet, then write the report."""
-    from rich.console import Console
     from rich.text import Text
 
+    from tuna.cli.terminal import Terminal
     from tuna.recipe import PlannedStep, plan, read_recipe
     from tuna.recipe_report import write_report
     from tuna.recipe_run import run_steps
 
-    console = Console()
+    console = Terminal()
     found = read_recipe(recipe, _variables(set_))
     steps = plan(found, recipe.resolve().parent)
     names = [step.step.name for step in steps]
@@ -59,16 +59,16 @@ def run(
 @app.command()
 def show(recipe: RecipeFile, set_: SetFlag = None) -> None:
     """List the steps, which of them are done, and the commands they stand for. Runs nothing."""
-    from rich.console import Console
     from rich.table import Table
 
+    from tuna.cli.terminal import Terminal
     from tuna.recipe import plan, read_recipe
 
     steps = plan(read_recipe(recipe, _variables(set_)), recipe.resolve().parent)
     table = Table("step", "done", "command", title=str(recipe), title_justify="left")
     for step in steps:
         table.add_row(step.step.name, "yes" if step.done else "no", step.command_line())
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _variables(texts: list[str] | None) -> dict[str, Any]:

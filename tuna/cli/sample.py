@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
+from tuna.cli.template import given_template, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,10 @@ def sample(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response; may be repeated.")] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="none, chat, alpaca or a text with {prompt}. Default: none; chat with --api chat."),
+        typer.Option(
+            help="none, chat, alpaca or a text with {prompt}. Default: as the student was trained, or none; with "
+            "--api chat the endpoint's own."
+        ),
     ] = None,
     alike: Annotated[float, typer.Option(help="Draw again where two responses have this ROUGE-L.")] = 0.8,
     step: Annotated[float, typer.Option(help="Temperature added from try to try.")] = 0.1,
@@ -74,13 +78,12 @@ def sample(
     dry_run: paid.DryRun = False,
 ) -> None:
     """Draw the student's own diverse responses, for a judge to rank. Interrupted, it goes on where it was."""
-    from rich.console import Console
-
     from tuna.cli.generate import read_wanted
     from tuna.cli.messages import refuse_given
+    from tuna.cli.terminal import Terminal
     from tuna.sample import Diversity, LocalSampling
 
-    console = Console()
+    console = Terminal()
     diversity = Diversity(alike=alike, step=step, tries=tries)
     wanted = read_wanted(console, instructions, limit, on_bad)
     if base_url is None:
@@ -94,7 +97,7 @@ def sample(
             top_p=top_p,
             seed=seed,
             stop=tuple(stop or ()),
-            template=template or "none",
+            template=given_template(console, template, model, None),
             diversity=diversity,
         )
         _local(console, model, dtype, wanted, sampling, output, batch)
@@ -166,6 +169,7 @@ def _local(
     from tuna.journal import Journal
     from tuna.models import load_model
     from tuna.sample import sample_locally
+    from tuna.templates import saved_template, unused_chat_template
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # A student trained again under the same name is another student.
@@ -175,6 +179,8 @@ def _local(
         with console.status(f"loading {model} …"):
             network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
             torch.nn.Module.to(network, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if saved_template(model) is None:
+            warn(console, unused_chat_template(sampling.template, tokenizer))
         with progress_bar(console, "prompts") as bar:
             task = bar.add_task("sample", total=len(wanted))
             sets, problems = sample_locally(

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tuna.cli.template import TemplateOption, given_template, warn
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
     from torch.nn import Module
+    from transformers import PreTrainedTokenizerBase
 
     from tuna.scoring import ScoreReport
     from tuna.tokenization import TokenizedGroup
@@ -23,7 +26,7 @@ __all__ = ["score"]
 def score(
     model: Annotated[str, typer.Option(help="smollm2-135m, tiny, a folder, or a name on the hub.")],
     data: Annotated[str, typer.Option(help="Ranked records: .json, .jsonl, .parquet or a dataset folder.")],
-    template: Annotated[str, typer.Option(help="none, chat, alpaca or a text with {prompt}.")] = "none",
+    template: TemplateOption = None,
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and response together.")] = 512,
     length_penalty: Annotated[float, typer.Option(help="A score is sum(log p) / length ** this.")] = 1.0,
     limit: Annotated[int | None, typer.Option(help="Use the first so many records.")] = None,
@@ -40,12 +43,13 @@ def score(
 ) -> None:
     """Measure how often a model ranks responses as the data does. Nothing is trained."""
     import torch
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.next import say_next
+    from tuna.cli.terminal import Terminal
     from tuna.files import write_rows
     from tuna.models import load_model, place_for
+    from tuna.notices import cut_notice
     from tuna.records import read_records
     from tuna.report import write_json
     from tuna.scoring import per_record
@@ -60,20 +64,22 @@ def score(
     if batch < 1:
         raise ValueError(f"batch = {batch} must be at least 1")
     place = place_for(device)
-    console = Console()
+    console = Terminal()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     found = read_records(data, format=format, on_bad=on_bad)
     with console.status(f"loading {model} …"):
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         torch.nn.Module.to(network, place)
+    template = given_template(console, template, model, tokenizer)
     groups, unfit = tokenize_records(
         found.records[:limit], tokenizer, template=template, max_length=max_length, on_bad=on_bad
     )
     if not groups:
         raise ValueError(f"data = {data!r} holds no record that can be used")
-    report = _score(console, network, groups, batch, length_penalty, backend)
+    warn(console, cut_notice(groups, max_length))
+    report = _score(console, network, tokenizer, groups, batch, length_penalty, backend)
     left_out = len(found.problems) + len(unfit)
-    summary = {"model": model, "data": data, **report.summary(), "left_out": left_out}
+    summary = {"model": model, "data": data, "template": template, **report.summary(), "left_out": left_out}
     console.print(_table(summary))
     if json_file is not None:
         write_json(json_file, summary)
@@ -85,6 +91,7 @@ def score(
 def _score(
     console: Console,
     network: Module,
+    tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[TokenizedGroup],
     batch: int,
     length_penalty: float,
@@ -105,6 +112,7 @@ def _score(
             length_penalty=length_penalty,
             backend=backend,
             on_batch=lambda tokens: bar.advance(task, tokens),
+            tokenizer=tokenizer,
         )
 
 
@@ -112,6 +120,7 @@ def _table(summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{summary['model']} on {summary['data']}", show_header=False, title_justify="left")
+    table.add_row("template", summary["template"])
     table.add_row("groups", f"{summary['groups']:,} ({summary['left_out']:,} left out)")
     table.add_row("responses", f"{summary['candidates']:,}")
     for name, value in summary["metrics"].items():

@@ -52,9 +52,11 @@ def serve(
     import uvicorn
     from transformers.utils.logging import disable_progress_bar
 
+    from tuna.cli.terminal import complain, say
     from tuna.models import load_model, place_for
     from tuna.serve import Engine, create_app
     from tuna.serve.access import check_key, host_name
+    from tuna.templates import DEFAULT, saved_template
     from tuna_kernels.integrations.transformers import prepare_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -85,14 +87,15 @@ def serve(
             engine,
             name or model,
             default_max_tokens=default_max_tokens,
+            template=saved_template(model) or DEFAULT,
             hosts=hosts,
             api_key=api_key,
             max_body=int(max_body * (1 << 20)),
         )
         listener.listen(128)
-        typer.echo(f"{name or model} at http://{_in_url(host, address)}:{listener.getsockname()[1]}/v1")
+        say(f"{name or model} at http://{_in_url(host, address)}:{listener.getsockname()[1]}/v1")
         if api_key is None and not (address and address.is_loopback):
-            typer.echo(f"warning: without --api-key whoever reaches {host} can use this server", err=True)
+            complain(f"warning: without --api-key whoever reaches {host} can use this server")
         config = uvicorn.Config(
             app,
             log_level="warning" if quiet else "info",

@@ -31,14 +31,17 @@ def train(
         Text, _flag(help="Ranked records: .json, .jsonl, .parquet or a dataset folder.", panel=DATA)
     ] = None,
     eval_data: Annotated[Text, _flag(help="Held-out records.", panel=DATA)] = None,
-    eval_fraction: Annotated[Number, _flag(help="Hold out this share of the records instead.", panel=DATA)] = None,
+    eval_fraction: Annotated[Number, _flag(help="Hold out this share of the prompts instead.", panel=DATA)] = None,
     format: Annotated[Text, _flag(help="Shape of the records. Default: auto.", panel=DATA)] = None,
     limit: Annotated[Whole, _flag(help="Use the first so many records.", panel=DATA)] = None,
     on_bad: Annotated[
         Text, _flag(help="A record that cannot be used: fail or skip. Default: fail.", panel=DATA)
     ] = None,
     template: Annotated[
-        Text, _flag(help="none, chat, alpaca or a text with {prompt}. Default: none.", panel=DATA)
+        Text,
+        _flag(
+            help="none, chat, alpaca or a text with {prompt}. Default: as the model was trained, or none.", panel=DATA
+        ),
     ] = None,
     max_length: Annotated[Whole, _flag(help="Most tokens of prompt and response. Default: 512.", panel=DATA)] = None,
     preset: Annotated[Text, _flag(help="paper or released. Default: paper.", panel=LOSS)] = None,
@@ -101,13 +104,12 @@ def train(
     """
     flags = dict(locals())
     file, overrides = flags.pop("config"), flags.pop("set_") or []
-    from rich.console import Console
-
     from tuna.cli.messages import FLAG_FIELDS
     from tuna.cli.settings import merge_settings
+    from tuna.cli.terminal import Terminal
     from tuna.cli.training import run_training
     from tuna.ranks import end_ranks
 
     run, settings = merge_settings(file, overrides, {FLAG_FIELDS.get(k, k): value for k, value in flags.items()})
-    run_training(run, settings, Console(quiet=int(os.environ.get("RANK", 0)) > 0))
+    run_training(run, settings, Terminal(quiet=int(os.environ.get("RANK", 0)) > 0))
     end_ranks()

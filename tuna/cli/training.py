@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,18 +17,25 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from tuna.adapters import merged
 from tuna.cli.data import best_and_worst
 from tuna.cli.next import say_next
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
+from tuna.cli.template import given_template, warn
 from tuna.config import TunaConfig
 from tuna.export import merged_from
+from tuna.group_data import tokenized
 from tuna.logs import LOG_FILE, JsonLines, default_reports
+from tuna.metrics import ranking_metrics
 from tuna.models import load_model
+from tuna.notices import reversed_notice, sample_of
 from tuna.records import Problem, Record, read_records
 from tuna.report import plot_log, write_json
+from tuna.split import split_records
+from tuna.templates import end_generation_at, save_template, saved_template
 from tuna.tokenization import TokenizedGroup, TokenStats, token_stats
-from tuna.trainer import TunaTrainer, tokenized
+from tuna.trainer import TunaTrainer
 
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
@@ -51,6 +57,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     output = Path(settings["output_dir"]).expanduser()
     _check_output(output, run)
+    settings = settings | {"template": _template(run, settings.get("template"), output, console)}
     config = _trainer_config(run, settings)
     train_records, eval_records = _read(run, config, console)
     console.print(best_and_worst(train_records, 3))
@@ -62,6 +69,9 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
         held_out = tokenized(eval_records, config, tokenizer) if eval_records else None
     trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
     trainer.remove_callback(PrinterCallback)
+    if not run.resume and not (held_out and run.eval_first):
+        with console.status("ranking a sample of the data …"):
+            warn(console, reversed_notice(_base_accuracy(trainer, train)))
     trainer.add_callback(TrainingProgress(console))
     trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
@@ -69,7 +79,11 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     if "logging_steps" not in settings:
         config.logging_steps = max(1, min(config.logging_steps, _steps(trainer) // LEAST_LINES))
 
+    if trainer.is_world_process_zero():
+        save_template(output, config.template)  # now, so that a run that was stopped has it to resume
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
+    if before is not None and not run.resume:
+        warn(console, reversed_notice(before.get("eval_rank/accuracy")))
     trainer.train(resume_from_checkpoint=run.resume or None)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
@@ -98,6 +112,29 @@ def _check_output(output: Path, run: RunSettings) -> None:
         raise ValueError(f"output_dir = {output} is a file")
     if (output / METRICS_FILE).exists() and not run.resume and not run.overwrite:
         raise ValueError(f"output_dir = {output} holds a run already: choose another, or overwrite or resume it")
+
+
+def _template(run: RunSettings, given: str | None, output: Path, console: Console) -> str:
+    """The template to train with: as given, of the run that is resumed, of the model's own training, or none.
+
+    Raises:
+        ValueError: a run is resumed with another template.
+    """
+    saved = saved_template(output) if run.resume else None
+    if saved is not None and given not in (None, saved):
+        raise ValueError(f"template = {given!r}, but {output} was trained with {saved!r}: leave it out to resume")
+    if saved is None:
+        return given_template(console, given, run.model, None)
+    console.print(f"template {saved!r}: that of the run resumed")
+    return saved
+
+
+def _base_accuracy(trainer: TunaTrainer, train: Sequence[TokenizedGroup]) -> float | None:
+    """Share of the pairs in a sample that the model ranks as the data does, before training."""
+    sample = sample_of(train)
+    if not sample or trainer.args.deepspeed or trainer.args.fsdp:  # sharded weights are there once training starts
+        return None
+    return ranking_metrics(trainer.score(sample)).get("rank/accuracy")
 
 
 def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
@@ -131,15 +168,7 @@ def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[
         raise ValueError(f"eval_data = {run.eval_data!r} holds no records")
     if held_out is not None or run.eval_fraction is None:
         return records, held_out.records if held_out else []
-    if len(records) < 2:
-        raise ValueError(f"eval_fraction = {run.eval_fraction} needs two records at least, there is one")
-    order = np.random.default_rng(config.seed).permutation(len(records))
-    count = min(max(1, round(run.eval_fraction * len(records))), len(records) - 1)
-    chosen = set(order[:count].tolist())
-    return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
-    )
+    return split_records(records, run.eval_fraction, config.seed)
 
 
 def _print_problems(console: Console, problems: Sequence[Problem], most: int = 10) -> None:
@@ -184,9 +213,11 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
         merge: Callable[[], Any] = functools.partial(merged_from, model, weights)
     else:
-        merge = model.merge_and_unload
+        merge = functools.partial(merged, model)
     if trainer.is_world_process_zero():
-        merge().save_pretrained(output)
+        whole = merge()
+        end_generation_at(whole, tokenizer, trainer.args.template)
+        whole.save_pretrained(output)
         tokenizer.save_pretrained(output)
 
 

@@ -17,19 +17,22 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from transformers import PreTrainedTokenizerBase
 
+from tuna.chat import ChatTemplate
 from tuna.constrained import Constraint, json_constraint
 from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
 from tuna.serve.access import Access
 from tuna.serve.answers import NOTHING, Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
-from tuna.serve.bodies import MAX_BODY, parse, read_body, to_json
+from tuna.serve.bodies import MAX_BODY, disconnected, parse, read_body, to_json
 from tuna.serve.engine import Busy, Engine, RowTask
 from tuna.serve.errors import ApiError, Ending, answer_errors, shown
 from tuna.serve.protocol import ChatRequest, CompletionRequest, RankRequest, SamplingRequest
 from tuna.serve.ranking import parts_of, rank_answer, score_part
 from tuna.serve.streams import stream
 from tuna.serve.workers import Workers
+from tuna.templates import DEFAULT
 from tuna.tokenization import TokenizedGroup, encode_prompts, tokenize_records
+from tuna.vocabulary import check_vocabulary, vocabulary_of
 
 __all__ = ["create_app"]
 
@@ -43,6 +46,7 @@ def create_app(
     name: str,
     *,
     default_max_tokens: int = 512,
+    template: str = DEFAULT,
     hosts: Iterable[str] = (),
     api_key: str | None = None,
     max_body: int = MAX_BODY,
@@ -53,6 +57,7 @@ def create_app(
         engine: runs the model.
         name: what the model is called in requests and answers.
         default_max_tokens: longest chat answer where a request names none.
+        template: how /v1/rank shows a plain prompt where a request names none: that of training.
         hosts: names the server is known by, besides `localhost` and loopback addresses; see `tuna.serve.access`.
         api_key: what requests must carry; None: nothing.
         max_body: most bytes of a request.
@@ -63,7 +68,7 @@ def create_app(
     for bound, value in (("default_max_tokens", default_max_tokens), ("max_body", max_body)):
         if value < 1:
             raise ValueError(f"{bound} = {value} must be at least 1")
-    handlers = _Handlers(engine, name, default_max_tokens, max_body)
+    handlers = _Handlers(engine, name, default_max_tokens, template, max_body)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -89,8 +94,9 @@ def create_app(
 class _Handlers:
     """One method a route."""
 
-    def __init__(self, engine: Engine, name: str, default_max_tokens: int, max_body: int) -> None:
+    def __init__(self, engine: Engine, name: str, default_max_tokens: int, template: str, max_body: int) -> None:
         self.engine, self.name, self.default_max_tokens, self.max_body = engine, name, default_max_tokens, max_body
+        self.template = template
         self.workers = Workers(engine.tokenizer, max_waiting=engine.max_waiting)
         self.created = int(time.time())
         self.limit = position_limit(engine.model)
@@ -161,7 +167,7 @@ class _Handlers:
             body = parse(raw, ChatRequest)
             self._check_model(body.model)
             self._check_rows(body.n)
-            ids = self._prompt_ids(self._render(body, tokenizer), tokenizer)
+            ids = self._prompt_ids(self._render(body, tokenizer), tokenizer, "chat")
             schema = body.response_format.schema_asked() if body.response_format is not None else None
             constraints = [None if schema is None else self._constraint(schema, tokenizer) for _ in range(body.n)]
             return body, ids, constraints
@@ -205,7 +211,7 @@ class _Handlers:
                 self._check_text("message", turn.content)
             for response in body.responses:
                 self._check_text("response", response)
-            template = body.template or ("chat" if body.messages is not None else "none")
+            template = body.template or ("chat" if body.messages is not None else self.template)
             fields = body.model_dump(include={"prompt", "messages", "responses"})
             record = Record.model_validate({"id": "request", **fields, "scores": [0.0] * len(body.responses)})
             length = body.max_length or self.limit or self.engine.max_tokens
@@ -214,6 +220,7 @@ class _Handlers:
             )
             if problems:
                 raise ApiError(400, problems[0].reason)
+            check_vocabulary(self.engine.model, groups, tokenizer)
             return body, groups[0]
 
         body, found = await self.workers.run(prepared)
@@ -266,9 +273,9 @@ class _Handlers:
         turns = [message.model_dump() for message in body.messages]
         try:
             # Not through a Record: that one asks for a last turn that is not the assistant's.
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates refuse by raising from Jinja, each with a class of its own
-            raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+            return ChatTemplate(tokenizer).prompt(turns, "messages")
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from error
 
     def _constraint(self, schema: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Constraint:
         try:
@@ -279,11 +286,13 @@ class _Handlers:
         except ValueError as error:
             raise ApiError(400, str(error), param="response_format") from error
 
-    def _prompt_ids(self, prompt: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        size = len(tokenizer)
+    def _prompt_ids(
+        self, prompt: str | list[int], tokenizer: PreTrainedTokenizerBase, template: str = "none"
+    ) -> list[int]:
+        size = min(len(tokenizer), vocabulary_of(self.engine.model))
         if isinstance(prompt, str):
             self._check_text("prompt", prompt)
-            ids = encode_prompts(tokenizer, [prompt])[0]
+            ids = encode_prompts(tokenizer, [prompt], template=template)[0]
         else:
             ids = prompt
         if not ids:
@@ -347,7 +356,7 @@ class _Handlers:
             return []
         self._submit(tasks)
         done = asyncio.ensure_future(asyncio.gather(*(asyncio.wrap_future(task.done) for task in tasks)))
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(disconnected(request))
         waiters: list[asyncio.Future[Any]] = [done, gone]
         try:
             await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
@@ -379,19 +388,7 @@ class _Handlers:
         choice: Callable[[int, Part, str | None, bool], dict[str, Any]],
         echoes: Sequence[Part],
     ) -> Response:
+        settings: dict[str, Any] = {"head": head, "echoes": echoes, "prompt_tokens": prompt_tokens}
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return stream(
-            tasks,
-            self._submit,
-            choice,
-            tokenizer=self.engine.tokenizer,
-            head=head,
-            echoes=echoes,
-            prompt_tokens=prompt_tokens,
-            with_usage=with_usage,
-        )
-
-
-async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+        tokenizer = self.engine.tokenizer
+        return stream(tasks, self._submit, choice, tokenizer=tokenizer, with_usage=with_usage, **settings)

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from tuna.serve.errors import ApiError, shown
 
-__all__ = ["MAX_BODY", "parse", "read_body", "to_json"]
+__all__ = ["MAX_BODY", "disconnected", "parse", "read_body", "to_json"]
 
 MAX_BODY = 4 << 20
 MAX_DEPTH = 64  # of lists and objects within each other; JSON schemas, the deepest there are, stay below 20
@@ -54,6 +54,12 @@ async def read_body(request: Request, limit: int) -> bytes:
         message = f"the request is larger than the {limit:,} bytes that are read (--max-body)"
         raise ApiError(413, message, code="request_too_large", close=True)
     return bytes(body)
+
+
+async def disconnected(request: Request) -> None:
+    """Return once the client is gone."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
 
 
 def parse(body: bytes, model: type[M]) -> M:

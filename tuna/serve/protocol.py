@@ -31,28 +31,6 @@ def _prompts(value: Any) -> list[Prompt]:
     return list(value) if several else [value]
 
 
-class ChatMessage(Message):
-    """A turn; its content may come as a list of text parts. Fields without a value may stand beside."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_else(cls, value: Any) -> Any:
-        known = {*cls.model_fields, "name"}  # templates do not show names
-        if isinstance(value, dict) and (more := [key for key in value if key not in known and value[key] is not None]):
-            raise ValueError(f"{more[0]!r} of a message is not served")
-        return value
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _joined(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        for part in value:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError("holds a part that is no text; only text is served")
-        return "".join(part["text"] for part in value)
-
-
 class StreamOptions(BaseModel):
     """What a stream carries besides text."""
 
@@ -168,7 +146,7 @@ class ResponseFormat(BaseModel):
 class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
@@ -194,7 +172,7 @@ class RankRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: list[Message] | None = None
     responses: list[str] = Field(min_length=1, max_length=1024)
     length_penalty: float = Field(1.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     template: str | None = None

@@ -22,6 +22,12 @@ from torch import Tensor
 
 from tuna_kernels.backends.attention_plan import Block
 
+LARGE_LSE = 32.0
+"""Beyond it the rounding of a float32 lse would be many of a probability: such blocks take `MATH`."""
+
+ROUNDINGS = 2
+"""Of lse, within which a row's own log-sum-exp is taken for it."""
+
 
 class Route(Protocol):
     """How a block is computed."""
@@ -78,7 +84,7 @@ class _Math:
     ) -> tuple[Tensor, Tensor, Tensor]:
         q = q * scale
         z, slope = _scores(q, k, block, softcap)
-        p = z.sub_(upstream.lse.unsqueeze(-1)).exp_()
+        p = _probabilities(z, upstream.lse.unsqueeze(-1))
         delta = (upstream.grad_out * upstream.out).sum(-1)
         if upstream.grad_lse is not None:
             delta -= upstream.grad_lse
@@ -96,7 +102,7 @@ class _Flash:
     ) -> tuple[Tensor, Tensor]:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = op(q, k, v, attn_mask=_bias(q, k, block), scale=scale)
-        return out, lse
+        return MATH.forward(q, k, v, block, scale, softcap) if _large(lse) else (out, lse)
 
     def backward(
         self,
@@ -108,6 +114,8 @@ class _Flash:
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if _large(upstream.lse):
+            return MATH.backward(upstream, q, k, v, block, scale, softcap)
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = op(
             upstream.grad_out,
@@ -156,6 +164,22 @@ def _scores(q: Tensor, k: Tensor, block: Block, softcap: float | None) -> tuple[
         by_head = z.view(*z.shape[:2], z.shape[2] // rows, rows, z.shape[3])
         by_head[..., block.open :].masked_fill_(block.hidden, float("-inf"))
     return z, slope
+
+
+def _large(lse: Tensor) -> bool:
+    return bool((lse.abs() > LARGE_LSE).any())
+
+
+def _probabilities(z: Tensor, lse: Tensor) -> Tensor:
+    """e^(z - lse), in place. A large lse is off by a rounding: there a row sums to exactly what it has to, 1, or less
+    where a sink stands in the denominator too."""
+    top = z.amax(-1, keepdim=True)
+    p = z.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    beside = (top + total.log()).sub_(lse)
+    rounding = ROUNDINGS * torch.finfo(lse.dtype).eps * lse.abs()
+    whole = (lse.abs() > LARGE_LSE) & (beside > -rounding)
+    return p.mul_(torch.where(whole, 1 / total, (top - lse).exp()))
 
 
 def _bias(q: Tensor, k: Tensor, block: Block) -> Tensor | None:

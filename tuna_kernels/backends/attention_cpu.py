@@ -91,14 +91,12 @@ class _Call:
         scale: float,
         softcap: float | None,
     ) -> None:
-        end = subtree_end.contiguous()
-        rows = None if query_rows is None else query_rows.contiguous()
-        depth = None if position_ids is None or window is None else position_ids.contiguous()
+        end, rows, depth = subtree_end, query_rows, None if window is None else position_ids
         check_subtree_end(end.numpy())
         if rows is not None:
             check_rows(rows.numpy(), len(end))
         self.q, self.k, self.v = q, k, v
-        self._kept = [_dense_rows(x) for x in (q, k, v, out)] + [lse.contiguous()]
+        self._kept = [q, k, v, out, lse]
         self._kept += [x for x in (end, rows, depth) if x is not None]
         self._native = native().Attention(
             subtree_end=end.data_ptr(),
@@ -137,29 +135,18 @@ class _Call:
         """``(dq, dk, dv)`` from ``out`` and ``lse`` as they are."""
         threads = torch.get_num_threads()
         workspace = torch.empty(self.workspace(backward=True))
-        grad_out = _dense_rows(grad_out)
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
         dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
-        written = [_dense_rows(x) for x in (dq, dk, dv)]
         self._native.backward(
             grad_out=_strided(grad_out),
             grad_lse=address(grad_lse),
-            dq=_strided(written[0]),
-            dk=_strided(written[1]),
-            dv=_strided(written[2]),
+            dq=_strided(dq),
+            dk=_strided(dk),
+            dv=_strided(dv),
             workspace=workspace.data_ptr(),
             threads=threads,
             instruction_set=instruction_set(),
         )
-        for gradient, buffer in zip((dq, dk, dv), written, strict=True):
-            if gradient is not buffer:
-                gradient.copy_(buffer)
         return dq, dk, dv
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` itself if the entries of a row lie side by side, else a copy where they do."""
-    return x if x.stride(3) == 1 or x.shape[3] <= 1 else x.contiguous()
 
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:

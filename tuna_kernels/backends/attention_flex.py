@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tuna_kernels.backends import attention_reference
 from tuna_kernels.backends.attention_bounds import BlockMap, block_map
 from tuna_kernels.backends.attention_plan import check_values
+from tuna_kernels.backends.attention_sinks import beside_sinks
 
 BLOCK = 128
 """FlexAttention's default block, which all its kernels' tiles divide."""
@@ -28,6 +30,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     """ "" if these inputs are served, else the reason why not."""
     if q.dtype not in DTYPES:
         return f"FlexAttention does not take {q.dtype}"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))  # type: ignore[no-untyped-call]
+    ):
+        return 'FlexAttention has no forward mode and no transforms of torch.func; backend="reference" has'
     if q.device.type == "cuda":
         return ""
     if q.device.type != "cpu":
@@ -48,6 +55,7 @@ def tree_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq] float32)``."""
     from torch.nn.attention.flex_attention import AuxRequest
@@ -55,7 +63,7 @@ def tree_attention(
     check_values(subtree_end, query_rows)
     if q.numel() == 0:
         return attention_reference.tree_attention(
-            q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap
+            q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
         )
     if not torch.is_grad_enabled():  # on CPU it refuses inputs that could have a gradient, wanted or not
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -76,6 +84,9 @@ def tree_attention(
     if blocks.order is not None:
         back = torch.argsort(blocks.order)
         out, lse = out.index_select(2, back), lse.index_select(2, back)
+    if sinks is not None:
+        share, lse = beside_sinks(lse, sinks)
+        out = (out * share).to(out.dtype)
     return out, lse
 
 

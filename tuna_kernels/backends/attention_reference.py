@@ -37,6 +37,7 @@ def tree_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``, computed in float32, or float64 for float64 inputs."""
     check_values(subtree_end, query_rows)
@@ -49,4 +50,8 @@ def tree_attention(
         scores = softcap * torch.tanh(scores / softcap)
     seen = visible(subtree_end, query_rows, position_ids, window)
     scores = scores.masked_fill(~seen, float("-inf"))
-    return (torch.softmax(scores, -1) @ values).to(q.dtype), torch.logsumexp(scores, -1)
+    if sinks is not None:  # one more column, whose value is 0
+        column = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    probabilities = torch.softmax(scores, -1)[..., : seen.shape[1]]
+    return (probabilities @ values).to(q.dtype), torch.logsumexp(scores, -1)

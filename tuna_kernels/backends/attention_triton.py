@@ -106,12 +106,11 @@ def backward(
     blocks = _map(subtree_end, query_rows, position_ids, window)
     batch, heads, queries, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
-    lse = lse.contiguous()
     delta = torch.empty_like(lse)
     factors = (*_score_factors(scale, softcap), scale)
     flags = _flags(q, v, blocks, softcap)
 
-    upstream_lse = delta if grad_lse is None else grad_lse.contiguous()
+    upstream_lse = delta if grad_lse is None else grad_lse
 
     def run_dq(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .products import Products, TorchMultiply
+from ..installation import why_no_extension
+from .product_choice import BLAS, OWN, Choice, Run, choose
+from .products import Multiply, Products, TorchMultiply
 from .slots import Slots
 from .tiled import Head, RowGradient, SoftmaxState, Tile
 
@@ -21,9 +23,10 @@ try:
     WHY_NOT = ""
 except ImportError as error:
     _cpu = None
-    WHY_NOT = f"the native extension _cpu is not there ({error}); was there a C++ compiler at install?"
+    WHY_NOT = why_no_extension(error)
 
 ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
+NAMES = {OWN: "our own", BLAS: "the BLAS's"}
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How csrc/cpu/element.h numbers the types it takes."""
@@ -39,12 +42,63 @@ def supports(*dtypes: torch.dtype) -> str:
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether products of two operands of this type are taken as they are, rather than converted to float32."""
-    return dtype == torch.bfloat16 and not WHY_NOT and instruction_set() == _cpu.InstructionSet.avx512_bf16
+    return dtype == torch.bfloat16 and has_products(dtype) and _product_type(dtype, dtype) == dtype
 
 
-def has_products() -> bool:
-    """Whether matrices are multiplied by the native code, rather than by the BLAS."""
-    return not WHY_NOT and bool(_cpu.has_products(instruction_set()))
+def has_products(hidden: torch.dtype, weight: torch.dtype | None = None) -> bool:
+    """Whether matrices of these types are multiplied by the native code, rather than by the BLAS."""
+    choice = product_choice_of(_product_type(hidden, hidden if weight is None else weight))
+    return choice is not None and choice.way == OWN
+
+
+def product_choice_of(dtype: torch.dtype) -> Choice | None:
+    """Whose products of this type are taken (float32, or bfloat16 as it is); None where there are none of our own."""
+    if WHY_NOT or not _cpu.has_products(instruction_set()) or dtype != _product_type(dtype, dtype):
+        return None
+
+    def products(multiply: Multiply) -> Run:
+        return _three_products(multiply, dtype)
+
+    return choose(
+        dtype,
+        instruction_set().name,
+        lambda: products(_NativeMultiply(as_it_is=dtype == torch.bfloat16)),
+        lambda: products(TorchMultiply(torch.float32)),
+    )
+
+
+def products_chosen() -> dict[str, str]:
+    """By type of the operands, whose products are taken and why; chosen now where they were not yet."""
+    types = dict.fromkeys(_product_type(t, t) for t in (torch.float32, torch.bfloat16)) if not WHY_NOT else {}
+    chosen = {str(t).removeprefix("torch."): product_choice_of(t) for t in types}
+    return {
+        name: f"{NAMES[choice.way]} ({choice.reason})" if choice else "the BLAS's (none of our own for this processor)"
+        for name, choice in chosen.items()
+    }
+
+
+def _product_type(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """The type in which our own products of such operands would be taken."""
+    packs = not WHY_NOT and instruction_set() == _cpu.InstructionSet.avx512_bf16
+    return torch.bfloat16 if packs and hidden == weight == torch.bfloat16 else torch.float32
+
+
+def _three_products(multiply: Multiply, dtype: torch.dtype) -> Run:
+    """The products of a tile, forward and backward, that `product_choice` times: 0.1 Gflop each."""
+    rows, columns, width = 128, 768, 512
+    hidden, weight = torch.ones(rows, width, dtype=dtype), torch.ones(columns, width, dtype=dtype)
+    tile, to_rows, to_weight = torch.ones(rows, columns), torch.zeros(rows, width), torch.zeros(columns, width)
+    index = torch.arange(rows)
+    slots = Slots.build(torch.zeros_like(index), index, ignore_index=-1)
+    every_row, every_column = slice(0, rows), slice(0, columns)
+
+    def run() -> None:
+        products = Products(multiply, NativeTileOps().load, slots, torch.float32)
+        products.logits(tile, hidden, every_row, weight, every_column, add=False)
+        products.add_to_rows(to_rows, tile, weight, every_column)
+        products.to_weight(to_weight, tile, hidden, every_row, add=False)
+
+    return run
 
 
 def instruction_set() -> Any:
@@ -124,9 +178,10 @@ class NativeTileOps:
         )
 
     def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
-        if not has_products():
+        if not has_products(hidden, weight):
             return Products(TorchMultiply(compute), self.load, slots, compute)
-        return Products(_NativeMultiply(as_it_is=hidden == weight and multiplies(weight)), self.load, slots, compute)
+        as_it_is = _product_type(hidden, weight) == torch.bfloat16
+        return Products(_NativeMultiply(as_it_is=as_it_is), self.load, slots, compute)
 
 
 class _NativeMultiply:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .head import HeadBackend
+from .layout import dense_rows
 from .reference import compute_dtype
 from .slots import Slots
 from .tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
@@ -37,20 +38,15 @@ class LinearCall:
     @property
     def inputs(self) -> Inputs:
         return Inputs(
-            _rows_dense(self.hidden),
-            None if self.low_rank_hidden is None else _rows_dense(self.low_rank_hidden),
+            dense_rows(self.hidden),
+            None if self.low_rank_hidden is None else dense_rows(self.low_rank_hidden),
         )
 
     @property
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
-        low = None if self.low_rank_weight is None else _rows_dense(self.low_rank_weight)
-        return Head(_rows_dense(self.weight), bias, low, self.logit_scale, self.softcap)
-
-
-def _rows_dense(matrix: Tensor) -> Tensor:
-    """Rows may lie anywhere, but each row's elements must be neighbours."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+        low = None if self.low_rank_weight is None else dense_rows(self.low_rank_weight)
+        return Head(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
 
 
 def forward(
@@ -185,7 +181,7 @@ def backward(
         new(call.low_rank_hidden, low_hidden, of_rows=True),
         new(call.low_rank_weight, low_weight),
     ]
-    if saved.unit.numel() and hidden:
+    if saved.unit.numel() and hidden and not any((weight, bias, low_hidden, low_weight)):
         of_targets = _times_slope(coefficients, call, saved.state[0, slots.slots])
         row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, of_targets)
         low_rows = None

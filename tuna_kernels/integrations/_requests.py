@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuna_kernels.integrations._attention import TreePass
+from tuna_kernels.integrations._attention import DENSE, OWN_ATTENTION, TreePass
 from tuna_kernels.integrations._heads import base_causal_lm, compute_device, read_head
 from tuna_kernels.integrations._passes import Layout
 from tuna_kernels.integrations._shared_keys import AttendToPrompt, CollectRoots, KeepPrompts, KeyRole, PromptKeys
@@ -127,6 +127,11 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "two_phase_ranking_loss has no second derivative (create_graph=True, a gradient penalty): the "
+                'gradients of the prompt are constants; use model_ranking_loss with backend="reference"'
+            )
         gradients, ctx.gradients = ctx.gradients, []
         return None, *gradients
 
@@ -154,6 +159,8 @@ def _logprobs(base: PreTrainedModel, hidden: Tensor, rows: Tensor, targets: Tens
 def why_not_two_phase(model: nn.Module) -> str:
     """The reason why a model as it is now cannot be trained in two phases; "" if it can, as far as can be seen."""
     for name, module in model.named_modules():
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == DENSE:
+            return OWN_ATTENTION
         if not module.training:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:

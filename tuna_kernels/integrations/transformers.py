@@ -20,29 +20,31 @@ the bit.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuna_kernels.attention import check_backend
-from tuna_kernels.integrations import _attention, _selfcheck
+from tuna_kernels.integrations import _attention, _dense, _selfcheck
 from tuna_kernels.integrations._heads import base_causal_lm, compute_device, read_head
 from tuna_kernels.integrations.ranking_model import Carrier, RankingModel, carrier
 from tuna_kernels.logprobs import linear_logprobs
 from tuna_kernels.losses import Kind, LossCounts, Preset
 from tuna_kernels.ranking import RankingLossOutput, linear_ranking_loss
 from tuna_kernels.scores import sequence_scores
-from tuna_kernels.tree import PackedTree
+from tuna_kernels.tree import Group, PackedTree
 
 __all__ = ["GroupScores", "LossSettings", "RankingModel", "model_ranking_loss", "prepare_model", "score_groups"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_checked: WeakSet[nn.Module] = WeakSet()
+_checked: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 _chosen_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
@@ -62,55 +64,82 @@ class GroupScores:
 
 
 def prepare_model(model: Model, *, attention: str | None = None) -> Model:
-    """Switch a causal LM's attention to ``"tuna_tree"``, for good, and return the same model.
+    """Let a causal LM's attention take trees, for good, and return the same model.
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
-    that is turned back would silently compute something else. Calls without a tree go to transformers' own
-    SDPA attention (softcap included, which SDPA lacks), so forward and ``generate`` work as before. Calling
-    it twice does nothing.
+    that is turned back would silently compute something else. Calls without a tree go to the attention the model
+    came with, so forward and ``generate`` work as before. Calling it twice does nothing.
+
+    The model is checked once, and again when its forward, its head or hooks on them have changed: a tiny tree against
+    separate sequences through the model's own forward, about ten short forwards (docs/families.md).
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
         attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None: the one chosen
             before, at first `"auto"`.
 
-    A model type that the test suite does not cover is checked once: a tiny tree against separate sequences
-    through the model's own forward.
-
     Raises:
         TypeError: not a transformers or peft model.
-        ValueError: an unknown ``attention``; a model this cannot serve: attention outside the registry (ALiBi
-            families), sinks, chunked or bidirectional masks, a head that is more than scaled, capped linear, a
-            sharded head, or a failed check. The model then has the attention it came with.
+        ValueError: an unknown ``attention``; a model this cannot serve: recurrent layers, chunked or bidirectional
+            masks, positions counted in rows, a head that is more than scaled, capped linear, a sharded head, or a
+            failed check. The model then has the attention it came with.
     """
     _attention.register()
     base = base_causal_lm(model)
     if attention is not None:
         check_backend(attention, "attention")
         _chosen_attention[base] = attention
-    if base in _checked and _is_switched_on(base):
-        return model
-    if not type(base)._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(base).__name__} does not take its attention from transformers' registry (families with ALiBi or "
-            "an attention of their own do not), so the tree cannot reach it"
-        )
-    read_head(base, ahead=True)
-    unknown = base.config.model_type not in _selfcheck.TESTED_FAMILIES and base not in _checked
-    before = _implementations(base.config)
-    with _selfcheck.quiet(model):
-        stock = _selfcheck.stock_logprobs(model, _selfcheck.small_groups(base)) if unknown else None
-        base.set_attn_implementation(_attention.NAME)
-        try:
-            if stock is not None:
-                _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
-        except Exception as error:
-            base.set_attn_implementation(before)
-            if isinstance(error, ValueError):
-                raise
-            raise ValueError(f"{type(base).__name__} cannot run on a tree: {error}") from error
-    _checked.add(base)
+    _prepare(model, base)
     return model
+
+
+def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
+    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    signature = _selfcheck.signature(model, base, *([] if head is None else head.modules()))
+    if _is_switched_on(base) and _checked.get(base) == signature:
+        return
+    read_head(base, ahead=True)
+    if reason := _selfcheck.why_not(base):
+        raise ValueError(f"{type(base).__name__} cannot run on a tree: {reason}")
+    before = _implementations(base)
+    try:
+        if not _selfcheck.can_run(base):  # ZeRO-3 gathers weights in a wrapped call alone: it checks there
+            _switch(base)
+            return
+        with _selfcheck.quiet(model), _selfcheck.in_float32(model):
+            _check(model, base)
+    except Exception as error:
+        for config, name in before:
+            config._attn_implementation = name
+        if isinstance(error, ValueError):
+            raise
+        why = "it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else error
+        raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
+    _checked[base] = signature
+
+
+def _check(model: nn.Module, base: PreTrainedModel) -> None:
+    """Switch the model's attention and compare small trees with its own forward."""
+    own = [(config, _stock(config, name)) for config, name in _implementations(base)]
+
+    def stock(groups: list[Group]) -> tuple[Tensor, Tensor]:
+        for config, name in own:
+            config._attn_implementation = name
+        try:
+            return _selfcheck.stock_logprobs(model, groups)
+        except Exception as error:
+            raise ValueError(f"{type(base).__name__} cannot be checked, for its own forward fails: {error}") from error
+        finally:
+            _switch(base)
+
+    try:
+        _selfcheck.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
+    except Exception as error:
+        for config, name in own:
+            config._attn_implementation = name
+        if why := _selfcheck.convolution(base) or _selfcheck.before_head(model, base, _backbone(base)):
+            raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -256,20 +285,29 @@ def attention_backend(base: PreTrainedModel, backend: str) -> str:
 def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: _attention.TreePass) -> Tensor:
     """Last hidden states [Tq, D] of the pass's rows, with tokens ``input_ids`` [Tq]."""
     _selfcheck.check_positions(base, lambda: tree_pass.longest)
+    _selfcheck.check_embedding_noise(base)
     rows = tree_pass.query_rows
     positions = tree_pass.position_ids if rows is None else tree_pass.position_ids[rows]
+    if base.config.get_text_config()._attn_implementation == _attention.DENSE:
+        _dense.check_rows(base, len(tree_pass.position_ids))
     backbone = _backbone(base)
+    keywords = {"position_ids": positions.unsqueeze(0)} if _takes_positions(backbone) else {}
     with tree_pass.under_way():
         # A mask of ones keeps transformers from guessing packed documents from positions that start again.
         output = backbone(
             input_ids=input_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
             attention_mask=torch.ones_like(input_ids).unsqueeze(0),
             use_cache=False,
-            tuna_tree=tree_pass,
+            **keywords,
         )
     hidden: Tensor = output[0].squeeze(0)  # the last hidden state, in tuples and in model outputs alike
     return hidden
+
+
+def _takes_positions(backbone: nn.Module) -> bool:
+    """Not where positions are biases of the attention (BLOOM, MPT)."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _backbone(base: PreTrainedModel) -> nn.Module:
@@ -282,14 +320,45 @@ def _backbone(base: PreTrainedModel) -> nn.Module:
     return found
 
 
-def _implementations(config: Any) -> dict[str, str]:
-    """The attention of a model and its parts, in the form `set_attn_implementation` takes."""
-    found = {"": config._attn_implementation}
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            found[name] = part._attn_implementation
-    return found
+def _implementations(base: PreTrainedModel) -> list[tuple[Any, str]]:
+    """The configurations of a model and its parts, and what each says of attention."""
+    found: dict[int, Any] = {}
+    waiting = [module.config for module in base.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    return [(config, config._attn_implementation) for config in found.values()]
+
+
+def _stock(config: Any, name: str) -> str:
+    """What a model's own numbers come from: SDPA has no soft cap, and some releases of transformers leave it out."""
+    return "eager" if name == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None else name
+
+
+def _switch(base: PreTrainedModel) -> None:
+    """Let the model's attention, and that of its parts, take trees."""
+    dense = not _takes_attention_from_registry(base)
+    for config, name in _implementations(base):
+        if dense:
+            config._attn_implementation = _attention.DENSE
+        elif name not in _OURS:
+            eager = _stock(config, name) == "eager" or not type(base)._supports_sdpa
+            config._attn_implementation = _attention.EAGER if eager else _attention.SDPA
+    if dense:
+        _dense.hook_biases(_backbone(base))
+
+
+_OURS = (_attention.SDPA, _attention.EAGER, _attention.DENSE)
+
+
+def _takes_attention_from_registry(base: PreTrainedModel) -> bool:
+    kinds = {
+        kind for module in base.modules() for kind in type(module).__mro__ if not isinstance(module, PreTrainedModel)
+    }
+    return any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in kinds)
 
 
 def _is_switched_on(base: PreTrainedModel) -> bool:
-    return bool(base.config.get_text_config()._attn_implementation == _attention.NAME)
+    return base.config.get_text_config()._attn_implementation in _OURS

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tuna_kernels.integrations._passes import Layout, TreeGroups, dummy_layout, prompt_layout
 from tuna_kernels.integrations._requests import BranchPass, KeepPass, PromptPass, why_not_two_phase
@@ -123,7 +124,7 @@ def two_phase_ranking_loss(
         ValueError: ``candidates_per_pass`` below 1; dropout in training mode (the phases would draw it apart);
             reentrant activation checkpointing (its layers are no part of a graph); layers that share keys; or as
             `model_ranking_loss`.
-        RuntimeError: gradients are switched off.
+        RuntimeError: gradients are switched off; or a second or forward-mode derivative, a transform of torch.func.
     """
     check_choices(kind, preset)
     if candidates_per_pass < 1:
@@ -140,6 +141,12 @@ def two_phase_ranking_loss(
     scoring = _Scoring(tree, groups, backend, SCORING_ROWS * groups.largest_pass(candidates_per_pass))
     with torch.no_grad(), _nothing_random(tree):
         logprobs = scoring.run(carry, most_passes(scoring.passes))
+    dual = forward_ad.unpack_dual(logprobs)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active() or dual.tangent is not None:
+        raise RuntimeError(
+            "two_phase_ranking_loss goes backward itself: no forward mode and no transform of torch.func; use "
+            'model_ranking_loss, for forward mode with backend="reference"'
+        )
     tree = tree.to(logprobs.device)
     result = _upstream(logprobs, tree, settings)
     active = active_candidates(result.upstream, tree)
@@ -299,5 +306,6 @@ class _nothing_random:
         if kind is None and not all(map(torch.equal, self._before, self._states())):
             raise ValueError(
                 "the model draws random numbers in its forward (dropout, layer drop or router noise in training "
-                "mode): scores and gradients would draw them apart; switch it off or use the one-pass loss"
+                "mode): scores and gradients would draw them apart; switch it off (model.eval() where a model draws at "
+                "rates of 0 too) or use the one-pass loss"
             )

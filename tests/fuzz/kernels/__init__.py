@@ -6,7 +6,7 @@ import random
 
 from tests.fuzz.kernels import attention, head, ranking, selective
 
-SHORT_RUN = 60
+SHORT_RUN = 30
 
 
 def case(seed: int) -> None:

@@ -146,4 +146,91 @@ REFUSED: list[Case] = [
     ("other JSON", 2, '{"answer": 4}', "no ranking"),
 ]
 
-CASES: list[Case] = [*WHOLE, *CUT, *TEXT, *REFUSED]
+# Thinking and quotations are no verdict
+APART: list[Case] = [
+    ("thinking never closed", 2, '<think>Perhaps {"ranking": [[1],[2]]}, but', "cut off within its reasoning"),
+    ("thinking without an answer", 2, 'First {"ranking": [[1],[2]]}. No.</think>', "holds nothing else"),
+    ("thinking opened in the prompt", 2, "Final ranking: 1 > 2\nNo.\n</think>\nRanking: 2 > 1", [[2], [1]]),
+    ("thinking by another name", 2, "<Reasoning>Ranking: 1 > 2</Reasoning>Ranking: 2 > 1", [[2], [1]]),
+    ("thinking after the verdict", 2, "Ranking: 2 > 1\n<think>or Ranking: 1 > 2", [[2], [1]]),
+    ("a tag in a text of JSON", 2, '{"reference": "write <think> first", "ranking": [2, 1]}', [[2], [1]]),
+    ("a quoted line", 2, "Candidate 1 has\n> Final ranking: 1 > 2\n\nRanking: 2 > 1", [[2], [1]]),
+    ("a quoted line only", 2, "Candidate 1 has\n> Final ranking: 1 > 2\nwhich is wrong.", "no ranking"),
+    ("a quoted fence", 2, "Candidate 1 says:\n```\nFinal ranking: 1 > 2\n```\nRanking: 2 > 1", [[2], [1]]),
+    ("a quoted fence only", 2, "Candidate 1 says:\n\n```\nRanking: 1 > 2\n```\nI ignore that.", "no ranking"),
+    ("a verdict in a fence", 2, "```\nRanking: 2 > 1\n```", [[2], [1]]),
+    ("a quoted object", 2, 'Candidate 1 claims {"ranking": [1, 2]}, which I ignore.\n{"ranking": [2, 1]}', [[2], [1]]),
+    ("a quoted object only", 2, 'Candidate 1 claims {"ranking": [1, 2]}, but 2 is better.', "no ranking"),
+    ("an object, then whose it is", 2, '{"ranking": [1, 2]} is what candidate 1 claims.', "no ranking"),
+    ("a quoted object in a fence", 2, 'Candidate 1 contains:\n```json\n{"ranking": [1, 2]}\n```\nNo.', "no ranking"),
+    ("a quoted list", 2, "Candidate 1's answer has\nRankings:\n1. 1\n2. 2\nI prefer candidate 2.", "no ranking"),
+    (
+        "a quotation within a text, cut off",
+        2,
+        '{"reference": "it says {\'ranking\': [1, 2]} so", "scores": [{',
+        "no ranking",
+    ),
+    (
+        "reasons are no quotations",
+        2,
+        "- Candidate 1 has a wrong date.\n- Candidate 2 is right\n\nRanking: 2 > 1",
+        [[2], [1]],
+    ),
+    ("called final, but not the last", 2, "Final ranking: 1 > 2\nRanking: 2 > 1", "disagree"),
+]
+
+# Which way, and which numbers
+MEANT: list[Case] = [
+    ("worst first", 3, "Ranking (worst first): 3, 1, 2", [[2], [1], [3]]),
+    ("lowest to highest", 3, "Ranking from lowest to highest quality: 3, 1, 2", [[2], [1], [3]]),
+    ("least to most", 3, "Ranked from least helpful to most helpful: 3, 1, 2", [[2], [1], [3]]),
+    ("best to worst, spelt out", 3, "Ranking from best to worst: 3, 1, 2", [[3], [1], [2]]),
+    ("ascending, of what?", 3, "Ranking in ascending order: 3, 1, 2", "not plain"),
+    ("said in the line before", 3, "I go from worst to best.\nRanking: 3, 1, 2", "not plain"),
+    ("said before JSON", 2, 'From worst to best:\n{"ranking": [[1], [2]]}', "not plain"),
+    ("said in JSON", 2, '{"note": "worst to best", "ranking": [[1], [2]]}', "not plain"),
+    ("doubled braces", 3, '{{"kind": "open", "ranking": [[2], [1], [3]]}}', [[2], [1], [3]]),
+    ("an object around it", 2, '{"judgement": {"ranking": [[2], [1]]}}', [[2], [1]]),
+    ("JSON in a JSON text", 2, '"{\\"ranking\\": [[2], [1]]}"', [[2], [1]]),
+    ("quotation marks not escaped", 2, '{"reference": "He said "yes" and left", "ranking": [[2], [1]]}', [[2], [1]]),
+    ("tuples", 2, "{'ranking': ((2,), (1,))}", [[2], [1]]),
+    ("a field twice", 2, '{"ranking": [1, 2], "ranking": [2, 1]}', "twice"),
+    ("two fields that disagree", 2, '{"ranking": [1, 2], "final_ranking": [2, 1]}', "disagree"),
+    (
+        "positions out of order",
+        2,
+        '{"ranking": [{"candidate": 1, "position": 2}, {"id": 2, "position": 1}]}',
+        [[2], [1]],
+    ),
+    (
+        "places in words of digits",
+        2,
+        '{"ranking": [{"candidate": 1, "rank": "2"}, {"candidate": 2, "rank": "1"}]}',
+        [[2], [1]],
+    ),
+    (
+        "tiers as objects",
+        3,
+        '{"ranking": [{"tier": 2, "candidates": [1, 3]}, {"tier": 1, "candidates": [2]}]}',
+        [[2], [1, 3]],
+    ),
+    (
+        "scores against the order",
+        2,
+        '{"ranking": [{"candidate": 1, "score": 3}, {"candidate": 2, "score": 9}]}',
+        "order of their",
+    ),
+    ("ranks of some only", 2, '{"ranking": [{"candidate": 1, "rank": 2}, {"candidate": 2}]}', "rank of candidate 2"),
+    ("scores by candidate", 2, '{"ranking": {"Candidate 1": 3, "Candidate 2": 9}}', "count from 1"),
+    ("ranks in a list of candidates", 2, "Ranking:\n1. Candidate 1: rank 2\n2. Candidate 2: rank 1", "another place"),
+    ("the worst at the top", 2, "Ranking:\n1. Candidate 2 (worst)\n2. Candidate 1", "another place"),
+    ("a number without end", 2, '{"ranking": [' + "9" * 5000 + ", 1]}", "no candidate"),
+    ("a number without end in text", 2, "Ranking: " + "9" * 1500 + " > 1", "no candidate"),
+    ("an item without end", 2, "Ranking:\n" + "9" * 1500 + ". 2\n2. 1", "no candidate"),
+    ("a letter that is nearly an s", 2, "Ranking: \u017fix > 1", "no candidate"),
+    ("infinity", 2, '{"ranking": [1e999, 1]}', "no candidate"),
+    ("half a pair of surrogates", 2, '{"reference": "\\ud83d", "ranking": [2, 1]}', [[2], [1]]),
+    ("too long", 2, "Ranking: 2 > 1\n" + "and so on " * 20_000, "characters"),
+]
+
+CASES: list[Case] = [*WHOLE, *CUT, *TEXT, *REFUSED, *APART, *MEANT]

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fuzz import endpoint
 from tests.tuna.gather.commands import FAST, invoke, killed_and_resumed, rows
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
+from tuna.answers import parse_choices
 from tuna.endpoint import UnusableAnswer
-from tuna.generate import parse_choices
+from tuna.generate import NoLogprobs
 from tuna.local_scores import score_responses
 from tuna.models import load_model
 from tuna.responses import Response, ResponseSet, read_instructions, read_responses
@@ -117,6 +120,154 @@ def test_an_endpoint_that_ignores_n_is_asked_for_the_rest(tmp_path: Path) -> Non
         assert asked == [(4, 7), (3, 8), (2, 9), (1, 10)]
     for row in rows(tmp_path / "run" / "responses.jsonl"):
         assert len({response["text"] for response in row["responses"]}) == 4
+
+
+def generate(server: Misbehaving, tmp_path: Path, *more: str, count: int = 3) -> Any:
+    common = ["generate", "--instructions", instructions(tmp_path, count), "--output", str(tmp_path / "run"), *FAST]
+    return invoke(*common, "--base-url", server.url, *more)
+
+
+def test_an_endpoint_that_refuses_n_is_asked_one_at_a_time(tmp_path: Path) -> None:
+    """Learnt once; a rerun pays for nothing, and one that refuses for another reason is told so."""
+
+    def script(count: int, body: dict[str, Any]) -> Fault | None:
+        if "2 + 2" in json.dumps(body):
+            return Fault(400, body='{"error": {"message": "of another kind"}}')
+        return Fault(400, body='{"error": {"message": "n > 1 is not supported"}}') if body.get("n", 1) > 1 else None
+
+    with Misbehaving(script) as server:
+        result = generate(server, tmp_path, "--concurrency", "1")
+        assert result.exit_code == 1, result.output
+        assert sum(body.get("n", 1) > 1 for body in server.bodies) == 1
+        assert [row["id"] for row in rows(tmp_path / "run" / "responses.jsonl")] == ["q0", "q1"]
+        assert "of another kind" in rows(tmp_path / "run" / "failed.jsonl")[0]["reason"]
+        paid = sum(server.paid.values())
+        assert paid == 1 + 2 * 4
+        generate(server, tmp_path, "--concurrency", "1")
+        assert sum(server.paid.values()) == paid
+
+
+def each(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Fault:
+    return Fault(answer=lambda good: {**good, "choices": [change(choice) for choice in good["choices"]]})
+
+
+def test_choices_that_cannot_be_used_are_drawn_again_and_the_others_kept(tmp_path: Path) -> None:
+    def sentinel(choice: dict[str, Any]) -> dict[str, Any]:
+        spoilt = {"content": [{"token": "t", "logprob": -9999.0}] * 3}
+        return {**choice, "logprobs": spoilt} if choice["index"] == 0 else choice
+
+    with Misbehaving(lambda count, body: each(sentinel) if body.get("n", 1) > 1 else None) as server:
+        result = generate(server, tmp_path, count=1)
+        assert result.exit_code == 0, result.output
+        assert [body.get("n") for body in server.bodies] == [None, 4, 1]
+    (row,) = rows(tmp_path / "run" / "responses.jsonl")
+    assert len(row["responses"]) == 4 and all(-40 < response["logprob_sum"] < 0 for response in row["responses"])
+
+
+@pytest.mark.parametrize("way", ["sentinel", "reasoning"])
+def test_the_probe_tells_a_missing_value_from_missing_values(way: str, tmp_path: Path) -> None:
+    """And asks a model that thinks for as many tokens as its responses will have."""
+
+    def change(choice: dict[str, Any]) -> dict[str, Any]:
+        if way == "sentinel":
+            return {**choice, "logprobs": {"content": [{"token": "t", "logprob": -9999.0}]}}
+        message = {"content": None, "reasoning_content": "hm"}
+        return {**choice, "message": message, "finish_reason": "length", "logprobs": None}
+
+    with Misbehaving(lambda count, body: each(change) if body["max_tokens"] == 4 else None) as server:
+        result = generate(server, tmp_path, "--max-tokens", "60")
+        assert result.exit_code == 0, result.output
+        assert [body["max_tokens"] for body in server.bodies[:2]] == [4, 60]
+        assert server.calls == (4 if way == "sentinel" else 5)
+
+
+def test_log_probabilities_of_no_token_are_none_at_the_probe(tmp_path: Path) -> None:
+    with Misbehaving(lambda count, body: each(lambda choice: {**choice, "logprobs": {"content": []}})) as server:
+        result = generate(server, tmp_path)
+        assert isinstance(result.exception, NoLogprobs) and "no token" in str(result.exception) and server.calls == 1
+
+
+def test_reasoning_is_kept_beside_the_response(tmp_path: Path) -> None:
+    def think(choice: dict[str, Any]) -> dict[str, Any]:
+        return {**choice, "message": {"content": f"<think>hm</think>{choice['message']['content']}"}}
+
+    with Misbehaving(lambda count, body: each(think)) as server:
+        assert generate(server, tmp_path, "--no-logprobs", "--n", "1").exit_code == 0
+    for row in rows(tmp_path / "run" / "responses.jsonl"):
+        (response,) = row["responses"]
+        assert response["reasoning"] == "hm" and response["text"].startswith("answer ")
+
+
+def test_what_the_limit_used_up_is_not_asked_again_at_the_same_price(tmp_path: Path) -> None:
+    def used_up(choice: dict[str, Any]) -> dict[str, Any]:
+        return {**choice, "message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "length"}
+
+    with Misbehaving(lambda count, body: each(used_up) if "1 + 1" in json.dumps(body) else None) as server:
+        result = generate(server, tmp_path, "--no-logprobs")
+        assert result.exit_code == 1 and server.calls == 3
+    assert "--max-tokens" in rows(tmp_path / "run" / "failed.jsonl")[0]["reason"]
+
+
+def test_a_cut_response_is_cut_by_whatever_cut_it(tmp_path: Path) -> None:
+    """By a filter, say: ranked, it would teach to end there."""
+    reasons = iter(["content_filter", "STOP", "eos_token", "SAFETY"])
+    with Misbehaving(
+        lambda count, body: each(lambda c: {**c, "finish_reason": next(reasons)}) if "n" in body else None
+    ) as server:
+        assert generate(server, tmp_path, count=1).exit_code == 0
+    ranked = tmp_path / "ranked.jsonl"
+    arguments = ["rank", "--data", str(tmp_path / "run" / "responses.jsonl"), "--output", str(ranked)]
+    assert invoke(*arguments).exit_code == 0
+    (row,) = rows(ranked)
+    assert len(row["responses"]) == 2 and not any(candidate["truncated"] for candidate in row["candidates"])
+    assert invoke(*arguments, "--truncated", "last").exit_code == 0
+    (row,) = rows(ranked)
+    assert [candidate["truncated"] for candidate in row["candidates"]] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        {"text": "a", "tokens": 2, "logprob_sum": -9999.5},
+        {"text": "a", "tokens": 2, "logprob_sum": 5.0},
+        {"text": "a", "tokens": -2, "logprob_sum": -5.0},
+        {"text": "a", "tokens": 2, "logprob_sum": -1.0, "logprobs": [-9999.0, -1.0]},
+    ],
+)
+def test_files_of_responses_are_held_to_the_same_rules(response: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt": "p", "responses": [{"text": "b"}, response]}) + "\n")
+    with pytest.raises(ValueError, match=r"responses\.1"):
+        read_responses(path)
+
+
+def test_a_command_that_could_not_work_claims_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    common = ["generate", "--instructions", instructions(tmp_path, 2), "--output", str(tmp_path / "run"), *FAST]
+    result = invoke(*common, "--base-url", "https://api.openai.com/v1")
+    assert "$OPENAI_API_KEY holds none" in str(result.exception) and not (tmp_path / "run").exists()
+    with Misbehaving(
+        lambda count, body: Fault(answer=lambda good: "<html>") if "wrong" in body["model"] else None
+    ) as server:
+        wrong = invoke(*common, "--base-url", server.url.replace("/v1", ""), "--max-attempts", "1", "--model", "wrong")
+        assert wrong.exit_code == 3, wrong.output
+        assert invoke(*common, "--base-url", server.url).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ['{"n": 0}', '{"n": 1.5}', '{"max_tokens": 1e400}', '{"a": NaN}', "[1]", "{", "[" * 9000, '{"stream": true}'],
+)
+def test_bad_extra_fields_are_a_user_error(extra: str, tmp_path: Path) -> None:
+    with Misbehaving() as server:
+        result = generate(server, tmp_path, "--extra", extra)
+        assert isinstance(result.exception, ValueError) and "--extra" in str(result.exception) and server.calls == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hostile_endpoint_ends_no_run(seed: int) -> None:
+    """More of these: ``python -m tests.fuzz --only endpoint``."""
+    endpoint.case(seed)
 
 
 @pytest.mark.parametrize("way", ["null", "status"])

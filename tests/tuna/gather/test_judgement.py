@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,33 @@ def test_everything_else_it_says() -> None:
     assert (found.kind, found.reference, found.duplicates, found.source) == ("closed", "Four.", [[1, 3]], "json")
     assert found.scores[2] == {"correctness": 0, "helpfulness": 1, "clarity": 3}
     assert found.notes == ["candidate 3 stands with its duplicate"]
+
+
+def test_what_it_says_can_be_written() -> None:
+    found = parse_judgement('{"reference": "half \\ud83d, whole \\ud83d\\ude00", "ranking": [2, 1]}', 2)
+    assert found.reference == "half \ufffd, whole \U0001f600"
+
+
+UNITS = [
+    "{", "{{", "[", '{"a":', '{"a":1,', '{"ranking": [', '{"ranking": [[2], [1]]} ', "{ ", '"', "'", "\\", "Ranking",
+    "Ranking:\n", "Ranking: ", " ", "\n", "<think>", "</think>", "> ", "```\n", "1. 2\n", "2 > ", "1, ", "=",
+    "candidate ", "it has ",
+    "Candidate 2 says:\n", "worst ", "worst to ", "all tied ", "ranking is ", "9", '{"reference": "\\u', "the ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("start", ["", "Ranking: ", "Ranking:\n", '{"ranking": '])
+def test_time_grows_with_the_length(start: str, unit: str) -> None:
+    """What is repeated ten times as often takes not much more than ten times as long; the square would be a hundred."""
+
+    def seconds(length: int) -> float:
+        begun = time.process_time()
+        with contextlib.suppress(Unparsable):
+            parse_judgement(start + unit * (length // len(unit)), 3)
+        return time.process_time() - begun
+
+    assert seconds(80_000) < 0.5 + 25 * seconds(8_000)
 
 
 @st.composite

@@ -10,6 +10,8 @@ import os
 
 import torch
 
+from ...versions import interpreter_clash
+
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,7 +25,9 @@ def why_not() -> str:
     """ "" if the kernels can run on this machine, else the reason why not."""
     if not INSTALLED:
         return "triton is not installed (pip install 'tuna-kernels[gpu]')"
-    if is_interpreted() or torch.cuda.is_available():
+    if is_interpreted():
+        return interpreter_clash()
+    if torch.cuda.is_available():
         return ""
     return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
 

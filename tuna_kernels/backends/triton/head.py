@@ -259,7 +259,7 @@ def selective_forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``selective.forward``."""
-    rows = logits.shape[0]
+    rows, targets = logits.shape[0], targets.contiguous()
     if rows == 0:
         empty = logits.new_empty(0, dtype=compute)
         return empty, empty.clone(), empty.clone()
@@ -286,7 +286,7 @@ def selective_backward(
     if logits.shape[0] == 0:
         return
     head = Head(logits, None, None, 1.0 / temperature, None)
-    g = upstream.to(maximum.dtype).contiguous()
+    g, targets = upstream.to(maximum.dtype).contiguous(), targets.contiguous()
     gradient = RowGradient(maximum, log_sum * LOG2_E.value, -g, None, None, g)
     launch_logits_gradient(logits, head, targets, None, gradient, out, ignore_index=ignore_index)
 
