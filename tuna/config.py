@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from tuna import zero
+from tuna.effects import check_effects, check_mappings
 from tuna.metrics import greater_is_better
 from tuna.ranks import prepare_ranks
 from tuna.records import OnBad
@@ -26,10 +27,8 @@ class TunaConfig(TrainingArguments):
 
     Everything of the parent that is not named below works as documented there, except that
     **batch sizes count groups** (a prompt with its k responses), not sequences, and that
-    ``label_smoothing_factor``, ``neftune_noise_alpha``, ``dataloader_drop_last``, ``train_sampling_strategy``,
-    ``bf16_full_eval``, ``fp16_full_eval``, ``parallelism_config`` and DataParallel are refused: they would have no
-    effect, or a wrong one. ``torch_compile`` compiles the decoder layers, one by one, around the attention over the
-    tree.
+    settings that would have no effect, or a wrong one, are refused (`tuna.effects`; DataParallel among them).
+    ``torch_compile`` compiles the decoder layers, one by one, around the attention over the tree.
 
     >>> config = TunaConfig(output_dir="out", preset="released", use_cpu=True)
     >>> config.margin, config.learning_rate, config.lr_scheduler_type.value
@@ -163,6 +162,7 @@ class TunaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ours()
+        check_mappings(self)
         if self.optim == "adamw_kahan":  # a name that the parent does not know
             self.kahan, self.optim = True, "adamw_torch"
         compile_options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
@@ -255,6 +255,7 @@ class TunaConfig(TrainingArguments):
                 f"train_sampling_strategy = {self.train_sampling_strategy!r} is not supported: batches are "
                 "planned by groups or by tokens_per_batch"
             )
+        check_effects(self)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -108,6 +108,11 @@ class JudgeSettings:
         if self.response_format not in FORMATS:
             raise ValueError(f"response_format = {self.response_format!r} is none of {', '.join(FORMATS)}")
 
+    @property
+    def longest_reference(self) -> int:
+        """Characters of the judge's own answer in a schema: a small model writes hardly more than one a token."""
+        return min(MOST_REFERENCE, self.max_tokens)
+
     def parameters(self) -> dict[str, Any]:
         """Fields that decide what an answer means, as JSON values for a manifest; more ``tries`` may be given later."""
         values = {**asdict(self), "extra": dict(self.extra)}
@@ -202,6 +207,8 @@ class Judge:
                 found = parse_judgement(text, count)
                 if self.settings.reference_candidate and found.reference is None:
                     raise Unparsable("there is no reference answer")
+                if self.settings.reference_candidate and len(found.reference or "") == self.settings.longest_reference:
+                    raise Unparsable("the reference answer was cut to its limit (--max-tokens)")
             except Unparsable as error:
                 self.unread += 1
                 spoilt.append({"answer": text, "reason": str(error)})
@@ -217,7 +224,7 @@ class Judge:
         at = FORMATS.index(self.format)
         while True:
             form = FORMATS[at]
-            body = {**request.body, **_response_format(form, count)}
+            body = {**request.body, **_response_format(form, count, self.settings.longest_reference)}
             try:
                 answer = await calls.ask(
                     "chat",
@@ -244,32 +251,34 @@ def _tagged(tag: str, text: str) -> str:
     return f"<{tag}>\n{text}\n</{tag.split()[0]}>"
 
 
-def _response_format(form: Format, count: int) -> dict[str, Any]:
+def _response_format(form: Format, count: int, length: int) -> dict[str, Any]:
     if form == "text":
         return {}
     if form == "json_object":
         return {"response_format": {"type": "json_object"}}
-    schema = {"name": "judgement", "strict": True, "schema": _schema(count)}
+    schema = {"name": "judgement", "strict": True, "schema": _schema(count, length)}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def _schema(count: int) -> dict[str, Any]:
-    """The form of a judgement. Arrays and texts have bounds, or a small judge fills its limit with one of them."""
+def _schema(count: int, length: int = MOST_REFERENCE) -> dict[str, Any]:
+    """Of a judgement of ``count`` candidates. Everything in it ends: a small model repeats what has no bound.
+
+    ``length``: most characters of the reference.
+    """
     number = {"type": "integer", "enum": list(range(1, count + 1))}
-    groups = _array(_array(number, count), count)
     marks = {aspect: {"type": "integer", "enum": list(range(MOST + 1))} for aspect in ASPECTS}
     fields = {
         "kind": {"type": "string", "enum": ["open", "closed"]},
-        "reference": {"type": "string", "maxLength": MOST_REFERENCE},
-        "duplicates": groups,
-        "scores": _array(_object({"candidate": number, **marks}), count),
-        "ranking": groups,
+        "reference": {"type": "string", "maxLength": length},
+        "duplicates": _array(_array(number, 2, max(2, count)), 0, count // 2),
+        "scores": _array(_object({"candidate": number, **marks}), count, count),
+        "ranking": _array(_array(number, 1, count), 1, count),
     }
     return _object(fields)
 
 
-def _array(items: dict[str, Any], most: int) -> dict[str, Any]:
-    return {"type": "array", "items": items, "maxItems": most}
+def _array(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 
 
 def _object(fields: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuna.hub import hub_model
+
 __all__ = [
     "SMOLLM2",
     "TINY",
@@ -38,6 +40,7 @@ __all__ = [
     "compile_layers",
     "load_model",
     "load_tokenizer",
+    "place_for",
     "smollm2_folder",
     "tiny_model",
 ]
@@ -84,19 +87,37 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {name_or_path}: {error}") from error
-    return model, load_tokenizer(place)
+    return model, _tokenizer_at(place, name_or_path)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; names and errors as in `load_model`."""
     if str(name_or_path) == TINY:
         return _tiny_tokenizer(1024)
-    place = _resolve(name_or_path)
+    return _tokenizer_at(_resolve(name_or_path), name_or_path)
+
+
+def _tokenizer_at(place: str, name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {name_or_path}: {error}") from error
     return tokenizer
+
+
+def place_for(device: str | None) -> torch.device:
+    """Where to compute: the device of that name, or for None a GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has a class for each kind of device
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device = {device!r} cannot be used: {reason}") from error
+    return place
 
 
 def cache_folder() -> Path:
@@ -187,10 +208,10 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> str:
     path = Path(name).expanduser()
     if name and path.is_dir():  # Path("") would be the current folder
         return str(path)
-    # A hub name is `model` or `owner/model`; anything else that looks like a path is a mistyped path.
+    # A hub name is `owner/model`; anything else that looks like a path is a mistyped path.
     if not isinstance(name_or_path, str) or path.exists() or name[:1] in ("", ".", "/", "~") or name.count("/") > 1:
         raise FileNotFoundError(f"no model folder {name!r}; known names: {SMOLLM2!r}, {TINY!r}")
-    return name
+    return hub_model(name, (SMOLLM2, TINY))
 
 
 def _smollm2_gguf() -> Path:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuna.files import content_hash
 from tuna.journal import content_key
+from tuna.settings_text import read_settings_file
 
 __all__ = ["KINDS", "Kind", "PlannedServer", "PlannedStep", "Recipe", "Server", "Step", "plan", "read_recipe"]
 
@@ -168,14 +168,7 @@ def read_recipe(path: Path, variables: Mapping[str, Any] | None = None) -> Recip
         FileNotFoundError: no such file.
         ValueError: no YAML, or no recipe (the message names every field that is wrong); an unknown variable.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {path}")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not keys and values")
+    content = read_settings_file(path, "recipe")
     found = content.get("variables")
     known = dict(found) if isinstance(found, Mapping) else {}
     for name in variables or {}:

@@ -13,7 +13,6 @@ settings want comments). What is here keeps known traps away:
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -22,13 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from packaging.version import Version
+
+from tuna.settings_text import read_settings_file
 
 MINIMUM = "0.19.4"
 """Older versions lose gradients with offload and several backwards (0.18) or fail on frozen parameters (0.19.2)."""
 
 Settings = dict[str, Any]
+MAPPINGS = (
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "bf16",
+    "fp16",
+    "optimizer.params",
+    "scheduler",
+)
 
 
 def read_settings(source: str | os.PathLike[str] | Mapping[str, Any]) -> Settings:
@@ -42,20 +50,18 @@ def read_settings(source: str | os.PathLike[str] | Mapping[str, Any]) -> Setting
         where, content = "deepspeed", dict(source)
     else:
         where, path = str(source), Path(source).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"no DeepSpeed settings file {where}")
-        text = path.read_text("utf-8")
-        try:
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{where}: neither valid JSON nor YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: holds a {type(content).__name__}, not keys and values")
+        content = read_settings_file(path, "DeepSpeed settings file")  # JSON is YAML
     _check(where, content)
     return content
 
 
 def _check(where: str, settings: Settings) -> None:
+    for path in MAPPINGS:
+        part: Any = settings
+        for key in path.split("."):
+            part = part.get(key, {})
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{where}: {path} = {part!r} must be keys and values")
     stage = stage_of(settings)
     if stage not in (1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage = {stage!r} is not one of 1, 2, 3")

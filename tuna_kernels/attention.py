@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tuna_kernels import attention_ops
+from tuna_kernels._errors import CannotServe
 from tuna_kernels.backends import attention_flash, attention_flex, attention_reference, attention_triton
 from tuna_kernels.config import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
 from tuna_kernels.logprobs import should_validate
@@ -228,5 +229,5 @@ def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor |
     else:
         reason = attention_flex.why_not(q, k, v) if asked == "flex" else attention_flash.why_not(q, v, query_rows)
     if reason:
-        raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
+        raise CannotServe(f"{origin} = {asked!r} cannot serve this call: {reason}")
     return asked

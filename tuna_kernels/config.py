@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from ._errors import CannotServe
 from .backends import cpu as _cpu_backend
 from .backends import triton as _triton_backend
 from .backends.head import HeadBackend, tiled_backend
@@ -62,7 +63,7 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
         raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *BACKENDS)}")
     reason = why_not(asked, device, *dtypes)
     if reason:
-        raise RuntimeError(f"{origin} = {asked!r} cannot serve this call: {reason}")
+        raise CannotServe(f"{origin} = {asked!r} cannot serve this call: {reason}")
     return asked
 
 

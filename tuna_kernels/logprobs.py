@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import parallel
+from ._errors import CannotServe
 from .backends import reference
 from .backends.layout import dense_rows
 from .backends.reference import compute_dtype
@@ -165,7 +166,7 @@ def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple
     """``(logprobs, lse, entropy, state)`` over the whole of ``head``; ``state`` [3, M] is that of `linear.forward`."""
     if call.backend == "reference":
         if head.main_grad is not None:
-            raise RuntimeError("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
+            raise CannotServe("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
         return reference.linear_logprobs(
             hidden,
             head.weight,

@@ -15,13 +15,17 @@ from tuna.serve import Engine, create_app
 
 
 @contextmanager
-def live_server(model: Any, tokenizer: Any, name: str = "tiny", **engine: Any) -> Iterator[tuple[str, Engine]]:
+def live_server(
+    model: Any, tokenizer: Any, name: str = "tiny", app: dict[str, Any] | None = None, **engine: Any
+) -> Iterator[tuple[str, Engine]]:
     """The base URL (with /v1) and the engine of a server that runs until the block ends."""
     running = Engine(model, tokenizer, **engine)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
-        server = uvicorn.Server(uvicorn.Config(create_app(running, name, default_max_tokens=8), log_level="warning"))
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(running, name, default_max_tokens=8, **(app or {})), log_level="warning")
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -7,6 +7,7 @@ traceback and exits with 2; `TUNA_TRACEBACK=1` shows where it came from.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ try:
 except ModuleNotFoundError as error:  # the kernels alone need torch and numpy only
     raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
 
+from tuna.cli.messages import message
 from tuna.lifeline import watch_parent
 
 __all__ = ["app", "main"]
@@ -84,16 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except USER_ERRORS as error:
         if os.environ.get("TUNA_TRACEBACK", "0") not in ("", "0"):
             raise
-        complain(f"error: {_message(error)}")
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        complain(f"error: {message(error, words, typer.main.get_command(app))}")
         raise SystemExit(2) from None
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'tuna-kernels[train]'"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
 
 
 _assemble()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuna.cli.template import TemplateOption, given_template, warn
-from tuna.cli.terminal import Terminal, say, say_json, visible
+from tuna.cli.terminal import Terminal, complain, say, say_json, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,21 +41,24 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Read all records, say what is wrong with which, and exit with 1 if anything is."""
+    from tuna.cli.next import say_next
     from tuna.records import read_records
 
     found = read_records(source, format=format, on_bad="skip")
     stats = record_stats(found.records)
+    console = Terminal()
     if as_json:
         problems = [{"file": p.file, p.unit: p.line, "reason": p.reason} for p in found.problems]
         say_json({**stats, "problems": problems})
     else:
-        console = Terminal()
         _print_problems(console, found.problems)
         console.print(_stats_table(stats))
         if show > 0 and found.records:
             console.print(best_and_worst(found.records, show))
     if found.problems:
         raise typer.Exit(1)
+    if found.records and not as_json:
+        say_next(console, "train", model="MODEL", data=source, output="FOLDER")
 
 
 @app.command()
@@ -73,6 +76,7 @@ def convert(
     on_bad: OnBadFlag = "fail",
 ) -> None:
     """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
+    from tuna.cli.next import next_command
     from tuna.outputs import check_files
     from tuna.records import read_records, write_records
 
@@ -81,10 +85,12 @@ def convert(
     write_records(target, found.records)
     _print_problems(Terminal(stderr=True), found.problems)
     say(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
+    complain(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}")
 
 
 @app.command()
 def stats(
+    context: typer.Context,
     source: Source,
     format: Format = "auto",
     model: Annotated[
@@ -97,8 +103,11 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Count groups, candidates and ties; with --model also tokens, and how many of them sharing saves."""
+    from tuna.cli.messages import refuse_given
     from tuna.records import read_records
 
+    if model is None:
+        refuse_given(context, "tokens are counted with --model", "template", "max_length", "batch_groups")
     found = read_records(source, format=format, on_bad=on_bad)
     problems, tokens = list(found.problems), None
     console = Terminal(stderr=as_json)
@@ -132,6 +141,7 @@ def stats(
 
 @app.command()
 def split(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Any .json or .jsonl file whose rows have prompts or ids.")],
     output: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
     fraction: Annotated[
@@ -144,6 +154,8 @@ def split(
 
     All rows of a prompt go to the same side. The same seed and share hold out the same prompts in tuna train.
     """
+    from tuna.cli.messages import refuse_given
+    from tuna.cli.next import next_command
     from tuna.files import write_rows
     from tuna.outputs import check_files
     from tuna.split import hold_out, rows_to_split
@@ -151,7 +163,9 @@ def split(
     check_files({"output": output / "train.jsonl"}, {"source": source, "like": like})
     check_files({"output": output / "held_out.jsonl"}, {"source": source, "like": like})
     if (fraction is None) == (like is None):
-        raise ValueError("give exactly one of fraction and like")
+        raise ValueError("give exactly one of --fraction and --like")
+    if like is not None:
+        refuse_given(context, "--like says what is held out", "seed")
     rows = rows_to_split(source)
     if like is not None:
         there = rows_to_split(like)
@@ -166,6 +180,8 @@ def split(
     for name, part in parts.items():
         write_rows(output / name, part)
         say(f"{output / name}: {len(part)} rows")
+    files = {"data": output / "train.jsonl", "eval_data": output / "held_out.jsonl"}
+    complain(f"next: {next_command('train', model='MODEL', **files, output='FOLDER')}")
 
 
 def record_stats(records: Sequence[Record]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def demo(
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.info import collect_info
+    from tuna.cli.next import say_next
     from tuna.cli.progress import TrainingProgress
     from tuna.cli.terminal import Terminal
     from tuna.demo import DemoSettings, run_demo
@@ -70,6 +71,7 @@ def demo(
     for table in demo_tables(results):
         console.print(table)
     console.print(f"{results['seconds']:.0f} s in all; demo.json and demo.png are in {output}", highlight=False)
+    say_next(console, "train", model=settings.model, data="DATA", output="FOLDER")
 
 
 def demo_tables(results: dict[str, Any]) -> list[Any]:

@@ -24,7 +24,8 @@ def export(
     """Write a checkpoint as a plain Hugging Face folder: ZeRO shards joined, LoRA merged, safetensors."""
     import torch
 
-    from tuna.cli.terminal import say
+    from tuna.cli.next import next_command
+    from tuna.cli.terminal import complain, say
     from tuna.export import export as write
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -33,3 +34,4 @@ def export(
         source, output, model=model, dtype=None if dtype is None else getattr(torch, dtype), trust=trust_checkpoint
     )
     say(f"{done} is in {output}")
+    complain(f"next: {next_command('serve', model=output)}")

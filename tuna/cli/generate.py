@@ -22,6 +22,7 @@ __all__ = ["generate", "read_wanted"]
 
 
 def generate(
+    context: typer.Context,
     instructions: Annotated[
         str,
         typer.Option(
@@ -75,11 +76,16 @@ def generate(
     dry_run: paid.DryRun = False,
 ) -> None:
     """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
+    from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
     from tuna.generate import Sampling
     from tuna.outputs import check_files
     from tuna.templates import saved_template
 
+    if score_with is None:
+        refuse_given(context, "it is for --score-with", "score_template", "score_max_length")
+    if score_with is None and not logprobs:
+        refuse_given(context, "no log-probabilities are asked for", "keep_token_logprobs")
     settings = paid.paid_settings(
         base_url=base_url,
         key_variable=key_variable,
@@ -154,6 +160,7 @@ def _gather(
     keep_token_logprobs: bool,
     scorer: _Scorer | None,
 ) -> None:
+    from tuna.cli.next import next_command
     from tuna.generate import generate_responses, probe_logprobs
     from tuna.responses import write_responses
 
@@ -169,6 +176,8 @@ def _gather(
             sets = scorer.score(sets)
         if sets:
             write_responses(run.folder / "responses.jsonl", sets)
+            ranking = "judge" if scorer is None and not sampling.logprobs else "rank"
+            run.following = next_command(ranking, data=run.folder / "responses.jsonl", output="FOLDER")
         run.finish(wanted, outcome, figures)
 
 

@@ -129,6 +129,7 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
 
 
 def _judge(run: paid.PaidRun, examiner: Judge, items: Sequence[Candidates]) -> None:
+    from tuna.cli.next import next_command
     from tuna.files import write_rows
     from tuna.records import write_records
 
@@ -138,6 +139,7 @@ def _judge(run: paid.PaidRun, examiner: Judge, items: Sequence[Candidates]) -> N
         if verdicts:
             write_records(run.folder / "records.jsonl", [verdict.record for verdict in verdicts])
             write_rows(run.folder / "details.jsonl", (verdict.details for verdict in verdicts))
+            run.following = next_command("train", model="MODEL", data=run.folder / "records.jsonl", output="FOLDER")
         unparsable = run.folder / "unparsable.jsonl"
         rows = [{"id": x.id, "answers": examiner.unparsable[x.id]} for x in items if x.id in examiner.unparsable]
         if rows:

@@ -141,6 +141,7 @@ class PaidRun:
         folder: holds the journal, the manifest and the results.
         parameters: decide what an answer means; the folder takes one set of them.
         settings: how to ask and what to spend.
+        following: the command that usually comes next, once there are results.
     """
 
     console: Console
@@ -148,6 +149,7 @@ class PaidRun:
     folder: Path
     parameters: Mapping[str, Any]
     settings: PaidSettings
+    following: str = ""
 
     def journal(self) -> Journal:
         """The folder's journal, to be opened.
@@ -247,6 +249,8 @@ class PaidRun:
             left = figures["left"]
             self._say(f"ended early, {left} left: {outcome.stopped}. The same command goes on from here.", "red")
             raise typer.Exit(3)
+        if self.following:
+            self.console.print(f"next: {self.following}", markup=False, highlight=False, soft_wrap=True)
         if outcome.failed:
             raise typer.Exit(1)
 

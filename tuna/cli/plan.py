@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tuna.plan.comparison import Row
-    from tuna.plan.planner import Planner, Request
+    from tuna.plan.planner import Plan, Planner, Request
     from tuna.plan.workload import Workload
 
 __all__ = ["plan"]
@@ -22,8 +24,10 @@ def _flag(*names: str, help: str, panel: str) -> Any:
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
-        str | None, _flag(help="A size (llama-7b, llama3-8b, qwen2.5-7b, …), a folder, or a config.json.", panel=MODEL)
+        str | None,
+        _flag(help="A size (llama-7b, llama3-8b, …), a hub name, a folder, or a config.json.", panel=MODEL),
     ] = None,
     vocab: Annotated[int | None, _flag(help="Or a Llama by its sizes: the vocabulary,", panel=MODEL)] = None,
     hidden: Annotated[int | None, _flag(help="the width,", panel=MODEL)] = None,
@@ -43,16 +47,16 @@ def plan(
         str, _flag(help="The way that must fit: one_pass, two_phase, unshared or released.", panel=STEP)
     ] = "one_pass",
     precision: Annotated[str, _flag(help="bf16, fp16 or fp32.", panel=STEP)] = "bf16",
-    lora: Annotated[int | None, _flag(help="Rank of adapters. Default: train everything.", panel=STEP)] = None,
+    lora_r: Annotated[int | None, _flag(help="Rank of adapters. Default: train everything.", panel=STEP)] = None,
     optimizer: Annotated[
         str, _flag(help="adamw (float32 masters), kahan (bf16 states), adamw8bit.", panel=STEP)
     ] = "adamw",
     checkpointing: Annotated[bool, _flag(help="Recompute layers in the backward.", panel=STEP)] = True,
     candidates_per_pass: Annotated[int, _flag(help="Of two-phase.", panel=STEP)] = 1,
     most_groups: Annotated[int, _flag(help="Look for the largest micro-batch up to so many.", panel=STEP)] = 128,
-    gpu: Annotated[str, _flag(help="rtx3090, v100, a100-40, l40s, a100-80, h100-80, b200-192, …", panel=MACHINE)] = (
-        "a100-80"
-    ),
+    gpu: Annotated[
+        str, _flag(help="rtx3090 (or 3090), v100, a100-40, l40s, a100-80, h100-80, b200-192, …", panel=MACHINE)
+    ] = ("a100-80"),
     gpus: Annotated[int, _flag(help="GPUs in all.", panel=MACHINE)] = 1,
     gpus_per_node: Annotated[int, _flag(help="GPUs of a node.", panel=MACHINE)] = 8,
     zero: Annotated[int | None, _flag(help="ZeRO stage. Default: the lowest that fits.", panel=MACHINE)] = None,
@@ -65,6 +69,7 @@ def plan(
 
     Fails with the reason, and with the nearest plan that fits, where the one asked for does not.
     """
+    from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
     from tuna.plan.planner import Planner
     from tuna.plan.simulate import Simulator
@@ -78,12 +83,16 @@ def plan(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
     }
+    if data is None:
+        refuse_given(context, "it is for --data", "tokenizer", "template", "max_length")
+    else:
+        refuse_given(context, "--data decides it", "k", "prompt", "response")
     if (model is None) == all(value is None for value in sizes.values()):
         raise ValueError("give --model, or a model by its sizes (--vocab --hidden --ffn --layers --heads)")
     config = explicit_config(**sizes) if model is None else model_config(model)
     workload = _workload(k, prompt, response, data, tokenizer or model, template, max_length)
     request = _request(
-        workload, groups, method, precision, lora, optimizer, checkpointing, candidates_per_pass, gpu, gpus,
+        workload, groups, method, precision, lora_r, optimizer, checkpointing, candidates_per_pass, gpu, gpus,
         gpus_per_node, zero, offload, host_memory,
     )  # fmt: skip
     planner = Planner(Simulator(config))
@@ -94,7 +103,28 @@ def plan(
     title = f"{model or 'model'}: {workload.describe()}, {_setting(request)}"
     console.print(_table(title, rows))
     _write(rows, title, json_file, picture)
+    _advise(console, planner, request, model, data=data, template=template, max_length=max_length)
     planner.checked(request)
+
+
+def _advise(console: Console, planner: Planner, request: Request, model: str | None, **reading: Any) -> None:
+    """The commands to go on with: of the plan that fits with the least change, and of adapters beside offload."""
+    from dataclasses import replace
+
+    from tuna.plan.advice import adapters, train_command
+    from tuna.plan.planner import describe
+
+    if request.settings.method == "released":  # theirs; ours takes less
+        request = replace(request, settings=replace(request.settings, method="one_pass"))
+    nearest = planner.nearest(request)
+    found: list[tuple[str, Plan | None]] = [("train", nearest)]
+    changed = nearest is None or nearest.request.sharding.gpus > request.sharding.gpus
+    if changed or (nearest is not None and nearest.states.host):
+        found.append(("or adapters alone", adapters(planner, request)))
+    for what, plan in found:
+        if plan is not None:
+            console.print(f"{what}, {describe(plan)}:", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {train_command(plan, model, **reading)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _workload(
@@ -122,7 +152,7 @@ def _workload(
 
 
 def _request(
-    workload: Workload, groups: int, method: str, precision: str, lora: int | None, optimizer: str,
+    workload: Workload, groups: int, method: str, precision: str, lora_r: int | None, optimizer: str,
     checkpointing: bool, candidates_per_pass: int, gpu: str, gpus: int, gpus_per_node: int, zero: int | None,
     offload: str, host_memory: float | None,
 ) -> Request:  # fmt: skip
@@ -139,7 +169,7 @@ def _request(
         raise ValueError(f"precision = {precision!r} is not one of {tuple(dtypes)}")
     if method not in METHODS:
         raise ValueError(f"method = {method!r} is not one of {METHODS}")
-    for name, value in (("groups", groups), ("candidates_per_pass", candidates_per_pass), ("lora", lora)):
+    for name, value in (("groups", groups), ("candidates_per_pass", candidates_per_pass), ("lora_r", lora_r)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
     stage = zero if zero is not None else {"none": 0, "optimizer": 2}.get(offload, 3)
@@ -151,7 +181,7 @@ def _request(
             method=method,
             dtype=dtypes[precision],
             checkpointing=checkpointing,
-            lora_rank=lora,
+            lora_rank=lora_r,
             candidates_per_pass=candidates_per_pass,
         ),
         sharding=Sharding(gpus, gpus_per_node, stage, offload),  # type: ignore[arg-type]

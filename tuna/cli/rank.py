@@ -18,8 +18,11 @@ __all__ = ["rank"]
 
 
 def rank(
+    context: typer.Context,
     data: Annotated[str, typer.Option(help="Responses: what tuna generate or tuna sample wrote, or any file of them.")],
-    output: Annotated[Path, typer.Option(help="Ranked records for tuna train: .jsonl or .json.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for ranked.jsonl, the records for tuna train; or a .jsonl or .json file.")
+    ],
     length_penalty: Annotated[float, typer.Option(help="A score is sum(log p) / tokens ** this.")] = 1.0,
     min_tokens: Annotated[int, typer.Option(help="Shorter responses are left out.")] = 1,
     truncated: Annotated[
@@ -42,6 +45,8 @@ def rank(
     """Rank responses by the log-probability their teacher gave them, the reference response first."""
     from rich.table import Table
 
+    from tuna.cli.messages import refuse_given
+    from tuna.cli.next import say_next
     from tuna.cli.terminal import Terminal
     from tuna.files import write_rows
     from tuna.outputs import check_files
@@ -53,6 +58,8 @@ def rank(
     rules = RankingRules(
         length_penalty=length_penalty, min_tokens=min_tokens, truncated=truncated, tie=tie, min_responses=min_responses
     )
+    if score_with is None:
+        refuse_given(context, "it is for --score-with", "template", "max_length", "dtype")
     console = Terminal()
     sets, problems = read_responses(data, on_bad=on_bad)
     if not sets:
@@ -66,7 +73,8 @@ def rank(
         raise ValueError(
             f"no record of {data} has min_responses = {min_responses} responses left; see tuna rank --help"
         )
-    write_rows(output, (found.row() for found in ranked))
+    target = output if output.suffix and not output.is_dir() else output / "ranked.jsonl"
+    write_rows(target, (found.row() for found in ranked))
     figures = {"data": data, **ranking_figures(ranked, too_few), "unreadable": len(problems)}
     table = Table(title=f"{data} ranked", show_header=False, title_justify="left")
     for name, value in _flat(figures).items():
@@ -74,6 +82,7 @@ def rank(
     console.print(table)
     if json_file is not None:
         write_json(json_file, figures)
+    say_next(console, "train", model="MODEL", data=target, output="FOLDER")
 
 
 def _scored(

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
+OF_ENDPOINTS = (
+    "api", "logprobs", "extra", "key_variable", "concurrency", "requests_per_minute", "request_timeout",
+    "total_timeout", "max_attempts", "backoff", "max_backoff", "max_calls", "max_cost", "price_input", "price_output",
+)  # fmt: skip
+
 
 def sample(
+    context: typer.Context,
     instructions: Annotated[str, typer.Option(help="File of instructions, in any shape tuna generate reads.")],
     model: Annotated[
         str, typer.Option(help="The student: smollm2-135m, a folder, a hub name; with --base-url its name there.")
@@ -73,6 +79,7 @@ def sample(
 ) -> None:
     """Draw the student's own diverse responses, for a judge to rank. Interrupted, it goes on where it was."""
     from tuna.cli.generate import read_wanted
+    from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
     from tuna.outputs import check_files
     from tuna.sample import Diversity, LocalSampling
@@ -84,6 +91,7 @@ def sample(
     if base_url is None:
         if dry_run:
             raise ValueError("dry_run is for endpoints: give base_url")
+        refuse_given(context, "the student runs here; it is for --base-url", *OF_ENDPOINTS)
         sampling = LocalSampling(
             k=k,
             max_tokens=max_tokens,
@@ -98,6 +106,7 @@ def sample(
         return
     from tuna.generate import Sampling
 
+    refuse_given(context, "the student runs at --base-url", "batch", "dtype")
     settings = paid.paid_settings(
         base_url=base_url,
         key_variable=key_variable,
@@ -157,6 +166,7 @@ def _local(
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.bar import progress_bar
+    from tuna.cli.next import say_next
     from tuna.files import content_hash
     from tuna.journal import Journal
     from tuna.models import load_model
@@ -188,6 +198,7 @@ def _local(
         for problem in problems[:10]:
             console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
         _write(console, output, sets, sampling.diversity)
+        say_next(console, "judge", data=output / "responses.jsonl", model="JUDGE", output="FOLDER")
     if problems:
         raise typer.Exit(1)
 
@@ -197,6 +208,7 @@ def _remote(
 ) -> None:
     from dataclasses import replace
 
+    from tuna.cli.next import next_command
     from tuna.sample import sample_from_endpoint
 
     replace(sampling, temperature=diversity.temperature(sampling.temperature, diversity.tries - 1))  # still in range
@@ -210,6 +222,7 @@ def _remote(
         )
         sets = [outcome.results[index] for index in sorted(outcome.results)]
         _write(run.console, run.folder, sets, diversity)
+        run.following = next_command("judge", data=run.folder / "responses.jsonl", model="JUDGE", output="FOLDER")
         run.finish(wanted, outcome, figures)
 
 

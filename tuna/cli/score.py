@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,9 +45,10 @@ def score(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from tuna.cli.next import say_next
     from tuna.cli.terminal import Terminal
     from tuna.files import write_rows
-    from tuna.models import load_model
+    from tuna.models import load_model, place_for
     from tuna.notices import cut_notice
     from tuna.outputs import check_files
     from tuna.records import read_records
@@ -59,12 +61,16 @@ def score(
     check_files({"json": json_file, "per_record": per_record_file}, {"data": data})
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty = {length_penalty} must be finite")
+    if batch < 1:
+        raise ValueError(f"batch = {batch} must be at least 1")
+    place = place_for(device)
     console = Terminal()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     found = read_records(data, format=format, on_bad=on_bad)
     with console.status(f"loading {model} …"):
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.nn.Module.to(network, place)
     template = given_template(console, template, model, tokenizer)
     groups, unfit = tokenize_records(
@@ -81,6 +87,7 @@ def score(
         write_json(json_file, summary)
     if per_record_file is not None:
         write_rows(per_record_file, per_record(groups, report.scored))
+    say_next(console, "serve", model=model)
 
 
 def _score(

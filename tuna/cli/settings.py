@@ -13,9 +13,8 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuna.config import TunaConfig
+from tuna.settings_text import parse_yaml, read_settings_file
 
 
 @dataclass(kw_only=True)
@@ -55,9 +54,28 @@ class RunSettings:
             raise ValueError(f"lora_r = {self.lora_r} must be at least 0 (0: no adapter)")
         if self.load_in_4bit and self.lora_r == 0:
             raise ValueError("load_in_4bit trains an adapter on frozen weights: give its rank, lora_r")
+        for name, default in (("lora_alpha", None), ("lora_targets", "all-linear")):
+            if self.lora_r == 0 and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} would have no effect: no adapter is trained (lora_r)"
+                )
+        if not self.eval_first and not self.holds_out:
+            raise ValueError("eval_first = False would have no effect: nothing is held out (eval_data, eval_fraction)")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return self.eval_data is not None or self.eval_fraction is not None
 
 
 RUN_FIELDS = {item.name: item for item in fields(RunSettings)}
+DEEPSPEED = (
+    "zero_optimization",
+    "gradient_clipping",
+    "zero_allow_untested_optimizer",
+    "offload_optimizer",
+    "optimizer",
+)
 TRAINER_FIELDS = {item.name: item for item in fields(TunaConfig) if item.init}
 
 
@@ -75,14 +93,14 @@ def merge_settings(
         ValueError: an unknown key (near matches are named), a value of the wrong kind, a missing one.
         FileNotFoundError: no such file.
     """
-    values = _read_yaml(file) if file else {}
+    values = read_settings_file(file, "settings file") if file else {}
     if file and isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(file.parent / values["deepspeed"])  # named beside the file, wherever one stands
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, got {text!r}")
-        values[key.strip().replace("-", "_")] = _parse(value, f"--set {key}")
+        values[key.strip().replace("-", "_")] = parse_yaml(value, f"--set {key}")
     values |= {key: value for key, value in flags.items() if value is not None}
     known = {**TRAINER_FIELDS, **RUN_FIELDS}
     for key in values:
@@ -96,32 +114,16 @@ def merge_settings(
     return RunSettings(**run), {key: value for key, value in values.items() if key not in RUN_FIELDS}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no settings file {file}")
-    content = _parse(file.read_text("utf-8"), str(file))
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, not keys and values")
-    return {str(key): value for key, value in content.items()}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {error}") from error
-
-
 def _unknown(key: str, known: Sequence[str]) -> str:
+    if key in DEEPSPEED:
+        return f"unknown setting {key!r}: it is DeepSpeed's, give it under 'deepspeed'"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `tuna train --help` lists common ones"
     return f"unknown setting {key!r}{hint}"
 
 
 def _fitted(field: Field[Any], value: Any) -> Any:
-    """``value`` as the kind of its field; YAML 1.1 reads 1e-5, without a dot, as text, and no as false."""
+    """``value`` as the kind of its field; YAML 1.1 reads no as false."""
     kinds = set(re.findall(r"\w+", str(field.type))) - {"class", "None"}
     if value is None:
         return value
@@ -130,7 +132,13 @@ def _fitted(field: Field[Any], value: Any) -> Any:
             return value
         raise ValueError(f"{field.name} = {value!r} must be true or false")
     if not kinds <= {"int", "float"}:
-        return {False: "no", True: "yes"}[value] if isinstance(value, bool) and "bool" not in kinds else value
+        if value is False and field.name.endswith("_strategy"):
+            return "no"
+        if value is False and field.name == "report_to":
+            return "none"
+        if kinds == {"str"} and not isinstance(value, str) and not (isinstance(value, bool) and field.name == "fsdp"):
+            raise ValueError(f"{field.name} = {value!r} must be text")
+        return value
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

@@ -70,7 +70,9 @@ def train(
         Number, _flag(help="Warm-up steps, or below 1 their share. Default: 2.", panel=STEPS)
     ] = None,
     seed: Annotated[Whole, _flag(help="Of the order of the data and the hold-out. Default: 42.", panel=STEPS)] = None,
-    logging_steps: Annotated[Number, _flag(help="Steps from log line to log line. Default: 10.", panel=STEPS)] = None,
+    logging_steps: Annotated[
+        Number, _flag(help="Steps from log line to log line. Default: 10, fewer in a short run.", panel=STEPS)
+    ] = None,
     eval_steps: Annotated[Number, _flag(help="Evaluate every so many steps.", panel=STEPS)] = None,
     save_steps: Annotated[Number, _flag(help="Checkpoint every so many steps. Default: 500.", panel=STEPS)] = None,
     lora_r: Annotated[
@@ -112,23 +114,16 @@ def train(
     flags = dict(locals())
     file, overrides = flags.pop("config"), flags.pop("set_") or []
     from tuna import lifeline
+    from tuna.cli.messages import FLAG_FIELDS
     from tuna.cli.settings import merge_settings
     from tuna.cli.terminal import Terminal, complain
     from tuna.cli.training import run_training
     from tuna.ranks import end_ranks, launched
     from tuna.stopping import Stopped
 
-    names = {
-        "groups": "per_device_train_batch_size",
-        "accumulate": "gradient_accumulation_steps",
-        "epochs": "num_train_epochs",
-        "steps": "max_steps",
-        "lr": "learning_rate",
-        "output": "output_dir",
-    }
     rank, _ = launched()
     lifeline.watch_launcher()
-    run, settings = merge_settings(file, overrides, {names.get(k, k): value for k, value in flags.items()})
+    run, settings = merge_settings(file, overrides, {FLAG_FIELDS.get(k, k): value for k, value in flags.items()})
     try:
         run_training(run, settings, Terminal(quiet=rank > 0))
     except Stopped as stop:

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from tuna.adapters import merged
 from tuna.checkpoints import CheckpointError
 from tuna.cli.data import best_and_worst
+from tuna.cli.next import say_next
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
 from tuna.cli.template import given_template, warn
@@ -46,6 +47,7 @@ METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
 ADAPTER_FOLDER = "adapter"
 DRAFT = ".saving"
+LEAST_LINES = 5  # of the log, where there are as many steps
 
 
 def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -95,6 +97,8 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     trainer.sources = {name: getattr(run, name) for name in ("model", "data", "format", "limit", "eval_fraction")}
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
     console.print(_summary(trainer, stats, held_out))
+    if "logging_steps" not in settings:
+        config.logging_steps = max(1, min(config.logging_steps, _steps(trainer) // LEAST_LINES))
 
     if trainer.is_world_process_zero():
         save_template(output, config.template)  # now, so that a run that was stopped has it to resume
@@ -120,6 +124,7 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     if after is not None:
         console.print(_comparison(before, after))
     console.print(f"model, {METRICS_FILE} and {PICTURE_FILE} are in {output}", highlight=False)
+    say_next(console, "score", model=output, data=run.eval_data or "DATA")
     return metrics
 
 
@@ -156,15 +161,21 @@ def _base_accuracy(trainer: TunaTrainer, train: Sequence[TokenizedGroup]) -> flo
 
 
 def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
-    held_out = run.eval_data is not None or run.eval_fraction is not None
+    held_out = run.holds_out
     if "eval_steps" in settings and held_out:
         settings.setdefault("eval_strategy", "steps")
-    if not held_out and settings.get("eval_strategy", "no") != "no":
-        raise ValueError("eval_strategy needs held-out data: give eval_data or eval_fraction")
+    for name in ("eval_strategy", "eval_steps", "eval_on_start"):
+        if not held_out and settings.get(name) not in (None, "no", False):
+            raise ValueError(f"{name} needs held-out data: give eval_data or eval_fraction")
+    if settings.get("disable_tqdm") is False:
+        raise ValueError("disable_tqdm = False would have no effect: bars and lines are tuna's own")
     # Sharded weights are there to evaluate only once DeepSpeed has started, which training does.
     on_start = bool(settings.get("deepspeed")) and held_out and run.eval_first
     defaults = {"report_to": default_reports(), "eval_on_start": on_start}
-    return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+    try:
+        return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+    except (TypeError, AttributeError, LookupError, NotImplementedError) as error:  # of values transformers looks into
+        raise ValueError(f"settings that cannot be used: {error}") from error
 
 
 def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[Record], list[Record]]:
@@ -176,6 +187,8 @@ def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[
     records = found.records[: run.limit]
     if not records:
         raise ValueError(f"data = {run.data!r} holds no records")
+    if held_out is not None and not held_out.records:
+        raise ValueError(f"eval_data = {run.eval_data!r} holds no records")
     if held_out is not None or run.eval_fraction is None:
         return records, held_out.records if held_out else []
     return split_records(records, run.eval_fraction, config.seed)
@@ -264,10 +277,17 @@ def _publish(draft: Path, output: Path) -> None:
     shutil.rmtree(draft)
 
 
-def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
+def _steps_per_epoch(trainer: TunaTrainer) -> int:
+    return math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+
+
+def _steps(trainer: TunaTrainer) -> int:
     args = trainer.args
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    return args.max_steps if args.max_steps > 0 else math.ceil(_steps_per_epoch(trainer) * args.num_train_epochs)
+
+
+def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
+    args, steps, per_epoch = trainer.args, _steps(trainer), _steps_per_epoch(trainer)
     batch = (
         f"{args.per_device_train_batch_size} groups"
         if args.tokens_per_batch is None

@@ -13,6 +13,7 @@ papers (GeForce: tensor FP16 with FP32 accumulate, which GeForce cards run at ha
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 __all__ = ["CARDS", "Card", "find_card"]
@@ -64,16 +65,37 @@ _TABLE = (
 CARDS: dict[str, Card] = {card.name: card for card in _TABLE}
 
 
+# Words around the model of a card in what shops and `nvidia-smi` call it.
+MAKERS_WORDS = frozenset(
+    ["nvidia", "geforce", "quadro", "tesla", "rtx", "gpu", "gb", "gib", "g", "pcie", "ada", "generation"]
+)
+MAKERS_WORDS |= {f"{word}{number}" for word in ("sxm", "hbm") for number in ("", "2", "3", "4", "5", "2e", "3e")}
+
+
 def find_card(name: str) -> Card:
-    """A card by name, in any case.
+    """A card by its name here, by its number, or as the driver calls it; in any case.
 
     Raises:
-        ValueError: a name that is not in the table.
+        ValueError: no card of the table, or several that differ in memory.
 
-    >>> find_card("A100-80").memory_gbs
-    2039
+    >>> find_card("A100-80").memory_gbs, find_card("4090").name, find_card("NVIDIA A100-SXM4-40GB").name
+    (2039, 'rtx4090', 'a100-40')
     """
-    card = CARDS.get(name.lower())
-    if card is None:
-        raise ValueError(f"gpu = {name!r} is not one of {', '.join(CARDS)}")
-    return card
+    if (card := CARDS.get(name.lower())) is not None:
+        return card
+    words = set(re.findall(r"[a-z]*[0-9]+[a-z]?(?![a-z0-9])|[a-z]+[0-9]*|[0-9]+", name.lower())) - MAKERS_WORDS
+    found = [card for card in CARDS.values() if words and words <= _words(card) and words & _models(card)]
+    if len(found) == 1:
+        return found[0]
+    known = found or CARDS.values()
+    raise ValueError(f"gpu = {name!r} is not one of {', '.join(card.name for card in known)}")
+
+
+def _models(card: Card) -> set[str]:
+    model = card.name.partition("-")[0]
+    return {model, model.removeprefix("rtx")}
+
+
+def _words(card: Card) -> set[str]:
+    size = card.label.split()[0]
+    return _models(card) | {size, f"{size}g", f"{size}gb", f"{size}gib"}

@@ -175,6 +175,11 @@ class Planner:
         time = step_time(request.card, step, counts, states, request.sharding, settings, request.optimizer)
         return Plan(request, states, step, time, allowance, held + allowance, at)
 
+    def nearest(self, request: Request) -> Plan | None:
+        """The plan that fits with the least change, the request itself where it does; None if none does."""
+        plan = self.plan(request)
+        return plan if plan.fits else next((other for other in self._near(request) if other.fits), None)
+
     def checked(self, request: Request) -> Plan:
         """A plan that fits.
 
@@ -184,7 +189,7 @@ class Planner:
         plan = self.plan(request)
         if plan.fits:
             return plan
-        nearest = next((other for other in self._near(request) if other.fits), None)
+        nearest = self.nearest(request)
         advice = f"nearest plan that fits: {describe(nearest)}" if nearest else "no plan with up to 64 GPUs fits"
         raise ValueError(f"this plan does not fit: {plan.why_not}; {advice}")
 
@@ -264,7 +269,10 @@ def _guess(now: Plan, one: Plan) -> int:
 def describe(plan: Plan) -> str:
     """A plan in a few words, as the options that ask for it."""
     new, sharding = plan.request, plan.request.sharding
-    words = [f"--gpus {sharding.gpus} --zero {sharding.stage} --offload {sharding.offload} --groups {new.groups}"]
+    adapters = "" if new.settings.lora_rank is None else f"--lora-r {new.settings.lora_rank} "
+    words = [
+        f"{adapters}--gpus {sharding.gpus} --zero {sharding.stage} --offload {sharding.offload} --groups {new.groups}"
+    ]
     words.append(f"({plan.peak / GIB:.1f} GiB on each GPU")
     if plan.states.host:
         words.append(f"and {plan.states.host / GIB:.0f} GiB of host memory on each node")

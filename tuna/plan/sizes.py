@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from tuna.hub import hub_model
 from tuna.models import SMOLLM2, TINY
 
 __all__ = ["SIZES", "at_depth", "explicit_config", "layer_period", "model_config"]
@@ -36,27 +38,47 @@ SIZES: dict[str, dict[str, Any]] = {
            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip
 
+# What the models are called on the hub, without owner and kind of tuning.
+HUB = {
+    **{name: name for name in SIZES},
+    "llama-2-7b": "llama-7b",
+    "llama-2-13b": "llama-13b",
+    "llama-3-8b": "llama3-8b",
+    "llama-3.1-8b": "llama3-8b",
+}
+
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def model_config(name_or_path: str | os.PathLike[str]) -> PretrainedConfig:
-    """The transformers configuration of a built-in size, a model folder or a ``config.json``.
+    """The transformers configuration of a built-in size, a name on the hub, a model folder or a ``config.json``.
 
     Raises:
-        FileNotFoundError: neither a built-in size nor a path.
+        FileNotFoundError: neither a built-in size, nor a path, nor a model on the hub.
         ValueError: a file that is no configuration transformers knows.
     """
     name = os.fspath(name_or_path)
     if name.lower() in SIZES:
         return _for_model(SIZES[name.lower()])
     path = Path(name).expanduser()
+    place = str(path)
     if not path.exists():
-        raise FileNotFoundError(f"model = {name!r} is neither a path nor one of {', '.join(SIZES)}")
+        if (size := _size_of(name)) is not None:
+            return _for_model(SIZES[size])
+        if "/" not in name:
+            raise FileNotFoundError(f"model = {name!r} is neither a path nor one of {', '.join(SIZES)}")
+        place = hub_model(name, tuple(SIZES))
     try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(path)
+        found: PretrainedConfig = AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model = {name!r} has no configuration that transformers knows: {error}") from error
     return found
+
+
+def _size_of(name: str) -> str | None:
+    """The built-in size that a name on the hub has: owner and kind of tuning do not change a shape."""
+    model = name.lower().rpartition("/")[2].removeprefix("meta-")
+    return HUB.get(re.sub(r"(-(hf|chat|instruct|base|it|v0\.[12]))+$", "", model))
 
 
 def explicit_config(**sizes: int | None) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tuna.decoding import Row, TopTokens, answer_text, prompt_logprobs
+from tuna.serve.token_bytes import token_bytes, token_text
 
 REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
 
@@ -19,7 +20,7 @@ class Part:
     Attributes:
         text: what they add to the text.
         ids, logprobs, top: the tokens; the log-probability is None for a prompt's first token.
-        offsets: where in the whole text each token begins.
+        offsets: where in the whole text each token begins; for a later piece of a character, that character.
     """
 
     text: str
@@ -29,13 +30,16 @@ class Part:
     offsets: list[int]
 
 
+NOTHING = Part("", [], [], [], [])
+
+
 def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sent: int = 0, shift: int = 0) -> Part:
     """The tokens of ``row`` from number ``since``, ``sent`` characters of its text being out already.
 
     ``shift`` is added to the offsets: the length of an echoed prompt.
     """
     text = row.text if row.finish_reason is not None or row.sampling.stop else answer_text(row, tokenizer)
-    offsets = [min(len(answer_text(row, tokenizer, n)), len(text)) + shift for n in range(since, len(row.ids))]
+    offsets = [_end(answer_text(row, tokenizer, n), text) + shift for n in range(since, len(row.ids))]
     return Part(text[sent:], row.ids[since:], [*row.logprobs[since:]], [*row.top[since:]], offsets)
 
 
@@ -44,8 +48,7 @@ def echo_part(model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], te
     if top is None:
         return Part(text, [], [], [], [])
     logprobs, likeliest = prompt_logprobs(model, ids, top)
-    lengths = [len(_text(tokenizer, ids[:n])) for n in range(len(ids))]
-    return Part(text, ids, logprobs, likeliest, [min(length, len(text)) for length in lengths])
+    return Part(text, ids, logprobs, likeliest, [_end(_text(tokenizer, ids[:n]), text) for n in range(len(ids))])
 
 
 def joined(first: Part, second: Part) -> Part:
@@ -100,19 +103,14 @@ def chat_logprobs(part: Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     """The `logprobs` of a chat completion's choice."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = token_text(tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        name, raw = token_text(tokenizer, token), token_bytes(tokenizer, token)
+        return {"token": name, "logprob": logprob, "bytes": list(raw)}
 
     content = [
         entry(token, value) | {"top_logprobs": [entry(*pair) for pair in likeliest or ()]}
         for token, value, likeliest in zip(part.ids, part.logprobs, part.top, strict=True)
     ]
     return {"content": content, "refusal": None}
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text, special ones by name."""
-    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def usage(prompt_tokens: int, rows: list[Row]) -> dict[str, int]:
@@ -127,6 +125,13 @@ def usage(prompt_tokens: int, rows: list[Row]) -> dict[str, int]:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _end(beginning: str, text: str) -> int:
+    """Where in ``text`` its first tokens end, of which ``beginning`` is all that is written: whole characters count."""
+    while beginning.endswith(REPLACEMENT) and not text.startswith(beginning):
+        beginning = beginning[:-1]
+    return min(len(beginning), len(text))
 
 
 def _overlap(text: str, stop: str) -> bool:

@@ -1,40 +1,56 @@
-"""The HTTP side: routes and streams."""
+"""The HTTP side: routes, and what each asks of the workers and of the engine.
+
+The event loop only waits: requests are read and answers written by `tuna.serve.workers`, the model runs on the
+engine's thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from itertools import pairwise
 from typing import Any, TypeVar
 
-import torch
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
+from transformers import PreTrainedTokenizerBase
 
 from tuna.chat import ChatTemplate
 from tuna.constrained import Constraint, json_constraint
 from tuna.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.records import Record
-from tuna.serve.answers import Part, Unsent, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
+from tuna.serve.access import Access
+from tuna.serve.answers import NOTHING, Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
+from tuna.serve.bodies import MAX_BODY, disconnected, parse, read_body, to_json
 from tuna.serve.engine import Busy, Engine, RowTask
-from tuna.serve.errors import ApiError, answer_errors
+from tuna.serve.errors import ApiError, Ending, answer_errors, shown
 from tuna.serve.protocol import ChatRequest, CompletionRequest, RankRequest, SamplingRequest
+from tuna.serve.ranking import parts_of, rank_answer, score_part
+from tuna.serve.streams import stream
+from tuna.serve.workers import Workers
 from tuna.templates import DEFAULT
-from tuna.tokenization import encode_prompts, tokenize_records
+from tuna.tokenization import TokenizedGroup, encode_prompts, tokenize_records
 from tuna.vocabulary import check_vocabulary, vocabulary_of
-from tuna_kernels import pack_groups
-from tuna_kernels.integrations.transformers import score_groups
 
 __all__ = ["create_app"]
 
 T = TypeVar("T")
+SHRINKAGE = 4  # characters that a tokenizer's normalisation may make one of
+CLOSING_SECONDS = 2.0
 
 
-def create_app(engine: Engine, name: str, *, default_max_tokens: int = 512, template: str = DEFAULT) -> FastAPI:
+def create_app(
+    engine: Engine,
+    name: str,
+    *,
+    default_max_tokens: int = 512,
+    template: str = DEFAULT,
+    hosts: Iterable[str] = (),
+    api_key: str | None = None,
+    max_body: int = MAX_BODY,
+) -> FastAPI:
     """The server over an engine, which is closed with it.
 
     Args:
@@ -42,35 +58,55 @@ def create_app(engine: Engine, name: str, *, default_max_tokens: int = 512, temp
         name: what the model is called in requests and answers.
         default_max_tokens: longest chat answer where a request names none.
         template: how /v1/rank shows a plain prompt where a request names none: that of training.
+        hosts: names the server is known by, besides `localhost` and loopback addresses; see `tuna.serve.access`.
+        api_key: what requests must carry; None: nothing.
+        max_body: most bytes of a request.
+
+    Raises:
+        ValueError: a bound below 1, or a host or key that no request could carry.
     """
+    for bound, value in (("default_max_tokens", default_max_tokens), ("max_body", max_body)):
+        if value < 1:
+            raise ValueError(f"{bound} = {value} must be at least 1")
+    handlers = _Handlers(engine, name, default_max_tokens, template, max_body)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.close)
+        handlers.workers.close()
+        await asyncio.to_thread(engine.close, CLOSING_SECONDS)
 
-    app = FastAPI(title="tuna serve", lifespan=lifespan)
-    handlers = _Handlers(engine, name, default_max_tokens, template)
+    app = FastAPI(title="tuna serve", lifespan=lifespan, openapi_url=None)
     app.get("/v1/models")(handlers.models)
     app.get("/v1/models/{model:path}")(handlers.model)
     app.post("/v1/completions")(handlers.completions)
     app.post("/v1/chat/completions")(handlers.chat)
     app.post("/v1/rank")(handlers.rank)
-    app.get("/health")(lambda: {"status": "ok"})
+    app.get("/health")(handlers.health)
     answer_errors(app)
+    hosts = tuple(hosts)
+    Access(app, hosts=hosts, api_key=api_key)  # refuses here, not at the first request
+    app.add_middleware(Access, hosts=hosts, api_key=api_key)
+    app.add_middleware(Ending)
     return app
 
 
 class _Handlers:
     """One method a route."""
 
-    def __init__(self, engine: Engine, name: str, default_max_tokens: int, template: str) -> None:
-        self.engine, self.name, self.default_max_tokens, self.template = engine, name, default_max_tokens, template
-        self.tokenizer = engine.tokenizer
+    def __init__(self, engine: Engine, name: str, default_max_tokens: int, template: str, max_body: int) -> None:
+        self.engine, self.name, self.default_max_tokens, self.max_body = engine, name, default_max_tokens, max_body
+        self.template = template
+        self.workers = Workers(engine.tokenizer, max_waiting=engine.max_waiting)
         self.created = int(time.time())
         self.limit = position_limit(engine.model)
         # Read off once: finding the end of a turn renders the chat template.
         self.ends = {chat: end_tokens(engine.model, engine.tokenizer, chat=chat) for chat in (False, True)}
+        longest = max(map(len, engine.tokenizer.get_vocab()))
+        self.most_characters = None if self.limit is None else SHRINKAGE * longest * self.limit
+
+    async def health(self) -> Any:
+        return {"status": "ok"}
 
     async def models(self) -> Any:
         return {"object": "list", "data": [await self.model(self.name)]}
@@ -79,48 +115,73 @@ class _Handlers:
         self._check_model(model)
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "tuna"}
 
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        self._check_model(body.model)
-        prompts = [self._prompt_ids(prompt) for prompt in body.prompts()]
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompts()]
-        groups = [
-            self._tasks(ids, body, False, body.max_tokens, body.logprobs or 0, i) for i, ids in enumerate(prompts)
-        ]
-        tasks = [task for group in groups for task in group]
-        echoes = await self._echoes(body, prompts, [str(text) for text in texts])
-        shown = [echo for echo in echoes for _ in range(body.n)]
+    async def completions(self, request: Request) -> Response:
+        raw = await read_body(request, self.max_body)
+
+        def prepared(
+            tokenizer: PreTrainedTokenizerBase,
+        ) -> tuple[CompletionRequest, list[list[int]], list[str], list[RowTask]]:
+            body = parse(raw, CompletionRequest)
+            self._check_model(body.model)
+            self._check_rows(len(body.prompt) * body.n)
+            prompts = [self._prompt_ids(prompt, tokenizer) for prompt in body.prompt]
+            texts = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in body.prompt] if body.echo else []
+            tasks = [
+                task
+                for number, ids in enumerate(prompts)
+                for task in self._tasks(ids, body, False, body.max_tokens, body.logprobs or 0, number)
+            ]
+            return body, prompts, texts, tasks
+
+        body, prompts, texts, tasks = await self.workers.run(prepared)
+        echoes = await self._echoes(body, prompts, texts)
+        shown_before = [echo for echo in echoes for _ in range(body.n)]
         tokens = sum(map(len, prompts))
+        tokenizer = self.engine.tokenizer
 
         def choice(index: int, part: Part, finish: str | None, first: bool) -> dict[str, Any]:
-            logprobs = None if body.logprobs is None else completion_logprobs(part, self.tokenizer)
+            logprobs = None if body.logprobs is None else completion_logprobs(part, tokenizer)
             return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": finish}
 
         head = self._head("cmpl", "text_completion")
         if body.stream:
-            return self._stream(body, tasks, tokens, head, choice, shown)
+            return self._stream(body, tasks, tokens, head, choice, shown_before)
         rows = await self._finished(tasks, request)
-        if body.max_tokens == 0:
-            choices = [choice(i, echo, "length", True) for i, echo in enumerate(shown)]
-        else:
-            choices = [
-                choice(i, joined(echo, part_of(row, self.tokenizer, shift=len(echo.text))), row.finish_reason, True)
-                for i, (echo, row) in enumerate(zip(shown, rows, strict=True))
-            ]
-        return JSONResponse({**head, "choices": choices, "usage": usage(tokens, rows)})
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
-        self._check_model(body.model)
-        ids = self._prompt_ids(self._render(body), "chat")
+        def written() -> dict[str, Any]:
+            if body.max_tokens == 0:
+                choices = [choice(i, echo, "length", True) for i, echo in enumerate(shown_before)]
+            else:
+                choices = [
+                    choice(i, joined(echo, part_of(row, tokenizer, shift=len(echo.text))), row.finish_reason, True)
+                    for i, (echo, row) in enumerate(zip(shown_before, rows, strict=True))
+                ]
+            return {**head, "choices": choices, "usage": usage(tokens, rows)}
+
+        return await self._answer(written)
+
+    async def chat(self, request: Request) -> Response:
+        raw = await read_body(request, self.max_body)
+
+        def prepared(tokenizer: PreTrainedTokenizerBase) -> tuple[ChatRequest, list[int], list[Constraint | None]]:
+            body = parse(raw, ChatRequest)
+            self._check_model(body.model)
+            self._check_rows(body.n)
+            ids = self._prompt_ids(self._render(body, tokenizer), tokenizer, "chat")
+            schema = body.response_format.schema_asked() if body.response_format is not None else None
+            constraints = [None if schema is None else self._constraint(schema, tokenizer) for _ in range(body.n)]
+            return body, ids, constraints
+
+        body, ids, constraints = await self.workers.run(prepared)
         asked = body.max_completion_tokens or body.max_tokens
         room = self.default_max_tokens if self.limit is None else max(1, self.limit - len(ids))
         tasks = self._tasks(ids, body, True, asked or min(self.default_max_tokens, room), body.top_logprobs or 0, 0)
-        schema = body.response_format.schema_asked() if body.response_format is not None else None
-        if schema is not None:
-            for task in tasks:
-                task.row.constraint = self._constraint(schema)
+        for task, constraint in zip(tasks, constraints, strict=True):
+            task.row.constraint = constraint
+        tokenizer = self.engine.tokenizer
 
         def choice(index: int, part: Part, finish: str | None, first: bool) -> dict[str, Any]:
-            logprobs = chat_logprobs(part, self.tokenizer) if body.logprobs else None
+            logprobs = chat_logprobs(part, tokenizer) if body.logprobs else None
             content = {"content": part.text} | ({"role": "assistant"} if first or not body.stream else {})
             key = "delta" if body.stream else "message"
             return {"index": index, key: content, "logprobs": logprobs, "finish_reason": finish}
@@ -129,26 +190,74 @@ class _Handlers:
             head = self._head("chatcmpl", "chat.completion.chunk")
             return self._stream(body, tasks, len(ids), head, choice, [NOTHING] * body.n)
         rows = await self._finished(tasks, request)
-        choices = [choice(i, part_of(row, self.tokenizer), row.finish_reason, True) for i, row in enumerate(rows)]
         head = self._head("chatcmpl", "chat.completion")
-        return JSONResponse({**head, "choices": choices, "usage": usage(len(ids), rows)})
 
-    async def rank(self, body: RankRequest) -> Response:
-        if body.model is not None:
-            self._check_model(body.model)
-        template = body.template or ("chat" if body.messages is not None else self.template)
-        fields = body.model_dump(include={"prompt", "messages", "responses"})
-        record = Record.model_validate({"id": "request", **fields, "scores": [0.0] * len(body.responses)})
-        length = body.max_length or self.limit or 1 << 20
-        groups, _ = tokenize_records([record], self.tokenizer, template=template, max_length=length)
-        check_vocabulary(self.engine.model, groups, self.tokenizer)
-        answer = await self._run(lambda: _rank(self.engine, groups[0].group, body))
-        return JSONResponse(self._head("rank", "rank") | answer | {"cut_responses": groups[0].cut_responses})
+        def written() -> dict[str, Any]:
+            choices = [choice(i, part_of(row, tokenizer), row.finish_reason, True) for i, row in enumerate(rows)]
+            return {**head, "choices": choices, "usage": usage(len(ids), rows)}
+
+        return await self._answer(written)
+
+    async def rank(self, request: Request) -> Response:
+        raw = await read_body(request, self.max_body)
+
+        def prepared(tokenizer: PreTrainedTokenizerBase) -> tuple[RankRequest, TokenizedGroup]:
+            body = parse(raw, RankRequest)
+            if body.model is not None:
+                self._check_model(body.model)
+            self._check_rows(len(body.responses))
+            self._check_text("prompt", body.prompt or "")
+            for turn in body.messages or ():
+                self._check_text("message", turn.content)
+            for response in body.responses:
+                self._check_text("response", response)
+            template = body.template or ("chat" if body.messages is not None else self.template)
+            fields = body.model_dump(include={"prompt", "messages", "responses"})
+            record = Record.model_validate({"id": "request", **fields, "scores": [0.0] * len(body.responses)})
+            length = body.max_length or self.limit or self.engine.max_tokens
+            groups, problems = tokenize_records(
+                [record], tokenizer, template=template, max_length=length, on_bad="skip"
+            )
+            if problems:
+                raise ApiError(400, problems[0].reason)
+            check_vocabulary(self.engine.model, groups, tokenizer)
+            return body, groups[0]
+
+        body, found = await self.workers.run(prepared)
+        model, penalty = self.engine.model, body.length_penalty
+        parts = [
+            await self._run(lambda part=part: score_part(model, part, penalty))  # type: ignore[misc]
+            for part in parts_of(found.group, self.engine.max_tokens)
+        ]
+        head = self._head("rank", "rank")
+
+        def written() -> dict[str, Any]:
+            answer = rank_answer(found.group, parts, length_penalty=penalty, with_logprobs=body.logprobs)
+            return head | answer | {"cut_responses": found.cut_responses}
+
+        return await self._answer(written)
+
+    async def _answer(self, written: Callable[[], dict[str, Any]]) -> Response:
+        """An answer as JSON; many tokens with their log-probabilities take their time."""
+        content = await self.workers.run(lambda _: to_json(written()))
+        return Response(content, media_type="application/json")
 
     def _check_model(self, model: str) -> None:
         if model != self.name:
-            message = f"the model {model!r} does not exist; this server has {self.name!r}"
+            message = f"the model {shown(model)} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _check_rows(self, rows: int) -> None:
+        """Before they are made."""
+        most = self.engine.max_waiting
+        if rows > most:
+            raise ApiError(400, f"{rows:,} answers in one request are more than the {most:,} that may wait")
+
+    def _check_text(self, what: str, text: str) -> None:
+        """Refuse what is too long however it is tokenised, which would take long."""
+        if self.most_characters is not None and len(text) > self.most_characters:
+            message = f"a {what} of {len(text):,} characters goes beyond the {self.limit} positions of the model"
+            raise ApiError(400, message, param=what, code="context_length_exceeded")
 
     def _head(self, prefix: str, kind: str) -> dict[str, Any]:
         return {
@@ -158,28 +267,34 @@ class _Handlers:
             "model": self.name,
         }
 
-    def _render(self, body: ChatRequest) -> str:
-        if self.tokenizer.chat_template is None:
+    def _render(self, body: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> str:
+        if tokenizer.chat_template is None:
             raise ApiError(400, f"the model {self.name!r} has no chat template: use /v1/completions")
         turns = [message.model_dump() for message in body.messages]
         try:
             # Not through a Record: that one asks for a last turn that is not the assistant's.
-            return ChatTemplate(self.tokenizer).prompt(turns, "messages")
+            return ChatTemplate(tokenizer).prompt(turns, "messages")
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
 
-    def _constraint(self, schema: dict[str, Any]) -> Constraint:
+    def _constraint(self, schema: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Constraint:
         try:
-            return json_constraint(self.tokenizer, sorted(self.ends[True]), schema)
+            return json_constraint(tokenizer, sorted(self.ends[True]), schema)
         except ModuleNotFoundError as error:
             message = f"response_format needs a package that this server lacks: pip install {error.name}"
             raise ApiError(400, message, param="response_format") from error
         except ValueError as error:
             raise ApiError(400, str(error), param="response_format") from error
 
-    def _prompt_ids(self, prompt: str | list[int], template: str = "none") -> list[int]:
-        size = min(len(self.tokenizer), vocabulary_of(self.engine.model))
-        ids = encode_prompts(self.tokenizer, [prompt], template=template)[0] if isinstance(prompt, str) else prompt
+    def _prompt_ids(
+        self, prompt: str | list[int], tokenizer: PreTrainedTokenizerBase, template: str = "none"
+    ) -> list[int]:
+        size = min(len(tokenizer), vocabulary_of(self.engine.model))
+        if isinstance(prompt, str):
+            self._check_text("prompt", prompt)
+            ids = encode_prompts(tokenizer, [prompt], template=template)[0]
+        else:
+            ids = prompt
         if not ids:
             raise ApiError(400, "prompt has no tokens", param="prompt")
         if wrong := [token for token in ids if not 0 <= token < size]:
@@ -220,13 +335,13 @@ class _Handlers:
     async def _echoes(self, body: CompletionRequest, prompts: list[list[int]], texts: list[str]) -> list[Part]:
         if not body.echo:
             return [NOTHING] * len(prompts)
-        engine, top = self.engine, body.logprobs
-
-        def work() -> list[Part]:
-            pairs = zip(prompts, texts, strict=True)
-            return [echo_part(engine.model, engine.tokenizer, ids, text, top) for ids, text in pairs]
-
-        return work() if top is None else await self._run(work)
+        model, tokenizer, top = self.engine.model, self.engine.tokenizer, body.logprobs
+        if top is None:
+            return [echo_part(model, tokenizer, ids, text, top) for ids, text in zip(prompts, texts, strict=True)]
+        return [
+            await self._run(lambda ids=ids, text=text: echo_part(model, tokenizer, ids, text, top))  # type: ignore[misc]
+            for ids, text in zip(prompts, texts, strict=True)
+        ]
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
@@ -241,7 +356,7 @@ class _Handlers:
             return []
         self._submit(tasks)
         done = asyncio.ensure_future(asyncio.gather(*(asyncio.wrap_future(task.done) for task in tasks)))
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(disconnected(request))
         waiters: list[asyncio.Future[Any]] = [done, gone]
         try:
             await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
@@ -258,13 +373,9 @@ class _Handlers:
                 with suppress(asyncio.CancelledError, Exception):
                     await waiter
 
-    def _submit(self, tasks: list[RowTask]) -> None:
-        if len(tasks) > self.engine.max_waiting:
-            raise ApiError(
-                400, f"{len(tasks)} answers in one request are more than the {self.engine.max_waiting} that may wait"
-            )
+    def _submit(self, tasks: Sequence[RowTask]) -> None:
         try:
-            self.engine.submit(tasks)
+            self.engine.submit(list(tasks))
         except Busy as error:
             raise ApiError(429, str(error), code="queue_full") from error
 
@@ -277,94 +388,7 @@ class _Handlers:
         choice: Callable[[int, Part, str | None, bool], dict[str, Any]],
         echoes: Sequence[Part],
     ) -> Response:
-        """Server-sent events: a chunk whenever a row has text that may be sent."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        settings: dict[str, Any] = {"head": head, "echoes": echoes, "prompt_tokens": prompt_tokens}
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-
-        def forward(index: int, task: RowTask) -> None:
-            unsent = Unsent(self.tokenizer, len(echoes[index].text))
-
-            def on_token(row: Row) -> None:  # on the engine's thread
-                part, finish = unsent.take(row), row.finish_reason
-                if part is not None:
-                    loop.call_soon_threadsafe(queue.put_nowait, (index, part, finish))
-
-            def on_done(future: Any) -> None:
-                failed = future.cancelled() or future.exception() is not None
-                if failed:
-                    reason = "the server is shutting down" if future.cancelled() else str(future.exception())
-                    with suppress(RuntimeError):  # the loop may be closed by then
-                        loop.call_soon_threadsafe(queue.put_nowait, reason)
-
-            task.on_token = on_token
-            task.done.add_done_callback(on_done)
-
-        for index, task in enumerate(tasks):
-            forward(index, task)
-        if tasks:
-            self._submit(tasks)
-
-        async def events() -> AsyncIterator[str]:
-            first = set(range(len(echoes)))
-            try:
-                for index, echo in enumerate(echoes):
-                    if echo.text or not tasks:
-                        first.discard(index)
-                        end = None if tasks else "length"
-                        yield _event({**head, "choices": [choice(index, echo, end, True)]})
-                left = len(tasks)
-                while left:
-                    item = await queue.get()
-                    if isinstance(item, str):
-                        yield _event(json.loads(bytes(ApiError(500, item).response().body)))
-                        return
-                    index, part, finish = item
-                    yield _event({**head, "choices": [choice(index, part, finish, index in first)]})
-                    first.discard(index)
-                    left -= finish is not None
-                if with_usage:
-                    counted = usage(prompt_tokens, [task.row for task in tasks])
-                    yield _event({**head, "choices": [], "usage": counted})
-                yield "data: [DONE]\n\n"
-            finally:  # also when the client hangs up
-                for task in tasks:
-                    task.cancelled = True
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-
-NOTHING = Part("", [], [], [], [])
-
-
-def _rank(engine: Engine, group: Any, body: RankRequest) -> dict[str, Any]:
-    """Scores of all responses of a group, on the engine's thread."""
-    tree = pack_groups([group])
-    with torch.inference_mode():
-        found = score_groups(engine.model, tree, length_penalty=body.length_penalty)
-    scores, logprobs = found.scores.double().tolist(), found.logprobs.double().tolist()
-    levels = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True))}
-    results = []
-    for index, (start, end) in enumerate(pairwise(tree.candidate_offsets_host.tolist())):
-        result: dict[str, Any] = {
-            "index": index,
-            "score": scores[index],
-            "rank": levels[scores[index]],
-            "tokens": end - start,
-            "logprob_sum": sum(logprobs[start:end]),
-            "logprob_mean": sum(logprobs[start:end]) / (end - start),
-        }
-        if body.logprobs:
-            result |= {"token_ids": tree.targets[start:end].tolist(), "token_logprobs": logprobs[start:end]}
-        results.append(result)
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    tokens = {"computed_tokens": tree.num_tokens, "unshared_tokens": tree.unshared_tokens}
-    return {"length_penalty": body.length_penalty, "order": order, "results": results, "usage": tokens}
-
-
-async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+        tokenizer = self.engine.tokenizer
+        return stream(tasks, self._submit, choice, tokenizer=tokenizer, with_usage=with_usage, **settings)

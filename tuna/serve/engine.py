@@ -102,15 +102,20 @@ class Engine:
         self._put([_Call(function, done)])
         return done
 
-    def close(self) -> None:
-        """Cancel what waits and runs, and end the thread."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Cancel what waits and runs, and end the thread, which first ends the step it is at.
+
+        Returns:
+            Whether it has ended within ``timeout`` seconds (None: it is waited for).
+        """
         with self._changed:
             self._stopped = True
             for item in self._waiting:
                 item.done.cancel()
             self._waiting.clear()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _put(self, items: list[Any]) -> None:
         with self._changed:

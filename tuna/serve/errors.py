@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["ApiError", "answer_errors"]
+__all__ = ["ApiError", "Ending", "answer_errors", "shown"]
+
+SHOWN = 80  # characters of a client's value that a message repeats
 
 
 class ApiError(Exception):
-    """An error the client is told of, in OpenAI's shape."""
+    """An error the client is told of, in OpenAI's shape; ``close`` ends the connection with it."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, close: bool = False
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code, self.close = status, message, param, code, close
 
     def response(self) -> JSONResponse:
         """``{"error": {message, type, param, code}}``."""
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else None
         body = {"message": self.message, "type": kind or "invalid_request_error"}
-        headers = {"Retry-After": "1"} if self.status == 429 else None
+        more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status, {})
+        headers = more | ({"Connection": "close"} if self.close else {})
         return JSONResponse({"error": body | {"param": self.param, "code": self.code}}, self.status, headers)
+
+
+class Ending:
+    """ASGI middleware: a request cut off because the server ends is told so, where it has not been answered yet."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and end without a traceback."""
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except asyncio.CancelledError:  # uvicorn's, when the time for requests under way is over
+            if scope["type"] == "http" and not started:
+                await ApiError(503, "the server is shutting down").response()(scope, receive, send)
 
 
 def answer_errors(app: FastAPI) -> None:
     """Give every error of ``app`` OpenAI's shape: ours, bad fields, unknown routes, and what nobody foresaw."""
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ValueError, _bad_value)
     app.add_exception_handler(Exception, _unexpected)
@@ -44,22 +73,29 @@ async def _api_error(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     """One message of the first problems; `param` is the field of the first."""
     details = error.errors()
-    places = [".".join(str(part) for part in detail["loc"][1:]) for detail in details]
+    places = [shown(".".join(map(str, detail["loc"])), quoted=False) for detail in details]
     problems = [
         f"{place}: {detail['msg']}" if place else detail["msg"] for place, detail in zip(places, details, strict=True)
     ]
     unknown = details[0]["type"] == "extra_forbidden"
-    message = "; ".join(problems[:3]).replace("Value error, ", "")
+    message = "; ".join(problems[:3]).replace("Value error, ", "")[: 10 * SHOWN]
     return ApiError(400, message, param=places[0] or None, code="unknown_parameter" if unknown else None).response()
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+    path = shown(request.url.path, quoted=False)
+    return ApiError(error.status_code, f"{request.method} {path}: {error.detail}").response()
 
 
 async def _bad_value(request: Request, error: Any) -> Response:
-    return ApiError(400, str(error)).response()
+    return ApiError(400, shown(str(error), 10 * SHOWN, quoted=False)).response()
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     return ApiError(500, f"{type(error).__name__}: {error}").response()
+
+
+def shown(value: str, most: int = SHOWN, *, quoted: bool = True) -> str:
+    """A client's text as a message repeats it: cut, and without line breaks and the like where it is quoted."""
+    text = value if len(value) <= most else value[: most - 1] + "…"
+    return repr(text) if quoted else text

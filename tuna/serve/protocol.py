@@ -8,13 +8,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
 from tuna.records import Message
 
 MAX_TOP = 20
 MAX_N = 128
-Stop = Annotated[list[str], Field(max_length=16)]
+MAX_TOKENS = (1 << 31) - 1
+MAX_PENALTY = 4.0  # 1e6 tokens to this power are still a float32
+Stop = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=16)]
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """One entry a prompt. By hand: pydantic would go through a million tokens once for each kind they might be."""
+    several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
+    for prompt in value if several else [value]:
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(item) is int for item in prompt)):
+            raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists")
+    if value == []:
+        raise ValueError("holds no prompt")
+    return list(value) if several else [value]
 
 
 class StreamOptions(BaseModel):
@@ -72,8 +86,8 @@ class SamplingRequest(BaseModel):
 class CompletionRequest(SamplingRequest):
     """`POST /v1/completions`: prompts as texts or token ids, one or several."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = Field(16, ge=0)
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    max_tokens: int = Field(16, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     echo: bool = False
     best_of: int | None = None
@@ -98,19 +112,6 @@ class CompletionRequest(SamplingRequest):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens = 0 needs echo: there would be nothing to answer")
         return self
-
-    @field_validator("prompt")
-    @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        if value == []:
-            raise ValueError("holds no prompt")
-        return value
-
-    def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt."""
-        given: Any = self.prompt
-        one = isinstance(given, str) or (given and isinstance(given[0], int))
-        return [given] if one else list(given)
 
 
 class JsonSchema(BaseModel):
@@ -146,8 +147,8 @@ class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     response_format: ResponseFormat | None = None
@@ -173,9 +174,9 @@ class RankRequest(BaseModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     responses: list[str] = Field(min_length=1, max_length=1024)
-    length_penalty: float = 1.0
+    length_penalty: float = Field(1.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     template: str | None = None
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(None, ge=2, le=MAX_TOKENS)
     logprobs: bool = False
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuna_kernels._errors import CannotServe
 from tuna_kernels.backends.attention_plan import host_bytes
 from tuna_kernels.backends.attention_segments import Part, parts_of
 from tuna_kernels.backends.attention_torch import empty_outputs
@@ -97,7 +98,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` in the dtypes of q, k and v, summed over parts in float32."""
     if grad_lse is not None:
-        raise RuntimeError("backend = 'flash' cannot serve a gradient of lse: flash-attn's backward takes none")
+        raise CannotServe("backend = 'flash' cannot serve a gradient of lse: flash-attn's backward takes none")
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     if q.numel() == 0:
         return grads[0], grads[1].zero_(), grads[2].zero_()
@@ -120,7 +121,7 @@ def _check_window(position_ids: Tensor | None, window: int | None) -> None:
         return
     longest = int(torch.frombuffer(bytearray(host_bytes(position_ids)), dtype=torch.int64).max()) + 1
     if longest > window:
-        raise RuntimeError(
+        raise CannotServe(
             f"backend = 'flash' cannot serve window = {window}: a sequence of {longest} tokens notices it, and its "
             "edge in depth differs from branch to branch; use 'triton' or 'torch'"
         )
@@ -129,7 +130,7 @@ def _check_window(position_ids: Tensor | None, window: int | None) -> None:
 def _parts(subtree_end: Tensor) -> tuple[Part, ...]:
     parts = parts_of(host_bytes(subtree_end), subtree_end.device)
     if len(parts) - 1 > MAX_LEVELS:
-        raise RuntimeError(
+        raise CannotServe(
             f"backend = 'flash' cannot serve a tree with {len(parts) - 1} forks on one path, more than {MAX_LEVELS}; "
             "pack it with share='prompt' or use 'triton' or 'torch'"
         )

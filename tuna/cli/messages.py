@@ -1,0 +1,87 @@
+"""Errors as the command line shows them: settings by the flags typed, packages by the extra they belong to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires
+from typing import Any
+
+__all__ = ["FLAG_FIELDS", "install_hint", "message", "refuse_given"]
+
+# Flags of tuna train whose field in Python and YAML has another name.
+FLAG_FIELDS = {
+    "groups": "per_device_train_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "lr": "learning_rate",
+    "output": "output_dir",
+}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # modules that are called otherwise than their package
+
+
+def message(error: BaseException, words: Sequence[str], command: Any) -> str:
+    """The text of an error of the user's.
+
+    Args:
+        error: what was raised.
+        words: the command line.
+        command: the click command at the root.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed: {install_hint(error.name)}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return _as_flags(str(error) or type(error).__name__, words, command)
+
+
+def install_hint(module: str) -> str:
+    """How to install the package of a module: by our extra that lists it, or by its own name."""
+    name = DISTRIBUTIONS.get(module.partition(".")[0], module.partition(".")[0]).replace("_", "-").lower()
+    try:
+        listed = requires("tuna-kernels") or []
+    except PackageNotFoundError:
+        listed = []
+    for line in listed:
+        wanted, _, marker = line.partition(";")
+        found = re.match(r"[A-Za-z0-9._-]+", wanted)
+        extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
+        if found and extra and found[0].replace("_", "-").lower() == name and extra[1] not in ("all", "dev", "bench"):
+            return f"pip install 'tuna-kernels[{extra[1]}]'"
+    return f"pip install {name}"
+
+
+def refuse_given(context: Any, reason: str, *names: str) -> None:
+    """Refuse flags of the running command (its ``typer.Context``) that were typed though they would do nothing.
+
+    Raises:
+        ValueError: one was; the message names it and the reason.
+    """
+    for name in names:
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise ValueError(f"{_flag_of(context.command, name)} would have no effect: {reason}")
+
+
+def _flag_of(command: Any, name: str) -> str:
+    return next((item.opts[0] for item in command.params if item.name == name), f"--{name.replace('_', '-')}")
+
+
+def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
+    """An error with settings that have another name as a flag under that name, where the flag was typed, and advice
+    for Python as advice for the command line."""
+    command = root
+    for word in words:
+        following = getattr(command, "commands", {}).get(word)
+        if following is None:
+            break
+        command = following
+    typed = {word.partition("=")[0] for word in words}
+    from_file = "--config" in typed or "--set" in typed
+    if command.name == "train":
+        for name, field in FLAG_FIELDS.items():
+            if not from_file or f"--{name}" in typed:
+                text = re.sub(rf"(?<![\w.'-]){field}(?![\w'])", f"--{name}", text)
+    if any(item.name == "on_bad" for item in command.params):
+        return text.replace("on_bad='skip'", "--on-bad skip")
+    return text.replace(" (on_bad='skip' leaves them out)", "")

@@ -1,0 +1,139 @@
+"""From the bytes of a request to a checked one, and from an answer to bytes.
+
+What a client got wrong ends here, as its own error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+
+from tuna.serve.errors import ApiError, shown
+
+__all__ = ["MAX_BODY", "disconnected", "parse", "read_body", "to_json"]
+
+MAX_BODY = 4 << 20
+MAX_DEPTH = 64  # of lists and objects within each other; JSON schemas, the deepest there are, stay below 20
+MAX_PARTS = 50_000  # lists and objects in all: Python makes them in one go, which no other thread can interrupt
+DRAINED = 16  # bodies too large are read up to so many times the limit, without being kept:
+DRAIN_SECONDS = 10  # a client hears an answer only once it has sent its request
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The JSON text of a request, held only up to ``limit`` bytes, whatever its headers say.
+
+    Raises:
+        ApiError: it is longer (413), of another type (415), or the client is gone.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"content-type {shown(kind)} is not served: send application/json")
+    body, size = bytearray(), 0
+    deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= limit:
+                body += chunk
+                continue
+            body.clear()
+            if size > DRAINED * limit or asyncio.get_running_loop().time() > deadline:
+                break
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client closed the connection") from error
+    if size > limit:
+        message = f"the request is larger than the {limit:,} bytes that are read (--max-body)"
+        raise ApiError(413, message, code="request_too_large", close=True)
+    return bytes(body)
+
+
+async def disconnected(request: Request) -> None:
+    """Return once the client is gone."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+
+
+def parse(body: bytes, model: type[M]) -> M:
+    """A body as the request it must be. Takes its time for large ones: nothing for the event loop.
+
+    Raises:
+        ApiError: no JSON, or values that no JSON text may hold.
+        pydantic.ValidationError: fields that are missing, unknown or wrong.
+    """
+    if _parts(body) > MAX_PARTS:
+        raise ApiError(400, f"the body holds more than {MAX_PARTS:,} lists and objects")
+    try:
+        content = json.loads(body, parse_constant=_not_json)
+    except RecursionError as error:
+        raise ApiError(400, f"the JSON is nested more than {MAX_DEPTH} deep") from error
+    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the body must be a JSON object, not {shown(json.dumps(content))}")
+    for name, value in content.items():
+        if problem := _problem(name) or _problem(value):
+            raise ApiError(400, f"{shown(name)}: {problem}", param=name if _problem(name) is None else None)
+    return model.model_validate(content)
+
+
+def to_json(answer: Mapping[str, Any]) -> bytes:
+    """An answer as JSON text. Items of a list are written one by one, so that other threads get their turn."""
+    fields = []
+    for name, value in answer.items():
+        items = ",".join(map(_written, value)) if isinstance(value, list) else None
+        fields.append(f"{_written(name)}:{_written(value) if items is None else f'[{items}]'}")
+    return f"{{{','.join(fields)}}}".encode()
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _parts(body: bytes) -> int:
+    """At most how many lists and objects a JSON text holds, in a time that is linear for whatever bytes."""
+    found = body.count(b"[") + body.count(b"{")
+    if found <= MAX_PARTS:
+        return found
+    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", body, flags=re.DOTALL))  # brackets within texts are none
+    return bare.count(b"[") + bare.count(b"{")
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with a JSON value, whichever field it belongs to."""
+    left = [(value, 1)]
+    while left:
+        item, depth = left.pop()
+        if isinstance(item, str):
+            if not _is_unicode(item):
+                return "holds half of a surrogate pair, which is no text"
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                return "holds a number beyond what a float64 can"
+        elif isinstance(item, list | dict):
+            if depth >= MAX_DEPTH:
+                return f"is nested more than {MAX_DEPTH} deep"
+            left += [(part, depth + 1) for part in item]
+            if isinstance(item, dict):
+                left += [(part, depth + 1) for part in item.values()]
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _not_json(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
