@@ -72,8 +72,7 @@ class TunaTrainer(DurableTrainer):
     """
 
     args: TunaConfig
-    sources: dict[str, Any]
-    """Where model and data are from, by name: what an error about a checkpoint of others shows beside digests."""
+    sources: dict[str, Any]  # where model and data are from, by name; shown in errors about another run's checkpoint
     # Our losses are normalised over the whole optimizer step: no division by the number of micro-batches.
     loss_is_scaled_for_ga = True
 
