@@ -30,6 +30,7 @@ def test_metadata_asks_for_the_oldest_that_is_supported() -> None:
     assert project["requires-python"] == f">={TESTED['python'].oldest}"
     named = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert named == PYTHONS
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == TESTED["python"].oldest  # finds what that has not
     assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + TESTED["python"].oldest.replace(".", "")
 
 

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
+from typing_extensions import NotRequired  # in typing from Python 3.11 on
 
 from tuna.tokenization import TokenizedGroup
 from tuna_kernels import Group, PackedTree, pack_groups, plan_rows, tree_tokens

@@ -267,7 +267,7 @@ def test_arrays_and_parquet_are_named_by_index(tmp_path: Path) -> None:
 
 
 def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text('[\n{"prompt": "p"},\n]')
+    (tmp_path / "data.json").write_text('[\n{"prompt": "p"},\n{"prompt"}]')
     with pytest.raises(ValueError, match=r"data\.json line 3: not valid JSON"):
         read_records(tmp_path / "data.json", on_bad="skip")
     (tmp_path / "number.json").write_text("3")
