@@ -9,7 +9,7 @@ namespace tuna {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 256;  // columns summed in float32, a few a lane, before float64 takes them
+constexpr int64_t kBlock = 128;  // columns summed in float32, a few a lane, before float64 takes them
 
 // Each row function is cloned per instruction set; the parallel loops below only call them.
 

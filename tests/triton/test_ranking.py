@@ -52,7 +52,12 @@ def test_half_precision(dtype: torch.dtype, budget: int | None) -> None:
 
 @pytest.mark.parametrize("budget", [0, None])
 def test_second_backward(budget: int | None) -> None:
-    cases.test_second_backward_is_right("triton", budget)
+    cases.test_a_second_backward_gives_the_bits_of_the_first("triton", budget)
+
+
+@pytest.mark.parametrize("preset", cases.PRESETS)
+def test_a_token_without_probability(preset: str) -> None:
+    cases.test_a_token_without_probability("triton", preset, 1.0)
 
 
 def test_loss_scaling_and_sharing() -> None:

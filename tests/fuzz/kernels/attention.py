@@ -43,7 +43,10 @@ def check(rng: random.Random) -> None:
         "query_rows": rows,
     }
     subtree_end = laid_out(rng, tree.subtree_end)
-    backend, isa = rng.choice(backends(dtype)), rng.choice(["", "avx512", "avx2", "generic"])
+    backend, isa = (
+        rng.choice(backends(dtype, entries=heads * queries * total)),
+        rng.choice(["", "avx512", "avx2", "generic"]),
+    )
     shown = {k: v for k, v in options.items() if k not in ("position_ids", "query_rows")}
     what = (
         f"tree_attention on {backend} {isa}: {str(dtype)[6:]}, {total} rows, {queries} queries, spread {spread:g}, "
@@ -76,5 +79,7 @@ def check(rng: random.Random) -> None:
     scales |= {"d q": flow * largest**2 * slope, "d k": flow * largest**2 * slope * heads / keys}
     if dtype == torch.float64:  # no better truth to compare with: both round scores of this size
         scales = {name: x * max(1.0, spread**2 * size * slope) for name, x in scales.items()}
+    if backend == "triton" and dtype in HALF:  # weights are rounded before they are multiplied with values
+        scales["out 0"] *= torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 8
     # The backward takes out as it was rounded (docs/numerics.md).
     within_bounds(first, [book], truth, scales, dtype if dtype in HALF else torch.float32, what)

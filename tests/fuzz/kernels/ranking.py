@@ -68,7 +68,10 @@ def check(rng: random.Random) -> None:
         f"{n} {str(x.dtype)[6:]} {x.stride()}{' grad' if x.requires_grad else ''}" for n, x in leaves.items()
     )
     dtypes = [leaf.dtype for leaf in leaves.values()]
-    backend, isa = rng.choice(backends(*dtypes)), rng.choice(["", "avx512", "avx2", "generic"])
+    backend, isa = (
+        rng.choice(backends(*dtypes, entries=tree.num_slots * vocabulary)),
+        rng.choice(["", "avx512", "avx2", "generic"]),
+    )
     what = (
         f"linear_ranking_loss on {backend} {isa}: {tree.num_candidates} candidates of {tree.num_groups} groups, "
         f"{tree.num_tokens} rows, [{vocabulary}, {width}], {sizes}, {options}"

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from tests.fuzz.kernels.drawing import floats, integers, laid_out
+from tests.fuzz.kernels.drawing import HALF, floats, integers, laid_out
 from tests.fuzz.kernels.head import DTYPES, backends
 from tests.fuzz.kernels.laws import run, same_bits, within_bounds
 from tuna_kernels import selective_logprobs
@@ -33,7 +33,7 @@ def check(rng: random.Random) -> None:
     targets[integers(rng, 0, 4, count) == 0] = ignore
     targets = laid_out(rng, targets.view(shape))
     upstream = [laid_out(rng, floats(rng, *shape, scale=rng.choice([1e-4, 1.0])))]
-    backend = rng.choice(backends(dtype))
+    backend = rng.choice(backends(dtype, entries=values.numel()))
     what = (
         f"selective_logprobs on {backend}: logits {[*shape, vocabulary]} {str(dtype)[6:]} strides {logits.stride()}, "
         f"spread {spread:g}, shift {shift:g}, temperature {temperature:g}, ignore_index {ignore}"
@@ -58,4 +58,6 @@ def check(rng: random.Random) -> None:
         same_bits(first, other, what)
     same_bits({"logits": before}, {"logits": logits}, f"{what}: inputs")
     size = upstream[0].abs().max().item() / temperature if count else 0.0
-    within_bounds(first, [book], truth, {"out 0": 1.0, "d logits": size}, torch.float32, what)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds it.
+    rounded = dtype if backend == "triton" and dtype in HALF else torch.float32
+    within_bounds(first, [book], truth, {"out 0": 1.0, "d logits": size}, rounded, what)
