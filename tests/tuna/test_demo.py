@@ -34,7 +34,7 @@ def test_it_leaves_a_record_and_a_picture(results: tuple[dict[str, Any], Path]) 
     found, folder = results
     assert found["groups"] == {"train": 10, "held_out": 5}
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["demo.json", "demo.png"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["demo.json", "demo.png", "run.json"]
 
 
 def test_both_ways_agree_and_ours_takes_less(results: tuple[dict[str, Any], Path]) -> None:

@@ -133,8 +133,15 @@ def test_which_end_of_a_metric_is_better(tmp_path: Path) -> None:
     lower, higher = ("loss", "eval_loss", "loss/rank", "eval_a_loss/mle"), ("rank/accuracy", "eval_b_margin/mean")
     for names, expected in ((lower, False), (higher, True)):
         for name in names:
-            assert TunaConfig(output_dir=str(tmp_path), metric_for_best_model=name).greater_is_better is expected
+            assert (
+                TunaConfig(
+                    output_dir=str(tmp_path), eval_strategy="steps", metric_for_best_model=name
+                ).greater_is_better
+                is expected
+            )
     with pytest.raises(ValueError, match="metric_for_best_model = 'rank/acuracy' is none of loss"):
-        TunaConfig(output_dir=str(tmp_path), metric_for_best_model="rank/acuracy")
-    own = TunaConfig(output_dir=str(tmp_path), metric_for_best_model="mine", greater_is_better=False)
+        TunaConfig(output_dir=str(tmp_path), eval_strategy="steps", metric_for_best_model="rank/acuracy")
+    own = TunaConfig(
+        output_dir=str(tmp_path), eval_strategy="steps", metric_for_best_model="mine", greater_is_better=False
+    )
     assert own.greater_is_better is False

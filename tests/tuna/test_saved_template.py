@@ -216,7 +216,7 @@ def test_the_server_ranks_as_the_run_was_trained(chat_run: Path) -> None:
     model, tokenizer = load_model(chat_run)
     engine = Engine(model, tokenizer)
     body = {"prompt": "Say 1", "responses": ["red cat", "tree"]}
-    with TestClient(create_app(engine, "m", template="chat")) as client:
+    with TestClient(create_app(engine, "m", template="chat"), base_url="http://localhost") as client:
         taken = client.post("/v1/rank", json=body).json()["results"]
         given = client.post("/v1/rank", json={**body, "template": "chat"}).json()["results"]
         plain = client.post("/v1/rank", json={**body, "template": "none"}).json()["results"]
