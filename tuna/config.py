@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from tuna import zero
 from tuna.effects import check_effects, check_mappings
+from tuna.metrics import greater_is_better
+from tuna.ranks import prepare_ranks
 from tuna.records import OnBad
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share
@@ -118,6 +120,19 @@ class TunaConfig(TrainingArguments):
         metadata={"help": "Two phases: leave out candidates that have no gradient. Exact."},
     )
 
+    # Going on
+    allow_changes: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint though data, seed, loss or batches are others than its own: groups may "
+            "then come twice in an epoch, or not at all."
+        },
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint that holds more than tensors and plain values: it may run code."},
+    )
+
     # Optimizer
     kahan: bool = field(init=False, default=False)
     """Set by ``optim="adamw_kahan"``: `tuna.adamw_kahan.AdamWKahan`, for bfloat16 weights without float32 masters."""
@@ -161,7 +176,17 @@ class TunaConfig(TrainingArguments):
             self.deepspeed = zero.prepare(ours)
             # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
             self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        ranks = prepare_ranks()
+        if ranks > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or each rank would train by itself
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = greater_is_better(self.metric_for_best_model)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if ranks > self.world_size:
+            raise ValueError(
+                f"{ranks} processes were started, but each counts {self.world_size} in all and would train by itself: "
+                "start them with torchrun, and on a machine where ranks train on the CPU set use_cpu=true"
+            )
         self._check_parents()
 
     def _check_ours(self) -> None:

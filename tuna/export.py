@@ -13,13 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tuna import checkpoints
 from tuna.adapters import merged
+from tuna.checkpoints import CheckpointError
 from tuna.models import load_model
+from tuna.outputs import is_in
 from tuna.templates import end_generation_at, save_template, saved_template
+from tuna.trust import loading, reading
 
 ADAPTER = "adapter_config.json"
 
 
-def export(source: Path, output: Path, *, model: str | None = None, dtype: torch.dtype | None = None) -> Path:
+def export(
+    source: Path, output: Path, *, model: str | None = None, dtype: torch.dtype | None = None, trust: bool = False
+) -> Path:
     """Write the model of a checkpoint as a plain one: ZeRO shards joined, an adapter merged.
 
     Args:
@@ -28,27 +33,36 @@ def export(source: Path, output: Path, *, model: str | None = None, dtype: torch
         model: what an adapter was trained on; default: what the adapter says.
         dtype: of the weights written; default: that of the model. Under DeepSpeed they come from the float32
             master weights.
+        trust: let a checkpoint that holds more than tensors and plain values run code.
 
     Returns:
         The checkpoint exported.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: ``output`` exists, a checkpoint without a model, or an adapter without its base.
+        ValueError: ``output`` exists or lies in the checkpoint, a checkpoint without a model, or an adapter without
+            its base.
+        CheckpointError: the checkpoint is damaged, or holds code that is not trusted.
     """
     checkpoint = _checkpoint(source)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise ValueError(f"output = {output} exists: choose another folder")
+    if is_in(output, checkpoint):
+        raise ValueError(f"output = {output} lies in the checkpoint {checkpoint}: choose another folder")
+    if (checkpoint / checkpoints.MARKER).exists() and (wrong := checkpoints.fault(checkpoint)) is not None:
+        raise CheckpointError(wrong)
+    sharded = (checkpoint / "latest").exists()
+    with loading(checkpoint, trust=trust, deepspeed=sharded), reading(checkpoint):
+        masters = zero_weights(checkpoint) if sharded else None
+        if (checkpoint / ADAPTER).exists():
+            plain: Any = _merged(checkpoint, masters, model)
+        elif masters is not None:
+            config = AutoConfig.from_pretrained(checkpoint)
+            plain = filled(AutoModelForCausalLM.from_config(config, dtype=torch.float32), masters)  # type: ignore[no-untyped-call]
+            dtype = dtype or config.dtype
+        else:
+            plain = AutoModelForCausalLM.from_pretrained(checkpoint)
     template = saved_template(checkpoint)
-    masters = zero_weights(checkpoint)
-    if (checkpoint / ADAPTER).exists():
-        plain: Any = _merged(checkpoint, masters, model)
-    elif masters is not None:
-        config = AutoConfig.from_pretrained(checkpoint)
-        plain = filled(AutoModelForCausalLM.from_config(config, dtype=torch.float32), masters)  # type: ignore[no-untyped-call]
-        dtype = dtype or config.dtype
-    else:
-        plain = AutoModelForCausalLM.from_pretrained(checkpoint)
     if dtype is not None:
         plain = plain.to(dtype)
     draft = output.with_name(f".{output.name}.tmp")
@@ -69,10 +83,8 @@ def export(source: Path, output: Path, *, model: str | None = None, dtype: torch
     return checkpoint
 
 
-def zero_weights(checkpoint: Path) -> dict[str, Tensor] | None:
-    """Float32 weights of a DeepSpeed checkpoint by name (an adapter's alone where the rest is frozen), or None."""
-    if not (checkpoint / "latest").exists():
-        return None
+def zero_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Float32 weights of a DeepSpeed checkpoint by name (an adapter's alone where the rest is frozen)."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     frozen = (checkpoint / ADAPTER).exists()

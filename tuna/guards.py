@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -13,9 +15,17 @@ class FiniteLoss:
     """Looks at the losses of an optimizer step once, before its last backward and so before the weights move.
 
     All ranks look together and stop together. One host synchronisation a step.
+
+    Args:
+        wish: whether this rank wants the run to end after the step; the ranks come to know of it together, too.
+
+    Attributes:
+        wished: whether any rank did, at the last look.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wish: Callable[[], bool] = lambda: False) -> None:
+        self.wished = False
+        self._wish = wish
         self._expected = 0
         self._seen: list[tuple[Tensor, list[str]]] = []
 
@@ -33,10 +43,11 @@ class FiniteLoss:
         if len(self._seen) != self._expected:
             return
         bad = ~torch.stack([finite for finite, _ in self._seen])
-        anywhere = bad.any().to(torch.int32)
+        flags = torch.stack([bad.any(), torch.tensor(self._wish(), device=bad.device)]).to(torch.int32)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
-        if not anywhere.item():
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        anywhere, self.wished = map(bool, flags.tolist())
+        if not anywhere:
             return
         mine = [batch for flag, (_, batch) in zip(bad.tolist(), self._seen, strict=True) if flag]
         records = [record for batch in gather_object(mine) for record in batch]

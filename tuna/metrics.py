@@ -112,6 +112,25 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
     return metrics | _logprobs_by_rank(scored)
 
 
+def greater_is_better(metric: str) -> bool:
+    """Whether a higher value of a metric is the better one, by its name (with or without ``eval_`` and a data set's).
+
+    >>> greater_is_better("loss/rank"), greater_is_better("eval_test_rank/accuracy")
+    (False, True)
+
+    Raises:
+        ValueError: a metric of which that is not known.
+    """
+    if metric.endswith(("loss", "loss/rank", "loss/mle")):
+        return False
+    if metric.endswith(("rank/accuracy", "rank/top1", "rank/kendall", "margin/mean", "logps/rank_0")):
+        return True
+    raise ValueError(
+        f"metric_for_best_model = {metric!r} is none of loss, loss/rank, loss/mle, rank/accuracy, rank/top1, "
+        "rank/kendall, margin/mean; for another one say greater_is_better too"
+    )
+
+
 @dataclass(frozen=True)
 class LossParts:
     """``loss = ranking + mle_weight * mle`` of some groups taken as one batch."""

@@ -9,12 +9,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tuna import lifeline
+from tuna.locks import FolderInUse, hold
 from tuna.recipe import PlannedServer, PlannedStep
 from tuna.report import write_json
 
@@ -22,6 +24,7 @@ __all__ = ["StepFailed", "run_steps"]
 
 LOG = "log.txt"
 START_TIMEOUT = 600.0  # seconds a server may take to load its model
+ORPHAN_TIMEOUT = 5.0  # seconds to wait for the step of a run that was killed
 PORT_TIMEOUT = 60.0  # seconds to wait for a port to become free
 TAIL = 15  # lines of a failed step's log that the error shows
 
@@ -40,7 +43,8 @@ def run_steps(
     """Run the steps in order, each unless it is done already.
 
     A step that was interrupted is run again in its folder, where `tuna generate`, `sample` and `judge` go on by their
-    journals and `tuna train` by its last checkpoint.
+    journals and `tuna train` by its last checkpoint. Steps and servers end with this process, however that ends. The
+    folder is this process's, and that of the step that may outlive it for a moment.
 
     Args:
         steps: of `tuna.recipe.plan`.
@@ -49,8 +53,38 @@ def run_steps(
         on_done: called with a step, whether it ran now, and its seconds.
 
     Raises:
+        FolderInUse: another process runs the recipe.
         StepFailed: a step failed, or a server did not start.
     """
+    if steps:
+        with _folder(steps[0].folder.parent) as lock:
+            _run_steps(steps, lock, on_start, on_line, on_done)
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[int | None]:
+    """The recipe's folder for this process alone; a step of a run that was killed may still be about to end."""
+    deadline = time.monotonic() + ORPHAN_TIMEOUT
+    while True:
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(hold(folder))
+            except FolderInUse:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                yield lock
+                return
+        time.sleep(0.2)
+
+
+def _run_steps(
+    steps: Sequence[PlannedStep],
+    lock: int | None,
+    on_start: Callable[[PlannedStep], None],
+    on_line: Callable[[str], None],
+    on_done: Callable[[PlannedStep, bool, float], None],
+) -> None:
     servers: dict[str, tuple[PlannedServer, subprocess.Popen[bytes]]] = {}
     try:
         for step in steps:
@@ -69,7 +103,7 @@ def run_steps(
             if step.product.is_file():
                 step.product.unlink()  # so that one that is there afterwards is this run's
             start = time.perf_counter()
-            code = _run(step, on_line)
+            code = _run(step, lock, on_line)
             seconds = time.perf_counter() - start
             _check(step, code)
             done: dict[str, Any] = {"key": step.key, "command": step.command_line(), "exit_code": code}
@@ -80,15 +114,16 @@ def run_steps(
             _stop(process)
 
 
-def _run(step: PlannedStep, on_line: Callable[[str], None]) -> int:
+def _run(step: PlannedStep, lock: int | None, on_line: Callable[[str], None]) -> int:
     """The exit code of a step's command."""
     arguments = list(step.arguments)
     if step.step.run == "train" and any(step.folder.glob("checkpoint-*")):
         arguments.append("--resume")
     command = [sys.executable, "-m", "tuna", *arguments]
     with (step.folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
+        process = lifeline.start(
             command,
+            pass_fds=[] if lock is None else [lock],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -124,7 +159,7 @@ def _start(server: PlannedServer, log_file: Path) -> subprocess.Popen[bytes]:
     with log_file.open("ab") as log:
         command = [sys.executable, "-m", "tuna", *server.arguments]
         # A session of its own: Ctrl-C must not take the server from a step that finishes its calls.
-        process = subprocess.Popen(
+        process = lifeline.start(
             command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     health = server.url.removesuffix("/v1") + "/health"

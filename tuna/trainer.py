@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
+from tuna import resuming
 from tuna.adamw_kahan import AdamWKahan
 from tuna.batching import Batch, GroupBatchSampler, GroupLoader, group_loader
 from tuna.config import TunaConfig
@@ -71,6 +72,7 @@ class TunaTrainer(DurableTrainer):
     """
 
     args: TunaConfig
+    sources: dict[str, Any]  # where model and data are from, by name; shown in errors about another run's checkpoint
     # Our losses are normalised over the whole optimizer step: no division by the number of micro-batches.
     loss_is_scaled_for_ga = True
 
@@ -123,7 +125,8 @@ class TunaTrainer(DurableTrainer):
         self.model_accepts_loss_kwargs = True
         self.meter = TrainingMeter()
         self.schedule = Schedule(model, args)
-        self.finite = FiniteLoss()
+        self.finite = FiniteLoss(wish=lambda: self.stop.received is not None)
+        self.sources: dict[str, Any] = {}
 
     # Data
 
@@ -339,6 +342,19 @@ class TunaTrainer(DurableTrainer):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a tree has no labels to predict. `score` gives what the model makes of each response."""
         raise TypeError("TunaTrainer has no predict: use score(dataset) or evaluate(dataset)")
+
+    # Going on and stopping
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the stock trainer, and what the data and the model are."""
+        found = super().settings() | resuming.describe_model(cast(nn.Module, self.model))
+        if self.args.kahan:
+            found["optim"] = "adamw_kahan"
+        return found | {"data": resuming.describe_data(cast(Any, self.train_dataset) or (), self.sources)}
+
+    def _stop_agreed(self) -> bool:
+        """One process knows by itself; ranks tell each other with their losses (`tuna.guards`)."""
+        return self.finite.wished if self.accelerator.num_processes > 1 else super()._stop_agreed()
 
     # Saving
 

@@ -183,7 +183,7 @@ def mend_universal(engine: Any, checkpoint: str | os.PathLike[str]) -> None:
 
     It puts one and the same ``step`` tensor into the states of all sub-groups, so that each update counts as
     many steps as there are sub-groups, and gives the settings of the first parameter group (its weight decay)
-    to all. Both change the steps that follow. Other stages are left as they are.
+    to all. Both change the steps that follow. Other stages are left as they are. Called under `tuna.trust.loading`.
     """
     if engine.zero_optimization_stage() != 3:
         return

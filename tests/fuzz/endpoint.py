@@ -227,7 +227,7 @@ def _http(status: int, content: bytes, headers: dict[str, str] | None = None) ->
 
 def _framed(draw: random.Random, good: bytes) -> bytes:
     """A good answer in a bad frame."""
-    packed = gzip.compress(good)
+    packed = gzip.compress(good, mtime=0)
     bomb = gzip.compress(b'{"choices":"' + b" " * (24 << 20) + b'"}', 1)
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     return draw.choice(

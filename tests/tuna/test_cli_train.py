@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from tuna.checkpoints import CheckpointError
 from tuna.cli import app, main
 from tuna.cli.progress import log_line
 from tuna.cli.settings import RunSettings, merge_settings
@@ -219,3 +220,17 @@ def test_reports_hold_no_number_json_cannot(tmp_path: Path) -> None:
     plot_log(tmp_path / "empty.png", [])
     assert (tmp_path / "a.png").stat().st_size > (tmp_path / "empty.png").stat().st_size > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png", "empty.png"]
+
+
+def test_the_final_model_takes_its_place_whole(tmp_path: Path) -> None:
+    words = ["train", *SMALL, *FAST, "--steps", "1", "--output", str(tmp_path / "run")]
+    assert invoke(*words).exit_code == 0
+    model = tmp_path / "run" / "model.safetensors"
+    model.rename(tmp_path / "run" / "model-00001-of-00002.safetensors")  # as of a larger model before this one
+    model.mkdir()
+    done = invoke(*words, "--overwrite")
+    assert isinstance(done.exception, CheckpointError) and f"{model} or what belongs to it" in str(done.exception)
+    model.rmdir()
+    assert invoke(*words, "--resume").exit_code == 0
+    assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "run" / ".saving").exists()

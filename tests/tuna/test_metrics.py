@@ -4,12 +4,14 @@ nothing; the loss from scores equals the hand formula of both presets."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuna.config import TunaConfig
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
 
 # One group: (rank, score, log-prob sum, length) of each candidate. Few values, so that ties come up.
@@ -125,3 +127,14 @@ def test_no_groups_have_no_loss() -> None:
 def test_unknown_preset_is_named() -> None:
     with pytest.raises(ValueError, match="preset = 'rrhf'"):
         loss_parts(scored_of([[(0, -1.0, -1.0, 1)]]), preset="rrhf")
+
+
+def test_which_end_of_a_metric_is_better(tmp_path: Path) -> None:
+    lower, higher = ("loss", "eval_loss", "loss/rank", "eval_a_loss/mle"), ("rank/accuracy", "eval_b_margin/mean")
+    for names, expected in ((lower, False), (higher, True)):
+        for name in names:
+            assert TunaConfig(output_dir=str(tmp_path), metric_for_best_model=name).greater_is_better is expected
+    with pytest.raises(ValueError, match="metric_for_best_model = 'rank/acuracy' is none of loss"):
+        TunaConfig(output_dir=str(tmp_path), metric_for_best_model="rank/acuracy")
+    own = TunaConfig(output_dir=str(tmp_path), metric_for_best_model="mine", greater_is_better=False)
+    assert own.greater_is_better is False

@@ -145,6 +145,17 @@ def test_heads_that_are_more_than_linear_are_refused() -> None:
             prepare_model(model)
 
 
+def test_heads_whose_weight_a_hook_makes_are_refused() -> None:
+    """The loss never calls the head, so the weight would stay what it was; parametrizations are read, and served."""
+    model = tiny("llama")
+    torch.nn.utils.weight_norm(model.lm_head)
+    with pytest.raises(ValueError, match=r"made by a hook of its forward \(WeightNorm\)"):
+        prepare_model(model)
+    other = tiny("llama")
+    torch.nn.utils.parametrizations.weight_norm(other.lm_head)
+    assert_close(score_groups(other, pack_groups(GROUPS)).scores, separate_scores(other, GROUPS), bound("llama"))
+
+
 @pytest.mark.parametrize("what", ["empty", "meta", "integers", "DTensor"])
 def test_heads_that_are_not_here_are_refused(what: str) -> None:
     """What ZeRO-3 leaves behind (an empty tensor), FSDP2's shards, offloaded and quantised weights."""

@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
     raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
 
 from tuna.cli.messages import message
+from tuna.lifeline import watch_parent
 
 __all__ = ["app", "main"]
 
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from tuna.cli.terminal import complain, log_visibly
 
     log_visibly()
+    watch_parent()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="tuna")
     except USER_ERRORS as error:

@@ -77,8 +77,10 @@ def convert(
 ) -> None:
     """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
     from tuna.cli.next import next_command
+    from tuna.outputs import check_files
     from tuna.records import read_records, write_records
 
+    check_files({"target": target}, {"source": source})
     found = read_records(source, format=format, on_bad=on_bad)
     write_records(target, found.records)
     _print_problems(Terminal(stderr=True), found.problems)
@@ -155,8 +157,11 @@ def split(
     from tuna.cli.messages import refuse_given
     from tuna.cli.next import next_command
     from tuna.files import write_rows
+    from tuna.outputs import check_files
     from tuna.split import hold_out, rows_to_split
 
+    check_files({"output": output / "train.jsonl"}, {"source": source, "like": like})
+    check_files({"output": output / "held_out.jsonl"}, {"source": source, "like": like})
     if (fraction is None) == (like is None):
         raise ValueError("give exactly one of --fraction and --like")
     if like is not None:

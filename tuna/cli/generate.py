@@ -79,6 +79,7 @@ def generate(
     from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
     from tuna.generate import Sampling
+    from tuna.outputs import check_files
     from tuna.templates import saved_template
 
     if score_with is None:
@@ -114,6 +115,7 @@ def generate(
         logprobs=logprobs and score_with is None,
         extra=paid.parse_extra(extra),
     )
+    check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     run = paid.PaidRun(Terminal(), "generate", output, sampling.parameters(), settings)
     wanted = read_wanted(run.console, instructions, limit, on_bad)
     requests = [sampling.request(item) for item in wanted]  # what cannot be rendered shows before the first call

@@ -56,6 +56,7 @@ def judge(
     """Let a judge model rank responses; writes records for tuna train. Interrupted, it goes on where it was."""
     from tuna.cli.terminal import Terminal
     from tuna.judge import Judge, JudgeSettings
+    from tuna.outputs import check_files
 
     settings = paid.paid_settings(
         base_url=base_url,
@@ -83,6 +84,8 @@ def judge(
         response_format=response_format,
         extra=paid.parse_extra(extra),
     )
+    check_files({"output": output / "records.jsonl"}, {"data": data})
+    check_files({"output": output / "details.jsonl"}, {"data": data})
     run = paid.PaidRun(Terminal(), "judge", output, asked.parameters(), settings)
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")

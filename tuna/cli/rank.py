@@ -49,10 +49,12 @@ def rank(
     from tuna.cli.next import say_next
     from tuna.cli.terminal import Terminal
     from tuna.files import write_rows
+    from tuna.outputs import check_files
     from tuna.ranking import RankingRules, rank_responses, ranking_figures
     from tuna.report import write_json
     from tuna.responses import read_responses
 
+    check_files({"output": output, "json": json_file}, {"data": data})
     rules = RankingRules(
         length_penalty=length_penalty, min_tokens=min_tokens, truncated=truncated, tie=tie, min_responses=min_responses
     )

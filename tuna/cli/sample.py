@@ -81,10 +81,12 @@ def sample(
     from tuna.cli.generate import read_wanted
     from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
+    from tuna.outputs import check_files
     from tuna.sample import Diversity, LocalSampling
 
     console = Terminal()
     diversity = Diversity(alike=alike, step=step, tries=tries)
+    check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     wanted = read_wanted(console, instructions, limit, on_bad)
     if base_url is None:
         if dry_run:

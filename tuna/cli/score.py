@@ -50,6 +50,7 @@ def score(
     from tuna.files import write_rows
     from tuna.models import load_model, place_for
     from tuna.notices import cut_notice
+    from tuna.outputs import check_files
     from tuna.records import read_records
     from tuna.report import write_json
     from tuna.scoring import per_record
@@ -57,6 +58,7 @@ def score(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
+    check_files({"json": json_file, "per_record": per_record_file}, {"data": data})
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
     if not math.isfinite(length_penalty):

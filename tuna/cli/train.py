@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 __all__ = ["train"]
 
+STOPPED = 3  # exit code of a run that a signal ended, as of the commands that pay for calls
 DATA, LOSS, BATCH, STEPS, LORA, RUN = "Data", "Loss", "Batches", "Steps", "LoRA", "Run"
 
 
@@ -90,6 +90,14 @@ def train(
         _flag("--eval-first/--no-eval-first", help="Evaluate before training too. Default: yes.", panel=RUN),
     ] = None,
     resume: Annotated[bool | None, _flag("--resume", help="Go on from the last checkpoint.", panel=RUN)] = None,
+    allow_changes: Annotated[
+        bool | None,
+        _flag("--allow-changes", help="With --resume: though data, seed, loss or batches are others.", panel=RUN),
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool | None,
+        _flag("--trust-checkpoint", help="With --resume: let a checkpoint from elsewhere run code.", panel=RUN),
+    ] = None,
     overwrite: Annotated[bool | None, _flag("--overwrite", help="Write over an earlier run.", panel=RUN)] = None,
     yes: Annotated[bool | None, _flag("--yes", "-y", help="Do not ask.", panel=RUN)] = None,
     set_: Annotated[
@@ -100,16 +108,27 @@ def train(
     """Train a model on ranked responses.
 
     Shows the best and the worst response of three groups first: a reversed order is this field's commonest
-    silent mistake. Writes the model, metrics.json and a picture of the loss.
+    silent mistake. Writes the model, metrics.json and a picture of the loss. SIGTERM and Ctrl-C end it after the
+    running step, with a checkpoint and exit code 3.
     """
     flags = dict(locals())
     file, overrides = flags.pop("config"), flags.pop("set_") or []
+    from tuna import lifeline
     from tuna.cli.messages import FLAG_FIELDS
     from tuna.cli.settings import merge_settings
-    from tuna.cli.terminal import Terminal
+    from tuna.cli.terminal import Terminal, complain
     from tuna.cli.training import run_training
-    from tuna.ranks import end_ranks
+    from tuna.ranks import end_ranks, launched
+    from tuna.stopping import Stopped
 
+    rank, _ = launched()
+    lifeline.watch_launcher()
     run, settings = merge_settings(file, overrides, {FLAG_FIELDS.get(k, k): value for k, value in flags.items()})
-    run_training(run, settings, Terminal(quiet=int(os.environ.get("RANK", 0)) > 0))
+    try:
+        run_training(run, settings, Terminal(quiet=rank > 0))
+    except Stopped as stop:
+        if rank == 0:
+            complain(f"{stop}; the same command with --resume goes on from there")
+        end_ranks()
+        raise typer.Exit(STOPPED) from None
     end_ranks()

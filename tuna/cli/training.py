@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from tuna.adapters import merged
+from tuna.checkpoints import CheckpointError
 from tuna.cli.data import best_and_worst
 from tuna.cli.next import say_next
 from tuna.cli.progress import TrainingProgress
@@ -26,10 +29,13 @@ from tuna.cli.template import given_template, warn
 from tuna.config import TunaConfig
 from tuna.export import merged_from
 from tuna.group_data import tokenized
+from tuna.locks import hold
 from tuna.logs import LOG_FILE, JsonLines, default_reports
 from tuna.metrics import ranking_metrics
-from tuna.models import load_model
+from tuna.models import SMOLLM2, cache_folder, load_model
 from tuna.notices import reversed_notice, sample_of
+from tuna.outputs import check_content, check_place
+from tuna.ranks import launched
 from tuna.records import Problem, Record, read_records
 from tuna.report import plot_log, write_json
 from tuna.split import split_records
@@ -40,6 +46,7 @@ from tuna.trainer import TunaTrainer
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"
 ADAPTER_FOLDER = "adapter"
+DRAFT = ".saving"
 LEAST_LINES = 5  # of the log, where there are as many steps
 
 
@@ -56,7 +63,18 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     output = Path(settings["output_dir"]).expanduser()
-    _check_output(output, run)
+    settings["output_dir"] = str(output)
+    if launched()[0] > 0:
+        return _run(run, settings, output, console)
+    resume = run.resume or bool(settings.get("resume_from_checkpoint"))
+    check_place(output, _inputs(run))
+    with hold(output):
+        check_content(output, resume=resume, overwrite=run.overwrite)
+        return _run(run, settings, output, console)
+
+
+def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Console) -> dict[str, Any]:
+    """Train, evaluate and save in a folder that is this run's."""
     settings = settings | {"template": _template(run, settings.get("template"), output, console)}
     config = _trainer_config(run, settings)
     train_records, eval_records = _read(run, config, console)
@@ -67,13 +85,16 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
         train = tokenized(train_records, config, tokenizer)
         held_out = tokenized(eval_records, config, tokenizer) if eval_records else None
+    resume = config.resume_from_checkpoint or run.resume or None
     trainer = TunaTrainer(_with_adapter(model, run), config, train, held_out, tokenizer)
     trainer.remove_callback(PrinterCallback)
     if not run.resume and not (held_out and run.eval_first):
         with console.status("ranking a sample of the data …"):
             warn(console, reversed_notice(_base_accuracy(trainer, train)))
     trainer.add_callback(TrainingProgress(console))
-    trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not run.resume))
+    trainer.add_callback(JsonLines(output / LOG_FILE, fresh=not resume))
+    trainer.overwrite = run.overwrite
+    trainer.sources = {name: getattr(run, name) for name in ("model", "data", "format", "limit", "eval_fraction")}
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
     console.print(_summary(trainer, stats, held_out))
     if "logging_steps" not in settings:
@@ -82,9 +103,9 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     if trainer.is_world_process_zero():
         save_template(output, config.template)  # now, so that a run that was stopped has it to resume
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
-    if before is not None and not run.resume:
+    if before is not None and not resume:
         warn(console, reversed_notice(before.get("eval_rank/accuracy")))
-    trainer.train(resume_from_checkpoint=run.resume or None)
+    trainer.train(resume_from_checkpoint=resume)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
     after = trainer.evaluate() if held_out else None
@@ -107,11 +128,13 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     return metrics
 
 
-def _check_output(output: Path, run: RunSettings) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir = {output} is a file")
-    if (output / METRICS_FILE).exists() and not run.resume and not run.overwrite:
-        raise ValueError(f"output_dir = {output} holds a run already: choose another, or overwrite or resume it")
+def _inputs(run: RunSettings) -> dict[str, Path]:
+    """What the run reads, where that is files."""
+    model = cache_folder() / SMOLLM2 if run.model == SMOLLM2 else Path(run.model).expanduser()
+    inputs = {"model": model, "data": Path(run.data).expanduser()}
+    if run.eval_data is not None:
+        inputs["eval_data"] = Path(run.eval_data).expanduser()
+    return inputs
 
 
 def _template(run: RunSettings, given: str | None, output: Path, console: Console) -> str:
@@ -203,11 +226,32 @@ def _with_adapter(model: PreTrainedModel, run: RunSettings) -> torch.nn.Module:
 
 
 def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A folder that plain transformers loads; an adapter is kept beside the model it was merged into."""
+    """A folder that plain transformers loads; an adapter is kept beside the model it was merged into.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    draft, first = output / DRAFT, trainer.is_world_process_zero()
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    try:
+        _write(trainer, draft, tokenizer)
+        trainer.accelerator.wait_for_everyone()
+        if first:
+            _publish(draft, output)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{output / 'model.safetensors'} or what belongs to it could not be written ({error}); the last checkpoint "
+            "is whole: the same command with --resume writes it again"
+        ) from error
+
+
+def _write(trainer: TunaTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if not hasattr(trainer.model, "merge_and_unload"):
-        trainer.save_model(str(output))
+        trainer.save_model(str(folder))
         return
-    trainer.save_model(str(output / ADAPTER_FOLDER))
+    trainer.save_model(str(folder / ADAPTER_FOLDER))
     model = cast(Any, trainer.model)
     if trainer.shape.zero_stage == 3:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
@@ -217,8 +261,20 @@ def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase
     if trainer.is_world_process_zero():
         whole = merge()
         end_generation_at(whole, tokenizer, trainer.args.template)
-        whole.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        whole.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _publish(draft: Path, output: Path) -> None:
+    """Move the files of a draft to where they belong, and take away weights of an earlier model in other parts."""
+    files = {file.relative_to(draft): file for file in draft.rglob("*") if file.is_file()}
+    for place, file in files.items():
+        (output / place).parent.mkdir(parents=True, exist_ok=True)
+        file.replace(output / place)
+    for old in output.glob("model*.safetensors*"):
+        if old.relative_to(output) not in files:
+            old.unlink()
+    shutil.rmtree(draft)
 
 
 def _steps_per_epoch(trainer: TunaTrainer) -> int:

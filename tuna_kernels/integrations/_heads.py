@@ -77,6 +77,12 @@ def read_head(model: PreTrainedModel, *, ahead: bool = False) -> Head:
     linear, lora = _without_peft(module)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ValueError(f"the head of {type(model).__name__} is {type(linear).__name__}, not a linear layer")
+    for hook in linear._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils"):  # weight_norm, spectral_norm
+            raise ValueError(
+                f"the head's weight is made by a hook of its forward ({type(hook).__name__}), which the loss does not "
+                "call: use torch.nn.utils.parametrizations instead"
+            )
     for name, weight in (("weight", linear.weight), ("bias", linear.bias)):
         if weight is not None:
             _check_whole(name, weight, ahead)
