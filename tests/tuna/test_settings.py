@@ -13,7 +13,7 @@ import torch
 
 from tuna import hub
 from tuna.cli import main
-from tuna.cli.messages import install_hint
+from tuna.cli.messages import install_hint, message
 from tuna.cli.next import next_command
 from tuna.cli.settings import merge_settings
 from tuna.config import TunaConfig
@@ -269,6 +269,8 @@ def test_a_backend_that_cannot_serve_is_a_wrong_value_too() -> None:
 
 
 def test_missing_packages_are_named_with_their_extra() -> None:
+    missing = ModuleNotFoundError(name="rouge_score.rouge_scorer")
+    assert message(missing, [], None) == "rouge_score is not installed: pip install 'tuna-kernels[gather]'"
     assert install_hint("fastapi") == install_hint("uvicorn") == "pip install 'tuna-kernels[serve]'"
     assert install_hint("rouge_score.rouge_scorer") == "pip install 'tuna-kernels[gather]'"
     assert install_hint("flash_attn") == "pip install 'tuna-kernels[flash]'"

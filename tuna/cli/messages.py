@@ -30,7 +30,7 @@ def message(error: BaseException, words: Sequence[str], command: Any) -> str:
         command: the click command at the root.
     """
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name} is not installed: {install_hint(error.name)}"
+        return f"{error.name.partition('.')[0]} is not installed: {install_hint(error.name)}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return _as_flags(str(error) or type(error).__name__, words, command)
