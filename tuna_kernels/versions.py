@@ -6,7 +6,6 @@ all the newest, `tuna info` warns outside of them, README.md names them (tests/t
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import platform
 import re
@@ -59,7 +58,6 @@ def warnings() -> list[str]:
     return [*found, *filter(None, [interpreter_clash()])]
 
 
-@functools.cache
 def interpreter_clash() -> str:
     """ "" unless Triton's interpreter (not its compiler) fails with this NumPy."""
     triton, numpy = installed("triton"), installed("numpy")

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.tuna.test_trainer import config, ragged, tiny_llama, weights
-from tuna.models import load_model
+from tuna.models import load_model, tiny_model
 from tuna.naive import naive_step_loss
 from tuna.trainer import TunaTrainer
 from tuna_kernels import pack_groups
@@ -19,8 +19,9 @@ pytest.importorskip("bitsandbytes")
 
 
 def _saved_llama(folder: Path) -> Path:
-    """A small Llama and a tokenizer on disk, as `load_model` takes them."""
-    model, tokenizer = load_model("tiny")
+    """A small Llama and a tokenizer on disk, as `load_model` takes them. Widths are multiples of 64: bitsandbytes packs
+    no others where the processor multiplies bfloat16."""
+    model, tokenizer = tiny_model(intermediate_size=128)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

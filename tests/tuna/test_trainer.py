@@ -282,7 +282,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, reentrant: boo
     runs = []
     for changes in (
         {},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
     ):
         trainer = TunaTrainer(tiny_llama(), config(tmp_path, max_steps=3, **changes), ragged(6))
         trainer.train()

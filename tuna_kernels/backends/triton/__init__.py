@@ -13,6 +13,7 @@ import torch
 from ...versions import interpreter_clash
 
 INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETER_CLASH = interpreter_clash()  # found here, since `why_not` is traced by torch.compile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +27,7 @@ def why_not() -> str:
     if not INSTALLED:
         return "triton is not installed (pip install 'tuna-kernels[gpu]')"
     if is_interpreted():
-        return interpreter_clash()
+        return INTERPRETER_CLASH
     if torch.cuda.is_available():
         return ""
     return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
