@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.kernels.drawing import HALF, floats, integers, laid_out
-from tests.fuzz.kernels.laws import Results, run, same_bits, within_bounds
+from tests.fuzz.kernels.laws import FACTOR, UNITS, Results, run, same_bits, within_bounds
 from tuna_kernels import available_backends, linear_logprobs
 from tuna_kernels.backends.cpu import ISA_VARIABLE, multiplies
 
@@ -126,13 +126,14 @@ def draw(rng: random.Random) -> HeadCase:
     spread = rng.choice([0.0, 0.01, 1.0, 1.0, 5.0, 30.0]) / width**0.5
     scale = rng.choice([1.0, 1.0, 1.0, 0.3, -1.0, -50.0, 100.0, 1e4, 1e-3, 1e9, 0.0])
     leaves = leaves_of(rng, tokens, vocabulary, width, spread, scale)
+    valid = rng.choice([None, None, None, rng.randint(1, vocabulary)])  # the rest is padding
     ignore = rng.choice([-100, -100, -1, 0, vocabulary - 1])
     rows: Tensor | None = None
     slots = tokens
     if rng.random() < 0.6:
         slots = rng.choice([0, 1, 5, 60, 200])
         rows = laid_out(rng, integers(rng, 0, tokens, slots))
-    targets = integers(rng, 0, vocabulary, slots)
+    targets = integers(rng, 0, valid or vocabulary, slots)
     targets[integers(rng, 0, 4, slots) == 0] = ignore
     if rng.random() < 0.05:
         targets[:] = ignore
@@ -142,7 +143,7 @@ def draw(rng: random.Random) -> HeadCase:
         "logit_scale": scale,
         "softcap": softcap,
         "return_entropy": rng.random() < 0.5,
-        "valid_vocab": None,
+        "valid_vocab": valid,
     }
     text = ", ".join(
         f"{n} {list(x.shape)} {str(x.dtype)[6:]} strides {x.stride()}{' grad' if x.requires_grad else ''}"
@@ -185,12 +186,29 @@ def _largest(x: Tensor) -> float:
     return x[x.isfinite()].abs().max().item() if x.numel() else 0.0
 
 
-def size_without_truth(leaves: dict[str, Tensor], scale: float) -> float:
-    """In float64 there is no better truth to compare with: both sides round logits of this size. Else 1."""
-    if all(x.dtype != torch.float64 for x in leaves.values()):
+def size_of_logits(leaves: dict[str, Tensor], scale: float, lora_scale: float) -> float:
+    """At least 1: the size of logits whose rounding is the error that float32 products make of these.
+
+    Of all logits, where a call has few slots, on which the textbook may be lucky. In float64 there is no better truth
+    to compare with, and both sides round logits of their size.
+    """
+    is_double = any(x.dtype == torch.float64 for x in leaves.values())
+
+    def logits(dtype: torch.dtype) -> Tensor:
+        x = {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
+        z = x["hidden"] @ x["weight"].t()
+        if "lora_a" in x:
+            z = z + lora_scale * (x["hidden"] @ x["lora_a"].t()) @ x["lora_b"].t()
+        return (z + x["bias"] if "bias" in x else z) * scale
+
+    true = logits(torch.float64)
+    finite = true.isfinite()
+    if not bool(finite.any()):
         return 1.0
-    products = _largest(leaves["hidden"]) * _largest(leaves["weight"]) * leaves["hidden"].shape[1]
-    return max(1.0, abs(scale) * (products + (_largest(leaves["bias"]) if "bias" in leaves else 0.0)))
+    if is_double:
+        return max(1.0, _largest(true))
+    error = (logits(torch.float32).double() - true)[finite].abs().max().item()
+    return max(1.0, FACTOR * error / (UNITS * torch.finfo(torch.float32).eps))
 
 
 def gradient_scales(leaves: dict[str, Tensor], size: float) -> dict[str, float]:
@@ -230,7 +248,7 @@ def check(rng: random.Random) -> None:
     per_row = 1 if case.rows is None or not case.rows.numel() else int(case.rows.bincount().max())
     size = per_row * sum(u.abs().max().item() if u.numel() else 0.0 for u in upstream)
     steepness = abs(case.options["logit_scale"])
-    logits = size_without_truth(case.leaves, steepness)
+    logits = size_of_logits(case.leaves, steepness, case.lora_scale)
     size *= logits
     scales = dict.fromkeys(("out 0", "out 1", "out 2"), logits) | gradient_scales(case.leaves, size * steepness)
     within_bounds(first, books, truth, scales, rounded, what)

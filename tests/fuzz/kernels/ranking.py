@@ -16,7 +16,7 @@ from tests.fuzz.kernels.head import (
     instruction_set,
     leaves_of,
     rounded_in,
-    size_without_truth,
+    size_of_logits,
     textbooks,
 )
 from tests.fuzz.kernels.laws import run, same_bits, within_bounds
@@ -96,7 +96,7 @@ def check(rng: random.Random) -> None:
     per_row = int(tree.rows.bincount().max()) if tree.num_slots else 1
     size = abs(float(upstream[0])) * per_row * tree.num_candidates * abs(scale)
     logprobs = truth["out 4"]
-    logits = size_without_truth(leaves, scale)
+    logits = size_of_logits(leaves, scale, 0.5)
     size *= logits
     each = max(logits, logprobs[logprobs.isfinite()].abs().max().item() if bool(logprobs.isfinite().any()) else 0.0)
     scales = {"out 0": pairs, "out 1": pairs, "out 2": each, "out 3": max(each, largest), "out 4": each}
