@@ -189,6 +189,12 @@ class TunaConfig(TrainingArguments):
             )
         self._check_parents()
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this process; a CPU without its rank's number, with which torch cannot restore an optimizer."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
     def _check_ours(self) -> None:
         _one_of("preset", self.preset, get_args(Preset))
         _one_of("share", self.share, get_args(Share))

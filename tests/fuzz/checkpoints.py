@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.tuna import launching
 
-SHORT_RUN = 5  # cases; each trains
+SHORT_RUN = 2  # cases; each trains
 STEPS, EVERY = 6, 2
 EXAMPLES = Path(__file__).resolve().parents[2] / "tuna" / "examples" / "ranked_demo.jsonl"
 KINDS = ("plain", "lora", "best", "zero")
