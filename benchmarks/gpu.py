@@ -32,7 +32,7 @@ from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from tuna.memory import allocator_peak
 from tuna_kernels import PackedTree, pack_groups, tree_attention
-from tuna_kernels.backends import triton
+from tuna_kernels.backends.triton import availability
 from tuna_kernels.backends.attention_reference import visible
 from tuna_kernels.self_check import sample_groups
 
@@ -80,7 +80,7 @@ def here(*, rehearse: bool) -> Where:
         ValueError: no GPU and no rehearsal, or a rehearsal without the interpreter.
     """
     if rehearse:
-        if not triton.is_interpreted():
+        if not availability.is_interpreted():
             raise ValueError("--rehearse needs TRITON_INTERPRET=1 in the environment")
         return Where(torch.device("cpu"), process_clock, allocator_peak)
     if not torch.cuda.is_available():

@@ -9,7 +9,8 @@ import torch
 
 from ._errors import CannotServe
 from .backends import cpu as _cpu_backend
-from .backends import triton as _triton_backend
+from .backends.triton import availability
+from .backends.triton import slabs
 from .backends.head import HeadBackend, tiled_backend
 from .backends.torch import TorchTileOps
 from .installation import warn_of_shadowing
@@ -24,13 +25,13 @@ def available_backends() -> dict[str, str]:
     >>> available_backends()["reference"]
     ''
     """
-    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT, "triton": _triton_backend.why_not()}
+    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT, "triton": availability.why_not()}
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """ "" if ``backend`` serves these inputs, else the reason why not."""
     if backend == "triton":
-        return _triton_backend.supports(device, *dtypes)
+        return availability.supports(device, *dtypes)
     if backend != "cpu":
         return ""
     if device.type != "cpu":
@@ -88,7 +89,7 @@ def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
     """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
     if backend != "triton":
         return True
-    return _triton_backend.unit_gradient_pays(width, *dtypes)
+    return slabs.unit_gradient_pays(width, *dtypes)
 
 
 def show_config() -> str:

@@ -13,7 +13,7 @@ import torch
 
 from .backends import attention_triton
 from .backends import cpu as _cpu
-from .backends import triton as _triton
+from .backends.triton import slabs
 from .backends.attention_plan import MAX_ROWS
 from .backends.products import MIN_ROWS
 from .backends.reference import compute_dtype
@@ -74,7 +74,7 @@ def _on_triton(op: str, shape: Shape, dtype: torch.dtype) -> int:
     rows, vocabulary = shape["rows"], shape["vocabulary"]
     if op == "selective_logprobs":
         return _PER_SLOT * rows
-    head = _triton.workspace_bytes(rows, shape["width"], vocabulary, dtype)
+    head = slabs.workspace_bytes(rows, shape["width"], vocabulary, dtype)
     return head + min(shape.get("logits_budget", 0), 4 * max(rows, MIN_ROWS) * vocabulary) + _PER_SLOT * rows
 
 
@@ -173,7 +173,7 @@ def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
 def _attention_triton(shape: Shape, dtype: torch.dtype) -> int:
     """On the GPU at hand; asked on a machine without one, on an H100."""
     rows = shape["rows"]
-    return attention_triton.workspace_bytes(
+    return attentionslabs.workspace_bytes(
         shape.get("batch", 1),
         shape["heads"],
         shape["kv_heads"],

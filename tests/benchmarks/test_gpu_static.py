@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu_static
 from benchmarks.roofline import CARDS, WORKS, roofline_rows
-from tuna_kernels.backends.triton import is_interpreted
+from tuna_kernels.backends.triton.availability import is_interpreted
 from tuna_kernels.backends.triton.static import ARCHITECTURES, SHARED_MEMORY, Config
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="the interpreter compiles nothing")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tuna_kernels.backends import triton as backend
+from tuna_kernels.backends.triton import availability as backend
 
 from .interpreter import multiply_in_one_order, patch_the_language_once_a_launch
 

@@ -18,7 +18,7 @@ from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
 from tests.tuna_kernels.test_logprobs import VARIANTS, Case, evaluate, tensors
 from tuna_kernels import linear_logprobs, workspace_bytes
-from tuna_kernels.backends import triton
+from tuna_kernels.backends.triton import slabs
 from tuna_kernels.backends.triton import forward as head_forward
 from tuna_kernels.backends.triton import head, launch
 from tuna_kernels.backends.triton.static import Config
@@ -116,7 +116,7 @@ def test_slabs_and_column_blocks_change_only_rounding(monkeypatch: pytest.Monkey
     """A slab narrower than the vocabulary, its last one ragged."""
     monkeypatch.setattr(triton, "SLAB_BYTES", 1)
     monkeypatch.setattr(triton, "MIN_COLUMNS", 100)
-    assert triton.slab_columns(23, 397, 4) == 100
+    assert slabs.slab_columns(23, 397, 4) == 100
     check(replace(SMALL, bias=True, entropy=True, lora=True))
     check(replace(SMALL, hidden=torch.bfloat16, weight=torch.bfloat16, bias=True))
 
@@ -148,9 +148,9 @@ def test_splits_are_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_slab_columns_keep_the_budget() -> None:
     for rows, itemsize in ((1, 2), (8192, 2), (100_000, 2), (8192, 4)):
-        columns = triton.slab_columns(rows, 128257, itemsize)
-        assert rows * columns * itemsize <= max(triton.SLAB_BYTES, rows * triton.MIN_COLUMNS * itemsize)
-        assert columns == 128257 or columns % triton.MIN_COLUMNS == 0
+        columns = slabs.slab_columns(rows, 128257, itemsize)
+        assert rows * columns * itemsize <= max(slabs.SLAB_BYTES, rows * slabs.MIN_COLUMNS * itemsize)
+        assert columns == 128257 or columns % slabs.MIN_COLUMNS == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from tuna_kernels.backends import triton as backend
+from tuna_kernels.backends.triton import availability as backend
 from tuna_kernels.backends.triton.attention_config import candidates
 from tuna_kernels.backends.triton.attention_static import STATIC
 from tuna_kernels.backends.triton.static import ARCHITECTURES, StaticCase

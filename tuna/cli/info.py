@@ -105,12 +105,12 @@ def check_kernels(*, as_json: bool) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from tuna_kernels.backends import triton
+    from tuna_kernels.backends.triton import availability
     from tuna_kernels.self_check import run_checks
 
-    if reason := triton.why_not():
+    if reason := availability.why_not():
         raise ValueError(f"--self-check: {reason}")
-    interpreted = triton.is_interpreted()
+    interpreted = availability.is_interpreted()
     console = Terminal()
     running = run_checks("cpu" if interpreted else "cuda", small=interpreted)
     checks = list(track(running, "checking kernels", console=Terminal(stderr=True), transient=True))

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tuna_kernels.backends import triton as _triton
 from tuna_kernels.backends.attention_bounds import BlockMap, block_map
 from tuna_kernels.backends.attention_plan import check_values
 from tuna_kernels.backends.attention_torch import empty_outputs
-from tuna_kernels.backends.triton import launch
+from tuna_kernels.backends.triton import availability, launch
 from tuna_kernels.backends.triton.attention_config import candidates
 from tuna_kernels.backends.triton.static import Config
 
@@ -35,7 +34,7 @@ _LOG2E = 1.4426950408889634
 
 def why_not(q: Tensor, v: Tensor) -> str:
     """ "" if these inputs are served, else the reason why not."""
-    if reason := _triton.supports(q.device, q.dtype):
+    if reason := availability.supports(q.device, q.dtype):
         return reason
     for name, x in (("q and k", q), ("v", v)):
         if x.shape[3] > MAX_SIZE:
@@ -208,7 +207,7 @@ def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dic
         "ROWS": blocks.rows is not None,
         "WINDOW": blocks.window is not None,
         "SOFTCAP": softcap is not None,
-        "UPCAST": _triton.is_interpreted() and q.dtype == torch.bfloat16,
+        "UPCAST": availability.is_interpreted() and q.dtype == torch.bfloat16,
         "PRECISION": _precision(),
     }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..head import HeadBackend
 from ..slots import Slots
 from ..tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
-from . import slab_columns
+from .slabs import slab_columns
 from .forward import Partials, finish, launch_forward
 from .gradient import launch_gradient
 from .logits import launch_logits_forward, launch_logits_gradient, splits_of

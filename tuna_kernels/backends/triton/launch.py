@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ... import user_cache
-from . import is_interpreted
+from .availability import is_interpreted
 from .static import Config
 
 INTERPRETER = 0  # stands for a compute capability in the tables of configurations

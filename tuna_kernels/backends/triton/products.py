@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiled import Head, Inputs
-from . import is_interpreted
+from .availability import is_interpreted
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
