@@ -66,4 +66,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venvs build dist *.egg-info runs tuna_kernels/backends/_cpu*.so
+	rm -rf $(VENV) .venvs build dist *.egg-info runs tuna_kernels/_cpu*.so

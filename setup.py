@@ -12,7 +12,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CPU = Pybind11Extension(
-    "tuna_kernels.backends._cpu",
+    "tuna_kernels._cpu",
     sorted(glob("csrc/cpu/*.cpp")),
     depends=sorted(glob("csrc/cpu/*.h")),
     cxx_std=17,

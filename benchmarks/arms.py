@@ -298,7 +298,7 @@ def needs_backend(backend: str) -> Callable[[object], str]:
     """An `Arm.refuses`: the reason why this backend of ours cannot be used here."""
 
     def refuses(_: object) -> str:
-        from tuna_kernels.config import available_backends
+        from tuna_kernels.dispatch import available_backends
 
         return available_backends().get(backend, f"no backend {backend!r}")
 

@@ -23,10 +23,10 @@ from benchmarks.harness import Arm, Plan, compare
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from benchmarks.step import read_batches
-from tuna.models import SMOLLM2
+from tuna.models.loading import SMOLLM2
 from tuna_kernels import Group, PackedTree, pack_groups
-from tuna_kernels.attention import tree_attention
-from tuna_kernels.backends.attention_reference import visible
+from tuna_kernels.attention.reference import visible
+from tuna_kernels.attention.tree_attention import tree_attention
 
 Mode = Literal["forward", "training"]
 MODES: tuple[Mode, ...] = get_args(Mode)

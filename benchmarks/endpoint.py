@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
-from tuna.calls import PaidSettings, run_jobs, run_paid
-from tuna.endpoint import EndpointSettings
-from tuna.files import replacing
-from tuna.generate import Sampling, generate_responses
-from tuna.journal import Journal
-from tuna.report import write_json
-from tuna.responses import Instruction
+from tuna.data.files import replacing
+from tuna.gather.api.calls import PaidSettings, run_jobs, run_paid
+from tuna.gather.api.endpoint import EndpointSettings
+from tuna.gather.api.journal import Journal
+from tuna.gather.responses import Instruction
+from tuna.gather.teacher import Sampling, generate_responses
+from tuna.train.curves import write_json
 
 CONCURRENCY = (1, 8, 64)
 ARMS = ("socket", "client", "tuna")

@@ -30,10 +30,10 @@ from benchmarks.harness import Arm, Clock, Plan, compare, process_clock
 from benchmarks.kernels import bare_multiplies, bounds_of
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
-from tuna.memory import allocator_peak
+from tuna.compare.memory_meter import allocator_peak
 from tuna_kernels import PackedTree, pack_groups, tree_attention
-from tuna_kernels.backends.triton import availability
-from tuna_kernels.backends.attention_reference import visible
+from tuna_kernels.attention.reference import visible
+from tuna_kernels.gpu import availability
 from tuna_kernels.self_check import sample_groups
 
 HEADS = ("8192x4096x32000", "2560x4096x32000", "8192x4096x128256", "1024x4096x128256")

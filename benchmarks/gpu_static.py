@@ -23,9 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Annotated
 
 import typer
@@ -34,8 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.roofline import roofline_rows
-from tuna_kernels.backends import triton as backend
-from tuna_kernels.backends.triton.static import ARCHITECTURES, SHARED_MEMORY, Config, StaticCase, compile_case
+from tuna_kernels.gpu import availability
+from tuna_kernels.gpu.static_case import ARCHITECTURES, SHARED_MEMORY, Config, StaticCase, compile_case, kernel_modules
 
 # Registers, shared memory (bytes), threads and blocks of one multiprocessor (CUDA C++ programming guide).
 LIMITS = {
@@ -71,10 +69,8 @@ class Built:
 
 @functools.cache
 def all_cases() -> tuple[StaticCase, ...]:
-    """The ``STATIC`` of every module beside the kernels, in order of the modules' names."""
-    names = sorted(module.name for module in iter_modules(backend.__path__))
-    modules = [import_module(f"{backend.__name__}.{name}") for name in names]
-    return tuple(case for module in modules for case in getattr(module, "STATIC", ()))
+    """The ``STATIC`` of every module beside the kernels."""
+    return tuple(case for module in kernel_modules().values() for case in getattr(module, "STATIC", ()))
 
 
 def jobs(
@@ -249,7 +245,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for gpu_static.json and .md.")] = Path("results/local"),
 ) -> None:
     """Compile every kernel for every architecture; exit with 1 when a budget is broken."""
-    if backend.is_interpreted():
+    if availability.is_interpreted():
         raise typer.BadParameter("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
     wrong = [one for one in architecture or [] if one not in ARCHITECTURES]
     if wrong:

@@ -24,8 +24,8 @@ from typing import Any, Generic, TypeVar
 
 from benchmarks.machine import version_of
 from benchmarks.record import ArmReport, Bound, Comparison, Ratio, Sample, Setting, Spread, Status
-from tuna.agreement import Error, Results, measure_errors
-from tuna.memory import ResidentPeak, allocator_peak
+from tuna.compare.agreement import Error, Results, measure_errors
+from tuna.compare.memory_meter import ResidentPeak, allocator_peak
 
 Inputs = TypeVar("Inputs")
 Clock = Callable[[], tuple[float, float]]

@@ -21,7 +21,7 @@ from benchmarks.arms import DTYPES, MODES, Case, Mode, Shape, dtype_name, logpro
 from benchmarks.harness import Plan, compare
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
-from tuna import memory
+from tuna.compare import memory_meter
 
 DEFAULT_SHAPES = ("1024x768x32768", "1024x576x49152", "512x4096x32000", "512x896x151936")
 QUICK_SHAPES = ("64x32x512",)
@@ -143,7 +143,7 @@ def compare_ranking(shape: Shape, dtype: str, mode: Mode, options: Options) -> C
     )
 
 
-def resident_peak_of(op: str, arm: str, shape: str, dtype: str, mode: Mode) -> memory.ResidentPeak:
+def resident_peak_of(op: str, arm: str, shape: str, dtype: str, mode: Mode) -> memory_meter.ResidentPeak:
     """Run in a fresh process: memory of one arm, after a call on few rows (imports,
     compilation)."""
     size = Shape.parse(shape)
@@ -152,17 +152,17 @@ def resident_peak_of(op: str, arm: str, shape: str, dtype: str, mode: Mode) -> m
         chosen = {one.name: one for one in ranking.ranking_arms()}[arm]
         chosen.call(ranking.make_ranking_case(few, dtype, mode))
         case = ranking.make_ranking_case(size, dtype, mode)
-        return memory.resident_peak(lambda: chosen.call(case))
+        return memory_meter.resident_peak(lambda: chosen.call(case))
     peer = {one.name: one for one in logprob_arms()}[arm]
     peer.call(make_case(few, dtype, mode))
     inputs = make_case(size, dtype, mode)
-    return memory.resident_peak(lambda: peer.call(inputs))
+    return memory_meter.resident_peak(lambda: peer.call(inputs))
 
 
-def _resident(op: str, shape: Shape, dtype: str, mode: Mode, threads: int, arm: str) -> memory.ResidentPeak:
+def _resident(op: str, shape: Shape, dtype: str, mode: Mode, threads: int, arm: str) -> memory_meter.ResidentPeak:
     arguments = {"op": op, "arm": arm, "shape": str(shape), "dtype": dtype, "mode": mode}
-    return memory.ResidentPeak(
-        *memory.in_fresh_process("benchmarks.kernels:resident_peak_of", arguments, threads=threads)
+    return memory_meter.ResidentPeak(
+        *memory_meter.in_fresh_process("benchmarks.kernels:resident_peak_of", arguments, threads=threads)
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from benchmarks.machine import Machine
-from tuna.agreement import Error
+from tuna.compare.agreement import Error
 
 SCHEMA: Literal["tuna-benchmark/1"] = "tuna-benchmark/1"
 Status = Literal["ok", "wrong", "unsupported", "failed"]

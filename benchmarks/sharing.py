@@ -18,8 +18,8 @@ from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from benchmarks.sharing_arms import SharingCase, sharing_arms, sharing_oracle, small_llama
 from benchmarks.step import read_batches
-from tuna.models import SMOLLM2
-from tuna.side_by_side import count_tokens
+from tuna.compare.side_by_side import count_tokens
+from tuna.models.loading import SMOLLM2
 from tuna_kernels import Group
 
 RATIOS = {"1:4": (64, 256), "1:1": (160, 160), "4:1": (256, 64), "8:1": (320, 40)}

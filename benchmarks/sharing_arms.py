@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Arm
-from tuna.naive import naive_step_loss, padded_batch
-from tuna.side_by_side import gradients_of
+from tuna.compare.baseline import naive_step_loss, padded_batch
+from tuna.compare.side_by_side import gradients_of
 from tuna_kernels import Group, PackedTree, linear_ranking_loss, pack_groups
-from tuna_kernels.backends.attention_reference import visible
+from tuna_kernels.attention.reference import visible
 from tuna_kernels.integrations.transformers import model_ranking_loss
 from tuna_kernels.losses import Preset
 from tuna_kernels.tree import Share

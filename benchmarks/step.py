@@ -1,7 +1,7 @@
 """``python -m benchmarks.step``: a whole training step of a real model on real ranked groups, ours beside the textbook.
 
 For each number of groups a batch: agreement of loss and all gradients (both presets), time of the step (CPU and wall,
-interleaved rounds), peak memory by the allocator and of a fresh process, tokens computed. See `tuna.side_by_side`.
+interleaved rounds), peak memory by the allocator and of a fresh process, tokens computed. See `compare.side_by_side`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from torch import Tensor
 from benchmarks.harness import Arm, Plan, check_arm, compare
 from benchmarks.record import ArmReport, Bound, Comparison, Setting
 from benchmarks.report import Progress, Report
-from tuna.agreement import Results
-from tuna.memory import ResidentPeak
-from tuna.models import SMOLLM2, load_model, load_tokenizer
-from tuna.records import read_records
-from tuna.side_by_side import (
+from tuna.compare.agreement import Results
+from tuna.compare.memory_meter import ResidentPeak
+from tuna.compare.side_by_side import (
     LossSettings,
     Stepper,
     Way,
@@ -36,7 +34,9 @@ from tuna.side_by_side import (
     loss_and_gradients,
     step_memory,
 )
-from tuna.tokenization import tokenize_records
+from tuna.data.records import read_records
+from tuna.data.tokenization import tokenize_records
+from tuna.models.loading import SMOLLM2, load_model, load_tokenizer
 from tuna_kernels import Group
 from tuna_kernels.losses import Preset
 
@@ -270,7 +270,7 @@ def read_batches(
 ) -> list[list[Group]]:
     """One typical batch for each size, from a ranked file or the examples shipped."""
     tokenizer = load_tokenizer(model)
-    with resources.as_file(resources.files("tuna") / "examples" / "ranked_demo.jsonl") as shipped:
+    with resources.as_file(resources.files("tuna.data") / "examples" / "ranked_demo.jsonl") as shipped:
         records = read_records(data or shipped).records
     items, _ = tokenize_records(records, tokenizer, template=template, max_length=max_length, on_bad="skip")
     return [typical_batch([item.group for item in items], size, seed) for size in sizes]

@@ -3,7 +3,7 @@
     python -m benchmarks.two_phase_memory --output benchmarks/results/two_phase_memory
 
 Every figure is the largest number of bytes that torch's allocator held at once during forward and backward
-(`tuna.memory.allocator_peak`), gradients included, on a small random Llama in float32. Bytes asked for do not depend
+(`memory_meter.allocator_peak`), gradients included, on a small random Llama in float32. Bytes asked for do not depend
 on the load of the machine. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png, and prints the table. A minute.
 """
 
@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuna.files import replacing
-from tuna.memory import allocator_peak
-from tuna.naive import naive_step_loss
-from tuna.schedule import ActivationModel
+from tuna.compare.baseline import naive_step_loss
+from tuna.compare.memory_meter import allocator_peak
+from tuna.data.files import replacing
+from tuna.train.memory_mode import ActivationModel
 from tuna_kernels import Group, pack_groups
-from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
-from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
+from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, two_phase_ranking_loss
 
 ARMS = ("naive", "one pass", "two phases")
 

@@ -1,4 +1,4 @@
-"""DeepSpeed parity: every case of `tests.tuna.zero_cases` on two ranks against one process without DeepSpeed.
+"""DeepSpeed parity: every case of `tests.tuna.train.zero_cases` on two ranks against one process without DeepSpeed.
 
     python -m benchmarks.zero --output benchmarks/results
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tuna.report import write_json
+from tuna.train.curves import write_json
 
 LIMIT = 1e-6
 
@@ -25,11 +25,11 @@ LIMIT = 1e-6
 def main() -> None:
     """Run the cases named (default: all) and write the table."""
     from tests.tuna.launching import ROOT, run
-    from tests.tuna.zero_cases import CASES
+    from tests.tuna.train.zero_cases import CASES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("cases", nargs="*", default=list(CASES), help="names of tests.tuna.zero_cases.CASES")
+    parser.add_argument("cases", nargs="*", default=list(CASES), help="names of tests.tuna.train.zero_cases.CASES")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         results = []
@@ -38,7 +38,7 @@ def main() -> None:
             place.mkdir()
             run(
                 ranks,
-                "tests.tuna.zero_cases",
+                "tests.tuna.train.zero_cases",
                 [str(place), *options.cases],
                 cwd=ROOT,
                 timeout=60 * len(options.cases) + 120,

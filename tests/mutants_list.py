@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-_TILES, _FORWARD, _LOGITS = (f"backends/triton/{name}.py" for name in ("tiles", "forward", "logits"))
-_ATTENTION, _OUT, _BACK = (f"backends/triton/attention_{name}.py" for name in ("tiles", "forward", "backward"))
-_BOUNDS = "backends/attention_bounds.py"
+_TILES, _FORWARD, _LOGITS = (f"head/triton/{name}.py" for name in ("tiles", "forward", "logits"))
+_ATTENTION, _OUT, _BACK = (f"attention/triton/{name}.py" for name in ("tiles", "forward", "backward"))
+_BOUNDS = "attention/bounds.py"
 _HEAD_TESTS = ("tests/triton/test_head.py",)
 _TREE_TESTS = ("tests/triton/test_tree_attention.py",)
 _ORDER_TESTS = ("tests/triton/test_grid_order.py",)
@@ -62,12 +62,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _head(
         "rows whose slots cancel are dropped",
-        "backends/linear.py",
+        "head/tiled_linear.py",
         "active |= u[slots.slots] != 0",
         "active |= slots.row_sums(u[slots.slots])[slots.row_of] != 0",
     ),
     _head(
-        "float16 gradients not scaled back", "backends/triton/head.py", "buffer.mul_(self.unscale)", "buffer.mul_(1.0)"
+        "float16 gradients not scaled back", "head/triton/launches.py", "buffer.mul_(self.unscale)", "buffer.mul_(1.0)"
     ),
     _head(
         "a slab takes the neighbour's target",
@@ -145,7 +145,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a row block adds its column sums to those before it, without waiting",
-        "backends/triton/gradient.py",
+        "head/triton/gradient.py",
         "    if column_sums is not None:\n",
         """    if column_sums is not None:
         if block > 0:

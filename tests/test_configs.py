@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from tests.tuna import launching
-from tests.tuna.zero_cases import EXAMPLES
-from tuna import zero
+from tests.tuna.train.zero_cases import EXAMPLES
 from tuna.cli.settings import merge_settings
-from tuna.config import TunaConfig
+from tuna.train import deepspeed
+from tuna.train.config import TunaConfig
 
 FOLDER = launching.ROOT / "configs"
 RUNS = sorted(FOLDER.glob("*.yaml"))
 HOLDER = """
-import sys, tuna.zero as zero
+import sys, tuna.train.deepspeed as zero
 with zero.build_lock(zero.Path(sys.argv[1]), "cpu_adam"):
     print("in", flush=True)
     input()
@@ -38,7 +38,7 @@ def test_runs_are_valid(file: Path) -> None:
     assert settings["output_dir"] == f"runs/{file.stem}" and run.data == "ranked.jsonl"
     assert settings["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
     if "deepspeed" in settings:
-        assert zero.stage_of(zero.read_settings(settings["deepspeed"])) in (1, 2, 3)
+        assert deepspeed.stage_of(deepspeed.read_settings(settings["deepspeed"])) in (1, 2, 3)
     else:
         assert run.lora_r > 0
 
@@ -49,16 +49,16 @@ def test_deepspeed_settings_are_valid(file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    settings = zero.read_settings(file)
+    settings = deepspeed.read_settings(file)
     assert file.read_text().startswith("# ")
-    assert str(zero.stage_of(settings)) in file.stem
+    assert str(deepspeed.stage_of(settings)) in file.stem
     assert settings["gradient_clipping"] == settings["bf16"]["enabled"] == settings["fp16"]["enabled"] == "auto"
     known = set(DeepSpeedZeroConfig.model_fields)
     known |= {str(field.alias) for field in DeepSpeedZeroConfig.model_fields.values()}
     assert set(settings["zero_optimization"]) <= known  # DeepSpeed itself takes a mistyped key without a word
     DeepSpeedZeroConfig(**settings["zero_optimization"])
-    assert zero.on_nvme(settings) == ("nvme" in file.stem)
-    assert zero.needs_cpu_adam(settings) == ("offload" in file.stem or "nvme" in file.stem)
+    assert deepspeed.on_nvme(settings) == ("nvme" in file.stem)
+    assert deepspeed.needs_cpu_adam(settings) == ("offload" in file.stem or "nvme" in file.stem)
 
 
 @pytest.mark.parametrize(
@@ -78,21 +78,21 @@ def test_bad_settings_are_named(tmp_path: Path, settings: Any, message: str) -> 
     file = tmp_path / "bad.json"
     file.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
-        zero.read_settings(file)
+        deepspeed.read_settings(file)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no DeepSpeed settings file"):
-        zero.read_settings(tmp_path / "none.json")
+        deepspeed.read_settings(tmp_path / "none.json")
 
 
 def test_float16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0, "fp16": {"enabled": True}}
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     with pytest.raises(ValueError, match=r"fp16.enabled needs a GPU"):
-        zero.read_settings(settings)
+        deepspeed.read_settings(settings)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    assert zero.read_settings(settings) == settings
+    assert deepspeed.read_settings(settings) == settings
 
 
 @pytest.mark.parametrize("file", DEEPSPEED, ids=lambda file: file.stem)
@@ -105,7 +105,7 @@ def test_float16_scales_the_loss(file: Path, tmp_path: Path, monkeypatch: pytest
 
     args = TunaConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     args.fp16 = True  # refused where there is no GPU
-    settings = HfTrainerDeepSpeedConfig({"train_micro_batch_size_per_gpu": "auto", **zero.read_settings(file)})
+    settings = HfTrainerDeepSpeedConfig({"train_micro_batch_size_per_gpu": "auto", **deepspeed.read_settings(file)})
     settings.trainer_config_process(args)
     fp16 = get_float16_config(settings.config)
     assert fp16.enabled and fp16.loss_scale == 0  # 0: found by trial, and steps that overflow are skipped
@@ -127,7 +127,7 @@ def test_a_stale_build_lock_is_removed_and_a_killed_holder_gives_way(tmp_path: P
     stale.touch()  # what the builder leaves when it is killed
     holder.kill()
     holder.wait()
-    with zero.build_lock(tmp_path, "cpu_adam"):
+    with deepspeed.build_lock(tmp_path, "cpu_adam"):
         assert not stale.exists()
 
 

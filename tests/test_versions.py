@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from tests import versions as environments
 from tests.versions import ROOT, constraints, pins, requirements
 from tuna_kernels import versions
-from tuna_kernels.backends.triton import availability
+from tuna_kernels.gpu import availability
 from tuna_kernels.versions import TESTED, release
 
 PYPROJECT: dict[str, Any] = environments.tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -84,8 +84,8 @@ def test_versions_outside_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     here["numpy"] = "2.4.6"
     assert "does not work with NumPy 2.4.6" in versions.warnings()[-1]
     if availability.INSTALLED:
-        monkeypatch.setattr(triton, "is_interpreted", lambda: True)
-        monkeypatch.setattr(triton, "INTERPRETER_CLASH", versions.interpreter_clash())
+        monkeypatch.setattr(availability, "is_interpreted", lambda: True)
+        monkeypatch.setattr(availability, "INTERPRETER_CLASH", versions.interpreter_clash())
         assert "install numpy<2.4" in availability.why_not()
 
 

@@ -4,15 +4,15 @@ all candidates of a prompt, without full-vocabulary logits and without recomputi
 Needs torch and numpy only. Start at :func:`pack_groups` and :func:`linear_ranking_loss`.
 """
 
-from . import ops
-from .attention import tree_attention
-from .config import available_backends, show_config
-from .logprobs import linear_logprobs, selective_logprobs
-from .losses import LossCounts, ranking_loss
-from .ranking import RankingLossOutput, linear_ranking_loss
-from .scores import sequence_scores
-from .tree import Group, PackedTree, pack_groups, plan_rows, tree_tokens
-from .workspace import workspace_bytes
+from tuna_kernels.attention.tree_attention import tree_attention
+from tuna_kernels.dispatch import available_backends, show_config
+from tuna_kernels.head import ops
+from tuna_kernels.head.logprobs import linear_logprobs, selective_logprobs
+from tuna_kernels.head.ranking_loss import RankingLossOutput, linear_ranking_loss
+from tuna_kernels.losses import LossCounts, ranking_loss
+from tuna_kernels.scores import sequence_scores
+from tuna_kernels.tree import Group, PackedTree, pack_groups, plan_rows, tree_tokens
+from tuna_kernels.workspace import workspace_bytes
 
 __version__ = "0.1.0"
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import user_cache
-from .tree import Group, pack_groups
+from tuna_kernels import user_cache
+from tuna_kernels.tree import Group, pack_groups
 
 __all__ = ["Check", "passed", "run_checks", "warn_if_unchecked"]
 
@@ -134,7 +134,7 @@ class _Head:
         self.device, self.plain, self.frozen = device, plain, frozen
 
     def __call__(self, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from .logprobs import linear_logprobs
+        from tuna_kernels.head.logprobs import linear_logprobs
 
         hidden = _as(_random(self.device, self.rows, self.width, seed=0), dtype).requires_grad_()
         weight = _as(_random(self.device, self.vocab, self.width, seed=1, scale=3 / self.width**0.5), dtype)
@@ -162,7 +162,7 @@ class _Head:
 
 def _selective(device: torch.device, small: bool) -> Run:
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from .logprobs import selective_logprobs
+        from tuna_kernels.head.logprobs import selective_logprobs
 
         rows, vocab = (9, 301) if small else (200, 50257)
         logits = _as(_random(device, rows, vocab, seed=0, scale=3), dtype).requires_grad_()
@@ -192,7 +192,7 @@ def sample_groups(longest: int) -> list[Group]:
 
 def _ranking(device: torch.device, small: bool, budget: int | None) -> Run:
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from .ranking import linear_ranking_loss
+        from tuna_kernels.head.ranking_loss import linear_ranking_loss
 
         tree = pack_groups(sample_groups(12 if small else 70), device=device)
         width, vocab = (24, 133) if small else (264, 32003)
@@ -208,7 +208,7 @@ def _ranking(device: torch.device, small: bool, budget: int | None) -> Run:
 
 def _attention(device: torch.device, size: int, *, window: int | None, softcap: float | None) -> Run:
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from .attention import tree_attention
+        from tuna_kernels.attention.tree_attention import tree_attention
 
         tree = pack_groups(sample_groups(40), device=device)
         shapes = ((4, 0), (2, 1), (2, 2))

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
-from tuna_kernels._groups import FlatGroups, Group, IntArray, dense_ranks, flatten_groups, offsets
+from tuna_kernels.groups import FlatGroups, Group, IntArray, dense_ranks, flatten_groups, offsets
 
 if TYPE_CHECKING:
     from tuna_kernels.losses import LossCounts

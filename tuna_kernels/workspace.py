@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .backends import attention_triton
-from .backends import cpu as _cpu
-from .backends.triton import slabs
-from .backends.attention_plan import MAX_ROWS
-from .backends.products import MIN_ROWS
-from .backends.reference import compute_dtype
-from .backends.selective import CHUNK_BYTES
-from .backends.tiled import UNIT_SLOTS, TilePlan
-from .backends.triton import launch
-from .config import resolve_backend
+from tuna_kernels.attention.block_plan import MAX_ROWS
+from tuna_kernels.attention.triton import launches
+from tuna_kernels.dispatch import resolve_backend
+from tuna_kernels.gpu import launch
+from tuna_kernels.head import cpu as _cpu
+from tuna_kernels.head.products import MIN_ROWS
+from tuna_kernels.head.reference import compute_dtype
+from tuna_kernels.head.tiled import UNIT_SLOTS, TilePlan
+from tuna_kernels.head.tiled_selective import CHUNK_BYTES
+from tuna_kernels.head.triton import slabs
 
 __all__ = ["workspace_bytes"]
 
@@ -173,7 +173,7 @@ def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
 def _attention_triton(shape: Shape, dtype: torch.dtype) -> int:
     """On the GPU at hand; asked on a machine without one, on an H100."""
     rows = shape["rows"]
-    return attentionslabs.workspace_bytes(
+    return launches.workspace_bytes(
         shape.get("batch", 1),
         shape["heads"],
         shape["kv_heads"],

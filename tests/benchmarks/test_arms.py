@@ -15,22 +15,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from benchmarks import ranking
-from benchmarks.arms import (
-    MODES,
-    TRAINABLE,
-    Case,
-    Mode,
-    Shape,
-    logprob_arms,
-    make_case,
-    oracle,
-    run_case,
-    tolerance,
-)
+from benchmarks.arms import MODES, TRAINABLE, Case, Mode, Shape, logprob_arms, make_case, oracle, run_case, tolerance
 from benchmarks.harness import Arm, check_arm
 from benchmarks.kernels import HALF, bounds_of, units_of
 from benchmarks.record import read_record, write_record
-from tuna_kernels.config import available_backends
+from tuna_kernels.dispatch import available_backends
 from tuna_kernels.versions import release
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import gpu_static
 from benchmarks.roofline import CARDS, WORKS, roofline_rows
-from tuna_kernels.backends.triton.availability import is_interpreted
-from tuna_kernels.backends.triton.static import ARCHITECTURES, SHARED_MEMORY, Config
+from tuna_kernels.gpu.availability import is_interpreted
+from tuna_kernels.gpu.static_case import ARCHITECTURES, SHARED_MEMORY, Config
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="the interpreter compiles nothing")
 # What `make test` compiles, a sample that is quick; `make gpu-static` compiles everything.

@@ -11,8 +11,8 @@ import pytest
 from benchmarks.harness import Plan
 from benchmarks.record import read_record
 from benchmarks.step import StepBench, read_batches, typical_batch
-from tuna.models import TINY
-from tuna.side_by_side import LossSettings, Way, count_tokens
+from tuna.compare.side_by_side import LossSettings, Way, count_tokens
+from tuna.models.loading import TINY
 from tuna_kernels import Group
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from tests.tuna import launching
 
 SHORT_RUN = 2  # cases; each trains
 STEPS, EVERY = 6, 2
-EXAMPLES = Path(__file__).resolve().parents[2] / "tuna" / "examples" / "ranked_demo.jsonl"
+EXAMPLES = Path(__file__).resolve().parents[2] / "tuna" / "data" / "examples" / "ranked_demo.jsonl"
 KINDS = ("plain", "lora", "best", "zero")
 Damage: TypeAlias = Callable[[random.Random, Path, list[Path]], list[Path]]
 

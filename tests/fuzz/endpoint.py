@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
 from tuna.cli import app
-from tuna.records import Record
-from tuna.responses import ResponseSet
+from tuna.data.records import Record
+from tuna.gather.responses import ResponseSet
 
 SHORT_RUN = 6
 KEY = "sk-proj-Zq8wE4rT7yU2iO9pA5sD"

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tuna_kernels.backends.triton import availability as backend
-
-from .interpreter import multiply_in_one_order, patch_the_language_once_a_launch
+from tests.triton.interpreter import multiply_in_one_order, patch_the_language_once_a_launch
+from tuna_kernels.gpu import availability as backend
 
 if backend.why_not():
     collect_ignore_glob = ["test_*.py"]

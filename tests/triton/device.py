@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tuna_kernels.backends.triton.availability import is_interpreted
+from tuna_kernels.gpu.availability import is_interpreted
 
 DEVICE = "cpu" if is_interpreted() else "cuda"

@@ -12,6 +12,11 @@ import pytest
 ORDERS = ("ascending", "descending")
 
 
+def kernel_name(module: str, function: str) -> str:
+    """``head.forward.forward_kernel`` for a function of ``tuna_kernels.head.triton.forward``."""
+    return ".".join([*module.split(".")[1::2], function])
+
+
 @contextmanager
 def programs_run(order: str) -> Iterator[dict[str, int]]:
     """Every launch within runs its programs in this order; gives kernel -> programs of its largest launch so far."""
@@ -32,7 +37,7 @@ def programs_run(order: str) -> Iterator[dict[str, int]]:
         set_place(*(n - 1 - i for n, i in zip(size, index, strict=True)) if order == "descending" else index)
 
     def named(executor: Any, *args: Any, **kwargs: Any) -> None:
-        running[0] = f"{executor.fn.__module__.rpartition('.')[2]}.{executor.fn.__name__}"
+        running[0] = kernel_name(executor.fn.__module__, executor.fn.__name__)
         launch(executor, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

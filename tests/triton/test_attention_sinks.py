@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
 from tuna_kernels import selective_logprobs
-from tuna_kernels.attention import tree_attention
+from tuna_kernels.attention.tree_attention import tree_attention
 from tuna_kernels.tree import Group, pack_groups
 
 TREE = pack_groups([Group([1, 2, 3], [[4, 5], [4, 6, 7], [8]]), Group([9], [[3, 2], [3]])])

@@ -11,7 +11,7 @@ from benchmarks.harness import check_arm
 from benchmarks.record import read_record
 from tests.triton.device import DEVICE
 from tuna_kernels import pack_groups
-from tuna_kernels.backends.triton.availability import is_interpreted
+from tuna_kernels.gpu.availability import is_interpreted
 from tuna_kernels.self_check import sample_groups
 
 APP = typer.Typer()

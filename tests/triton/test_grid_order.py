@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from pkgutil import iter_modules
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.triton.device import DEVICE
-from tests.triton.grid import ORDERS, programs_run
+from tests.triton.grid import ORDERS, kernel_name, programs_run
 from tuna_kernels import Group, linear_logprobs, linear_ranking_loss, pack_groups, selective_logprobs, tree_attention
-from tuna_kernels.backends import attention_triton
-from tuna_kernels.backends import triton as backend
-from tuna_kernels.backends.triton.static import Config
+from tuna_kernels.attention.triton import launches
+from tuna_kernels.gpu.static_case import Config, kernel_modules
+from tuna_kernels.head.triton import slabs
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the order of programs is the interpreter's to choose")
 PATCH = pytest.MonkeyPatch
@@ -45,8 +43,8 @@ def _gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor
 
 def _head(patch: PATCH) -> list[Tensor]:
     """Several slots a row, slabs, splits, column sums (bias) and column peaks (filter)."""
-    patch.setattr(backend, "SLAB_BYTES", 1)
-    patch.setattr(backend, "MIN_COLUMNS", 150)
+    patch.setattr(slabs, "SLAB_BYTES", 1)
+    patch.setattr(slabs, "MIN_COLUMNS", 150)
     hidden, weight, bias, lora_b = (_draw(*shape).requires_grad_() for shape in ((37, 40), (397, 40), (397,), (397, 3)))
     targets, rows = torch.arange(60) * 13 % 397, torch.arange(60) * 7 % 37
     outputs = linear_logprobs(
@@ -59,9 +57,9 @@ def _head(patch: PATCH) -> list[Tensor]:
 
 def _frozen_head(patch: PATCH) -> list[Tensor]:
     """The unit gradient: slabs of logits by torch, softmax and exponentials in kernels, then rows of the head."""
-    patch.setattr("tuna_kernels.logprobs.unit_gradient_pays", lambda *_: True)
-    patch.setattr(backend, "SLAB_BYTES", 1)
-    patch.setattr(backend, "MIN_COLUMNS", 150)
+    patch.setattr("tuna_kernels.head.logprobs.unit_gradient_pays", lambda *_: True)
+    patch.setattr(slabs, "SLAB_BYTES", 1)
+    patch.setattr(slabs, "MIN_COLUMNS", 150)
     hidden = _draw(37, 40).requires_grad_()
     targets, rows = torch.arange(60) * 13 % 397, torch.arange(60) * 7 % 37
     out = linear_logprobs(hidden, _draw(397, 40), targets, rows=rows, backend="triton")
@@ -88,8 +86,8 @@ def _selective(patch: PATCH) -> list[Tensor]:
 def _attention(patch: PATCH) -> list[Tensor]:
     """Splits, a window, chosen queries in an order of their own, an upstream of the log-sum-exp."""
     small = Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2)
-    patch.setattr(attention_triton, "candidates", lambda *_, **__: (small,))
-    patch.setattr(attention_triton, "_splits", lambda *_: 3)
+    patch.setattr(launches, "candidates", lambda *_, **__: (small,))
+    patch.setattr(launches, "_splits", lambda *_: 3)
     tree = pack_groups([Group([1] * 21, [[i, *[7] * 12] for i in range(3)]), Group([5, 6], [[1], [2] * 9])])
     rows = torch.arange(tree.num_tokens).flip(0)[:-3]
     q = _draw(1, 4, len(rows), 16).requires_grad_()
@@ -110,16 +108,21 @@ class Case:
     kernels: frozenset[str]
 
 
+def _of_head(*names: str) -> frozenset[str]:
+    return frozenset(f"head.{name}_kernel" for name in names)
+
+
 CASES = {
-    "head": Case(_head, frozenset({"forward.forward_kernel", "forward.finish_kernel", "gradient.gradient_kernel"})),
+    "head": Case(_head, _of_head("forward.forward", "forward.finish", "gradient.gradient")),
     "frozen head": Case(
-        _frozen_head, frozenset({"logits.logits_forward_kernel", "logits.logits_gradient_kernel", "unit.unit_kernel"})
+        _frozen_head,
+        _of_head("logits.logits_forward", "logits.logits_gradient", "unit.unit"),
     ),
-    "ranking": Case(_ranking, frozenset({"logits.logits_forward_kernel", "logits.logits_gradient_kernel"})),
-    "selective": Case(_selective, frozenset({"logits.logits_forward_kernel", "logits.logits_gradient_kernel"})),
+    "ranking": Case(_ranking, _of_head("logits.logits_forward", "logits.logits_gradient")),
+    "selective": Case(_selective, _of_head("logits.logits_forward", "logits.logits_gradient")),
     "attention": Case(
         _attention,
-        frozenset({f"attention_{name}_kernel" for name in ("forward.forward", "backward.dq", "backward.dkv")}),
+        frozenset({f"attention.{name}_kernel" for name in ("forward.forward", "backward.dq", "backward.dkv")}),
     ),
 }
 
@@ -136,10 +139,9 @@ def test_the_order_of_programs_does_not_show(name: str) -> None:
 
 
 def test_no_kernel_is_left_out() -> None:
-    modules = {name: import_module(f"{backend.__name__}.{name}") for _, name, _ in iter_modules(backend.__path__)}
     there = {
-        f"{name}.{found}"
-        for name, module in modules.items()
+        kernel_name(name, found)
+        for name, module in kernel_modules().items()
         for found, value in vars(module).items()
         if found.endswith("_kernel") and getattr(value, "fn", None) and value.fn.__module__ == module.__name__
     }

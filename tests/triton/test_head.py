@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
-from tests.tuna_kernels.test_logprobs import VARIANTS, Case, evaluate, tensors
+from tests.tuna_kernels.head.test_logprobs import VARIANTS, Case, evaluate, tensors
 from tuna_kernels import linear_logprobs, workspace_bytes
-from tuna_kernels.backends.triton import slabs
-from tuna_kernels.backends.triton import forward as head_forward
-from tuna_kernels.backends.triton import head, launch
-from tuna_kernels.backends.triton.static import Config
+from tuna_kernels.gpu import launch
+from tuna_kernels.gpu.static_case import Config
+from tuna_kernels.head.triton import forward as head_forward
+from tuna_kernels.head.triton import launches, slabs
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -74,9 +74,9 @@ def test_every_pair_of_types(hidden: torch.dtype, weight: torch.dtype, frozen: b
 @pytest.mark.parametrize("dtype", HALF)
 def test_unit_gradients_in_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen heads wide enough for them to pay; peaked ones too, where the gradient is a small difference."""
-    monkeypatch.setattr("tuna_kernels.logprobs.unit_gradient_pays", lambda *_: True)
-    monkeypatch.setattr(triton, "SLAB_BYTES", 1)  # as many slabs as can be
-    monkeypatch.setattr(triton, "MIN_COLUMNS", 100)
+    monkeypatch.setattr("tuna_kernels.head.logprobs.unit_gradient_pays", lambda *_: True)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 1)  # as many slabs as can be
+    monkeypatch.setattr(slabs, "MIN_COLUMNS", 100)
     for spread in (1.0, 20.0):
         check(replace(SMALL, hidden=dtype, weight=dtype, frozen_head=True, spread=spread, bias=True, softcap=50.0))
 
@@ -114,8 +114,8 @@ def test_any_shape(data: st.DataObject) -> None:
 
 def test_slabs_and_column_blocks_change_only_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slab narrower than the vocabulary, its last one ragged."""
-    monkeypatch.setattr(triton, "SLAB_BYTES", 1)
-    monkeypatch.setattr(triton, "MIN_COLUMNS", 100)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 1)
+    monkeypatch.setattr(slabs, "MIN_COLUMNS", 100)
     assert slabs.slab_columns(23, 397, 4) == 100
     check(replace(SMALL, bias=True, entropy=True, lora=True))
     check(replace(SMALL, hidden=torch.bfloat16, weight=torch.bfloat16, bias=True))
@@ -243,8 +243,8 @@ def test_two_slots_of_a_row_that_cancel_still_have_a_gradient() -> None:
 
 def test_rows_without_upstream_take_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    inner = head.launch_gradient
-    monkeypatch.setattr(head, "launch_gradient", lambda *a, **k: (seen.append(a[4].shape[0]), inner(*a, **k))[1])
+    inner = launches.launch_gradient
+    monkeypatch.setattr(launches, "launch_gradient", lambda *a, **k: (seen.append(a[4].shape[0]), inner(*a, **k))[1])
     h, w = torch.randn(40, 8, device=DEVICE, requires_grad=True), torch.randn(70, 8, device=DEVICE, requires_grad=True)
     upstream = torch.zeros(40, device=DEVICE)
     upstream[[3, 17]] = 1.0
@@ -256,11 +256,11 @@ def test_rows_without_upstream_take_no_part(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_needs_no_gradient_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    inner = head.multiply
+    inner = launches.multiply
     monkeypatch.setattr(
-        head, "multiply", lambda out, *a, **k: (shapes.append(tuple(out.shape)), inner(out, *a, **k))[1]
+        launches, "multiply", lambda out, *a, **k: (shapes.append(tuple(out.shape)), inner(out, *a, **k))[1]
     )
-    monkeypatch.setattr("tuna_kernels.logprobs.unit_gradient_pays", lambda *_: False)
+    monkeypatch.setattr("tuna_kernels.head.logprobs.unit_gradient_pays", lambda *_: False)
     targets = torch.arange(5, device=DEVICE)
     for of_hidden, of_weight, expected in ((True, False, [(5, 8)]), (False, True, [(70, 8)])):
         h = torch.randn(5, 8, device=DEVICE, requires_grad=of_hidden)

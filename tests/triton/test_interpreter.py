@@ -10,7 +10,7 @@ import torch
 
 from tests.triton.device import DEVICE
 from tuna_kernels import linear_logprobs
-from tuna_kernels.attention import tree_attention
+from tuna_kernels.attention.tree_attention import tree_attention
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="not in the interpreter")
 

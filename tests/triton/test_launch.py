@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tuna_kernels.backends.triton import launch
-from tuna_kernels.backends.triton.static import Config
+from tuna_kernels.gpu import launch
+from tuna_kernels.gpu.static_case import Config
 
 A, B, C = Config({"ROWS": 1}), Config({"ROWS": 2}), Config({"ROWS": 4})
 TABLE = {80: (A, B), 90: (B, C)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels.test_parallel import check_ranks
+from tests.tuna_kernels.head.test_parallel import check_ranks
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="gloo ranks with CPU tensors: in the interpreter")

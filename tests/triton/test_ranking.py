@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels import test_ranking as cases
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.head import test_ranking_loss as cases
 from tuna_kernels import Group, linear_ranking_loss, pack_groups
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shared cases are CPU tensors: in the interpreter")

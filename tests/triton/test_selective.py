@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
 from tuna_kernels import selective_logprobs
-from tuna_kernels.backends.triton import logits as kernels
+from tuna_kernels.head.triton import logits as kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

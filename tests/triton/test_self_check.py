@@ -8,7 +8,7 @@ import torch
 
 from tests.triton.device import DEVICE
 from tuna_kernels import self_check
-from tuna_kernels.backends.triton.availability import is_interpreted
+from tuna_kernels.gpu.availability import is_interpreted
 
 
 def test_every_kernel_passes() -> None:

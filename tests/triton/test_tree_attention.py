@@ -20,12 +20,13 @@ from torch import Tensor
 
 from tests.triton.device import DEVICE
 from tests.tuna_kernels.bounds import assert_as_good_as_textbook
-from tuna.memory import allocator_peak
+from tuna.compare.memory_meter import allocator_peak
 from tuna_kernels import workspace_bytes
-from tuna_kernels.attention import tree_attention
-from tuna_kernels.backends import attention_bounds, attention_reference, attention_triton
-from tuna_kernels.backends.triton import launch
-from tuna_kernels.backends.triton.static import Config
+from tuna_kernels.attention import bounds, reference
+from tuna_kernels.attention.tree_attention import tree_attention
+from tuna_kernels.attention.triton import launches
+from tuna_kernels.gpu import launch
+from tuna_kernels.gpu.static_case import Config
 from tuna_kernels.tree import Group, PackedTree, pack_groups
 
 BLOCK = 16
@@ -44,7 +45,7 @@ TREE = pack_groups(
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Config({"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}, num_warps=4, num_stages=2)
-    monkeypatch.setattr(attention_triton, "candidates", lambda *_, **__: (small,))
+    monkeypatch.setattr(launches, "candidates", lambda *_, **__: (small,))
 
 
 tokens = st.integers(0, 2)
@@ -143,10 +144,10 @@ def assert_equals_oracle(
         return tree_attention(*qkv, end, scale=scale, return_lse=True, backend="triton", **keywords)
 
     def oracle(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_reference.tree_attention(*qkv, end, rows, depth, window=window, scale=scale, softcap=softcap)
+        return reference.tree_attention(*qkv, end, rows, depth, window=window, scale=scale, softcap=softcap)
 
     def plain(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return half_textbook(*qkv, attention_reference.visible(end, rows, depth, window), scale, softcap)
+        return half_textbook(*qkv, reference.visible(end, rows, depth, window), scale, softcap)
 
     dtype = leaves[0].dtype
     shape = oracle(*(x.detach() for x in leaves))
@@ -188,7 +189,7 @@ def test_random_trees_equal_the_oracle(
     rows = None if chosen is None else torch.tensor([int(x * total) for x in chosen], dtype=torch.int64, device=DEVICE)
     leaves = inputs(total, total if rows is None else len(rows), heads, 8, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_triton, "_splits", lambda *_: splits)
+        patch.setattr(launches, "_splits", lambda *_: splits)
         assert_equals_oracle(leaves, tree, rows=rows, window=window, softcap=softcap, scale=scale)
 
 
@@ -291,11 +292,9 @@ def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     results = []
     for q, k, v in (far, near):
-        out, lse = attention_triton.forward(q, k, v, tree.subtree_end, None, None, None, 0.25, None)
+        out, lse = launches.forward(q, k, v, tree.subtree_end, None, None, None, 0.25, None)
         # gradients laid out near, whatever the inputs
-        grads = attention_triton.backward(
-            near[0], None, q, k, v, out, lse, tree.subtree_end, None, None, None, 0.25, None
-        )
+        grads = launches.backward(near[0], None, q, k, v, out, lse, tree.subtree_end, None, None, None, 0.25, None)
         results.append((out, lse, *grads))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -326,7 +325,7 @@ def test_a_key_that_no_query_sees_gets_gradient_zero() -> None:
     q, k, v = inputs(TREE.num_tokens, 3)
     for splits in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_triton, "_splits", lambda *_, splits=splits: splits)
+            patch.setattr(launches, "_splits", lambda *_, splits=splits: splits)
             out = tree_attention(q, k, v, TREE.subtree_end.to(DEVICE), query_rows=rows, backend="triton")
             dk, dv = torch.autograd.grad(out.sum(), [k, v])
         assert not dk[:, :, 26:].any() and not dv[:, :, 26:].any() and dv[:, :, :21].any()
@@ -340,7 +339,7 @@ def test_blocks_without_work_are_not_visited() -> None:
     first = prompt + response  # the second response of the first group
     rows = torch.arange(first, first + response, device=DEVICE)
     q, k, v = inputs(total, response, (2, 1))
-    seen = attention_reference.visible(end, rows, None, None).any(0)
+    seen = reference.visible(end, rows, None, None).any(0)
     expected = tree_attention(q, k, v, end, query_rows=rows, backend="triton")
     poisoned = [x.detach().masked_fill(~seen[:, None], float("nan")).requires_grad_() for x in (k, v)]
     out = tree_attention(q, *poisoned, end, query_rows=rows, backend="triton")
@@ -363,7 +362,7 @@ def test_full_blocks_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     expected = results()
-    blocks = attention_bounds.block_map(end, rows, None, None)
+    blocks = bounds.block_map(end, rows, None, None)
     assert blocks.lists(BLOCK, BLOCK).full.tolist() == [4, 5]
     blocks.end[:64] = 0  # the prompt: its lists are made already
     for a, b in zip(results(), expected, strict=True):
@@ -376,25 +375,25 @@ def test_splits_add_up_to_the_same_gradients() -> None:
     leaves = inputs(tree.num_tokens, tree.num_tokens, dtype=torch.bfloat16)
     for splits in (1, 2, 5, 16):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_triton, "_splits", lambda *_, splits=splits: splits)
+            patch.setattr(launches, "_splits", lambda *_, splits=splits: splits)
             assert_equals_oracle(leaves, tree)
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
     """108 processors: few key blocks are split, many are not, none into more parts than there are query blocks."""
-    assert attention_triton._splits(2048, 64, 108) == 1
-    assert attention_triton._splits(864, 64, 108) == 1
-    assert attention_triton._splits(432, 64, 108) == 2
-    assert attention_triton._splits(16, 64, 108) == attention_triton.MAX_SPLITS
-    assert attention_triton._splits(16, 3, 108) == 3
-    assert attention_triton._splits(16, 0, 108) == 1
+    assert launches._splits(2048, 64, 108) == 1
+    assert launches._splits(864, 64, 108) == 1
+    assert launches._splits(432, 64, 108) == 2
+    assert launches._splits(16, 64, 108) == launches.MAX_SPLITS
+    assert launches._splits(16, 3, 108) == 3
+    assert launches._splits(16, 0, 108) == 1
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="it is measured in CPU memory")
 @pytest.mark.parametrize("splits", [1, 7])
 def test_stated_workspace_is_what_is_allocated(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, the tree's lists made on the way, beyond results and the upstream they are given."""
-    monkeypatch.setattr(attention_triton, "_splits", lambda *_: splits)
+    monkeypatch.setattr(launches, "_splits", lambda *_: splits)
     tree = pack_groups([Group([1] * 70, [[i, *[7] * 22] for i in range(4)])])
     total, heads, kv_heads, size = tree.num_tokens, 2, 1, 64
     shape = {"rows": total, "heads": heads, "kv_heads": kv_heads, "head_size": size, "longest": 93}
@@ -481,7 +480,7 @@ def test_whichever_configuration_tuning_takes_equals_the_oracle(
         taken.append(run.args[0])
         return float(run.args[0] != configs[quickest])
 
-    monkeypatch.setattr(attention_triton, "candidates", lambda *_, **__: configs)
+    monkeypatch.setattr(launches, "candidates", lambda *_, **__: configs)
     monkeypatch.setattr(launch, "_milliseconds", milliseconds)
     monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

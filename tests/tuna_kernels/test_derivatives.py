@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from tests.tuna_kernels.tiny_models import GROUPS, tiny
+from tests.tuna_kernels.integrations.tiny_models import GROUPS, tiny
 from tuna_kernels import (
     Group,
     available_backends,
@@ -24,9 +24,8 @@ from tuna_kernels import (
     selective_logprobs,
     sequence_scores,
 )
-from tuna_kernels.attention import tree_attention
-from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
-from tuna_kernels.integrations.two_phase import two_phase_ranking_loss
+from tuna_kernels.attention.tree_attention import tree_attention
+from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, two_phase_ranking_loss
 
 NATIVE = available_backends()["cpu"]
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(bool(NATIVE), reason=NATIVE))]

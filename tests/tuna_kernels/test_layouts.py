@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tuna_kernels.test_attention import CPU
+from tests.tuna_kernels.attention.test_tree_attention import CPU
 from tuna_kernels import (
     Group,
     linear_logprobs,
@@ -18,7 +18,7 @@ from tuna_kernels import (
     selective_logprobs,
     sequence_scores,
 )
-from tuna_kernels.attention import tree_attention
+from tuna_kernels.attention.tree_attention import tree_attention
 
 TREE = pack_groups(
     [Group([1, 2, 3], [[4, 5], [4, 6, 7], [8]], ranks=[1, 0, 2]), Group([9], [[3, 2], [3]], ranks=[0, 1])]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tuna_kernels as tk
-from tuna.memory import allocator_peak
+from tuna.compare.memory_meter import allocator_peak
 
 NATIVE = not tk.available_backends()["cpu"]
 BACKENDS = ["reference", "torch", *(["cpu"] if NATIVE else [])]

@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:  # the kernels alone need torch and numpy o
     raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
 
 from tuna.cli.messages import message
-from tuna.lifeline import watch_parent
+from tuna.system.lifeline import watch_parent
 
 __all__ = ["app", "main"]
 

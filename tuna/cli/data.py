@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tuna.records import Problem, Record
-    from tuna.tokenization import TokenStats
+    from tuna.data.records import Problem, Record
+    from tuna.data.tokenization import TokenStats
 
 __all__ = ["app", "best_and_worst", "record_stats"]
 
@@ -42,7 +42,7 @@ def validate(
 ) -> None:
     """Read all records, say what is wrong with which, and exit with 1 if anything is."""
     from tuna.cli.next import say_next
-    from tuna.records import read_records
+    from tuna.data.records import read_records
 
     found = read_records(source, format=format, on_bad="skip")
     stats = record_stats(found.records)
@@ -77,8 +77,8 @@ def convert(
 ) -> None:
     """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
     from tuna.cli.next import next_command
-    from tuna.outputs import check_files
-    from tuna.records import read_records, write_records
+    from tuna.data.records import read_records, write_records
+    from tuna.train.outputs import check_files
 
     check_files({"target": target}, {"source": source})
     found = read_records(source, format=format, on_bad=on_bad)
@@ -104,7 +104,7 @@ def stats(
 ) -> None:
     """Count groups, candidates and ties; with --model also tokens, and how many of them sharing saves."""
     from tuna.cli.messages import refuse_given
-    from tuna.records import read_records
+    from tuna.data.records import read_records
 
     if model is None:
         refuse_given(context, "tokens are counted with --model", "template", "max_length", "batch_groups")
@@ -112,9 +112,9 @@ def stats(
     problems, tokens = list(found.problems), None
     console = Terminal(stderr=as_json)
     if model is not None and found.records:
-        from tuna.models import load_tokenizer
-        from tuna.notices import cut_notice
-        from tuna.tokenization import token_stats, tokenize_records
+        from tuna.data.notices import cut_notice
+        from tuna.data.tokenization import token_stats, tokenize_records
+        from tuna.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model)
         groups, unfit = tokenize_records(
@@ -156,9 +156,9 @@ def split(
     """
     from tuna.cli.messages import refuse_given
     from tuna.cli.next import next_command
-    from tuna.files import write_rows
-    from tuna.outputs import check_files
-    from tuna.split import hold_out, rows_to_split
+    from tuna.data.files import write_rows
+    from tuna.data.split import hold_out, rows_to_split
+    from tuna.train.outputs import check_files
 
     check_files({"output": output / "train.jsonl"}, {"source": source, "like": like})
     check_files({"output": output / "held_out.jsonl"}, {"source": source, "like": like})

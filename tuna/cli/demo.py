@@ -38,7 +38,7 @@ def demo(
     from tuna.cli.next import say_next
     from tuna.cli.progress import TrainingProgress
     from tuna.cli.terminal import Terminal
-    from tuna.demo import DemoSettings, run_demo
+    from tuna.compare.demo import DemoSettings, run_demo
 
     if threads is not None:
         if threads < 1:
@@ -96,7 +96,7 @@ def _agreement(rows: list[dict[str, Any]]) -> Any:
 def _costs(costs: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    from tuna.demo_picture import size
+    from tuna.compare.demo_picture import size
 
     def seconds(value: float) -> str:
         return f"{value:.2f} s"

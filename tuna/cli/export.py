@@ -26,7 +26,7 @@ def export(
 
     from tuna.cli.next import next_command
     from tuna.cli.terminal import complain, say
-    from tuna.export import export as write
+    from tuna.train.export import export as write
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")

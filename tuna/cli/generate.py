@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tuna.generate import Sampling
-    from tuna.responses import Instruction, ResponseSet
+    from tuna.gather.responses import Instruction, ResponseSet
+    from tuna.gather.teacher import Sampling
 
 __all__ = ["generate", "read_wanted"]
 
@@ -78,9 +78,9 @@ def generate(
     """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
     from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
-    from tuna.generate import Sampling
-    from tuna.outputs import check_files
-    from tuna.templates import saved_template
+    from tuna.data.templates import saved_template
+    from tuna.gather.teacher import Sampling
+    from tuna.train.outputs import check_files
 
     if score_with is None:
         refuse_given(context, "it is for --score-with", "score_template", "score_max_length")
@@ -141,7 +141,7 @@ def read_wanted(
     """
     from rich.text import Text
 
-    from tuna.responses import read_instructions
+    from tuna.gather.responses import read_instructions
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
@@ -161,8 +161,8 @@ def _gather(
     scorer: _Scorer | None,
 ) -> None:
     from tuna.cli.next import next_command
-    from tuna.generate import generate_responses, probe_logprobs
-    from tuna.responses import write_responses
+    from tuna.gather.responses import write_responses
+    from tuna.gather.teacher import generate_responses, probe_logprobs
 
     with run.journal() as journal:
         outcome, figures = run.run(
@@ -187,7 +187,7 @@ class _Scorer:
     def __init__(self, console: Console, name: str, template: str, max_length: int) -> None:
         import torch
 
-        from tuna.models import load_model
+        from tuna.models.loading import load_model
 
         self.console, self.name, self.template, self.max_length = console, name, template, max_length
         with console.status(f"loading {name} …"):
@@ -196,15 +196,15 @@ class _Scorer:
 
     def check(self, wanted: Sequence[Instruction]) -> None:
         """Refuse, before anything is paid, prompts that could not be scored."""
-        from tuna.records import Record
-        from tuna.tokenization import tokenize_records
+        from tuna.data.records import Record
+        from tuna.data.tokenization import tokenize_records
 
         records = [Record(id=x.id, prompt=x.prompt, messages=x.messages, responses=["."]) for x in wanted]
         tokenize_records(records, self.tokenizer, template=self.template, max_length=self.max_length)
 
     def score(self, sets: list[ResponseSet]) -> list[ResponseSet]:
         """The sets with this model's log-probabilities."""
-        from tuna.local_scores import score_responses
+        from tuna.gather.local_scores import score_responses
 
         arguments: dict[str, Any] = {"name": self.name, "template": self.template, "max_length": self.max_length}
         with self.console.status(f"scoring with {self.name} …"):

@@ -41,8 +41,8 @@ def collect_info() -> dict[str, Any]:
 
     from tuna import __version__
     from tuna_kernels import versions
-    from tuna_kernels.backends.cpu import products_chosen
-    from tuna_kernels.config import available_backends
+    from tuna_kernels.dispatch import available_backends
+    from tuna_kernels.head.cpu import products_chosen
     from tuna_kernels.installation import shadowing
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -105,7 +105,7 @@ def check_kernels(*, as_json: bool) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from tuna_kernels.backends.triton import availability
+    from tuna_kernels.gpu import availability
     from tuna_kernels.self_check import run_checks
 
     if reason := availability.why_not():

@@ -12,7 +12,7 @@ from tuna.cli import paid
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tuna.judge import Candidates, Judge
+    from tuna.gather.judge import Candidates, Judge
 
 __all__ = ["judge"]
 
@@ -55,8 +55,8 @@ def judge(
 ) -> None:
     """Let a judge model rank responses; writes records for tuna train. Interrupted, it goes on where it was."""
     from tuna.cli.terminal import Terminal
-    from tuna.judge import Judge, JudgeSettings
-    from tuna.outputs import check_files
+    from tuna.gather.judge import Judge, JudgeSettings
+    from tuna.train.outputs import check_files
 
     settings = paid.paid_settings(
         base_url=base_url,
@@ -102,10 +102,10 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
     """Response sets or records; what order they have is not looked at."""
     from rich.text import Text
 
-    from tuna.files import open_rows
-    from tuna.judge import Candidates
-    from tuna.records import read_records
-    from tuna.responses import read_responses
+    from tuna.data.files import open_rows
+    from tuna.data.records import read_records
+    from tuna.gather.judge import Candidates
+    from tuna.gather.responses import read_responses
 
     first = next((row for _, row in open_rows(source).items if isinstance(row, dict)), {})
     if "scores" not in first and "ranks" not in first and "responses" in first:
@@ -130,8 +130,8 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
 
 def _judge(run: paid.PaidRun, examiner: Judge, items: Sequence[Candidates]) -> None:
     from tuna.cli.next import next_command
-    from tuna.files import write_rows
-    from tuna.records import write_records
+    from tuna.data.files import write_rows
+    from tuna.data.records import write_records
 
     with run.journal() as journal:
         outcome, figures = run.run(journal, items, examiner.judge)

@@ -19,8 +19,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tuna.calls import Outcome, PaidCalls, PaidSettings, Request
-    from tuna.journal import Journal
+    from tuna.gather.api.calls import Outcome, PaidCalls, PaidSettings, Request
+    from tuna.gather.api.journal import Journal
 
 __all__ = [
     "Backoff",
@@ -92,9 +92,9 @@ def paid_settings(
     Raises:
         ValueError: a value outside its range.
     """
-    from tuna.budget import Prices
-    from tuna.calls import PaidSettings
-    from tuna.endpoint import EndpointSettings
+    from tuna.gather.api.budget import Prices
+    from tuna.gather.api.calls import PaidSettings
+    from tuna.gather.api.endpoint import EndpointSettings
 
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency} must be at least 1")
@@ -119,7 +119,7 @@ def parse_extra(text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: no JSON object.
     """
-    from tuna.bodies import parse_json
+    from tuna.gather.api.bodies import parse_json
 
     try:
         value = parse_json(text.encode("utf-8", "replace")) if text else {}
@@ -157,14 +157,14 @@ class PaidRun:
         Raises:
             ValueError: no call could succeed for want of a key.
         """
-        from tuna.remedies import needs_key
+        from tuna.gather.api.remedies import needs_key
 
         if (reason := needs_key(self.settings.endpoint)) is not None:
             raise ValueError(reason)
         return self._journal()
 
     def _journal(self) -> Journal:
-        from tuna.journal import Journal
+        from tuna.gather.api.journal import Journal
 
         return Journal(self.folder, self.tool, {"base_url": self.settings.endpoint.base_url, **self.parameters})
 
@@ -172,7 +172,7 @@ class PaidRun:
         """Print what the requests would take at most; calls nothing and writes nothing."""
         from rich.table import Table
 
-        from tuna.calls import worst_case
+        from tuna.gather.api.calls import worst_case
 
         if (self.folder / "manifest.json").exists():
             with self._journal() as journal:
@@ -200,8 +200,8 @@ class PaidRun:
         """Work through the jobs under a bar; the outcome, and the figures of the run."""
         from rich.progress import TextColumn
 
-        from tuna.calls import run_paid
         from tuna.cli.bar import progress_bar
+        from tuna.gather.api.calls import run_paid
 
         for note in journal.notes[:SHOWN]:
             self._say(note, "yellow")
@@ -228,8 +228,8 @@ class PaidRun:
         Raises:
             typer.Exit: something was set aside, or the run ended early.
         """
-        from tuna.files import write_rows
-        from tuna.report import write_json
+        from tuna.data.files import write_rows
+        from tuna.train.curves import write_json
 
         failed = self.folder / "failed.jsonl"
         if outcome.failed:

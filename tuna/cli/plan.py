@@ -136,10 +136,10 @@ def _workload(
         return Workload(k, prompt, response)
     if tokenizer is None:
         raise ValueError("--data needs --tokenizer (or a --model that brings one)")
-    from tuna.models import load_tokenizer
-    from tuna.records import read_records
-    from tuna.templates import DEFAULT, saved_template
-    from tuna.tokenization import tokenize_records
+    from tuna.data.records import read_records
+    from tuna.data.templates import DEFAULT, saved_template
+    from tuna.data.tokenization import tokenize_records
+    from tuna.models.loading import load_tokenizer
 
     shown = template or saved_template(tokenizer) or DEFAULT
     found = read_records(data, format="auto", on_bad="skip")
@@ -232,7 +232,7 @@ def _table(title: str, rows: list[Row]) -> Any:
 
 def _write(rows: list[Row], title: str, json_file: Path | None, picture: Path | None) -> None:
     from tuna.plan.picture import NAMES, draw_plans
-    from tuna.report import write_json
+    from tuna.train.curves import write_json
 
     if json_file is not None:
         write_json(json_file, {"title": title, "methods": [row.summary() for row in rows]})

@@ -12,7 +12,7 @@ from tuna.cli.template import TemplateOption, given_template
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tuna.responses import ResponseSet
+    from tuna.gather.responses import ResponseSet
 
 __all__ = ["rank"]
 
@@ -48,11 +48,11 @@ def rank(
     from tuna.cli.messages import refuse_given
     from tuna.cli.next import say_next
     from tuna.cli.terminal import Terminal
-    from tuna.files import write_rows
-    from tuna.outputs import check_files
-    from tuna.ranking import RankingRules, rank_responses, ranking_figures
-    from tuna.report import write_json
-    from tuna.responses import read_responses
+    from tuna.data.files import write_rows
+    from tuna.gather.likelihood import RankingRules, rank_responses, ranking_figures
+    from tuna.gather.responses import read_responses
+    from tuna.train.curves import write_json
+    from tuna.train.outputs import check_files
 
     check_files({"output": output, "json": json_file}, {"data": data})
     rules = RankingRules(
@@ -91,8 +91,8 @@ def _scored(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.local_scores import score_responses
-    from tuna.models import load_model
+    from tuna.gather.local_scores import score_responses
+    from tuna.models.loading import load_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     with console.status(f"scoring with {name} …"):

@@ -28,9 +28,9 @@ def run(
     from rich.text import Text
 
     from tuna.cli.terminal import Terminal
-    from tuna.recipe import PlannedStep, plan, read_recipe
-    from tuna.recipe_report import write_report
-    from tuna.recipe_run import run_steps
+    from tuna.recipe.report import write_report
+    from tuna.recipe.run import run_steps
+    from tuna.recipe.steps import PlannedStep, plan, read_recipe
 
     console = Terminal()
     found = read_recipe(recipe, _variables(set_))
@@ -62,7 +62,7 @@ def show(recipe: RecipeFile, set_: SetFlag = None) -> None:
     from rich.table import Table
 
     from tuna.cli.terminal import Terminal
-    from tuna.recipe import plan, read_recipe
+    from tuna.recipe.steps import plan, read_recipe
 
     steps = plan(read_recipe(recipe, _variables(set_)), recipe.resolve().parent)
     table = Table("step", "done", "command", title=str(recipe), title_justify="left")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tuna.responses import Instruction, ResponseSet
-    from tuna.sample import Diversity, LocalSampling
+    from tuna.gather.responses import Instruction, ResponseSet
+    from tuna.gather.student import Diversity, LocalSampling
 
 __all__ = ["sample"]
 
@@ -81,8 +81,8 @@ def sample(
     from tuna.cli.generate import read_wanted
     from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
-    from tuna.outputs import check_files
-    from tuna.sample import Diversity, LocalSampling
+    from tuna.gather.student import Diversity, LocalSampling
+    from tuna.train.outputs import check_files
 
     console = Terminal()
     diversity = Diversity(alike=alike, step=step, tries=tries)
@@ -104,7 +104,7 @@ def sample(
         )
         _local(console, model, dtype, wanted, sampling, output, batch)
         return
-    from tuna.generate import Sampling
+    from tuna.gather.teacher import Sampling
 
     refuse_given(context, "the student runs at --base-url", "batch", "dtype")
     settings = paid.paid_settings(
@@ -167,11 +167,11 @@ def _local(
 
     from tuna.cli.bar import progress_bar
     from tuna.cli.next import say_next
-    from tuna.files import content_hash
-    from tuna.journal import Journal
-    from tuna.models import load_model
-    from tuna.sample import sample_locally
-    from tuna.templates import saved_template, unused_chat_template
+    from tuna.data.files import content_hash
+    from tuna.data.templates import saved_template, unused_chat_template
+    from tuna.gather.api.journal import Journal
+    from tuna.gather.student import sample_locally
+    from tuna.models.loading import load_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # A student trained again under the same name is another student.
@@ -209,7 +209,7 @@ def _remote(
     from dataclasses import replace
 
     from tuna.cli.next import next_command
-    from tuna.sample import sample_from_endpoint
+    from tuna.gather.student import sample_from_endpoint
 
     replace(sampling, temperature=diversity.temperature(sampling.temperature, diversity.tries - 1))  # still in range
     requests = [sampling.request(item) for item in wanted]
@@ -232,9 +232,9 @@ def _write(console: Console, output: Path, sets: list[ResponseSet], diversity: D
 
     from rich.table import Table
 
-    from tuna.diversity import diversity_figures
-    from tuna.report import write_json
-    from tuna.responses import write_responses
+    from tuna.gather.diversity import diversity_figures
+    from tuna.gather.responses import write_responses
+    from tuna.train.curves import write_json
 
     if not sets:
         return

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
 
-    from tuna.scoring import ScoreReport
-    from tuna.tokenization import TokenizedGroup
+    from tuna.data.tokenization import TokenizedGroup
+    from tuna.score.scoring import ScoreReport
 
 __all__ = ["score"]
 
@@ -47,14 +47,14 @@ def score(
 
     from tuna.cli.next import say_next
     from tuna.cli.terminal import Terminal
-    from tuna.files import write_rows
-    from tuna.models import load_model, place_for
-    from tuna.notices import cut_notice
-    from tuna.outputs import check_files
-    from tuna.records import read_records
-    from tuna.report import write_json
-    from tuna.scoring import per_record
-    from tuna.tokenization import tokenize_records
+    from tuna.data.files import write_rows
+    from tuna.data.notices import cut_notice
+    from tuna.data.records import read_records
+    from tuna.data.tokenization import tokenize_records
+    from tuna.models.loading import load_model, place_for
+    from tuna.score.scoring import per_record
+    from tuna.train.curves import write_json
+    from tuna.train.outputs import check_files
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
@@ -101,7 +101,7 @@ def _score(
 ) -> ScoreReport:
     """Score ``groups`` under a bar that counts tree tokens."""
     from tuna.cli.bar import progress_bar
-    from tuna.scoring import score_dataset
+    from tuna.score.scoring import score_dataset
     from tuna_kernels import tree_tokens
 
     with progress_bar(console, "tokens") as bar:

@@ -53,10 +53,10 @@ def serve(
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.terminal import complain, say
-    from tuna.models import load_model, place_for
+    from tuna.data.templates import DEFAULT, saved_template
+    from tuna.models.loading import load_model, place_for
     from tuna.serve import Engine, create_app
     from tuna.serve.access import check_key, host_name
-    from tuna.templates import DEFAULT, saved_template
     from tuna_kernels.integrations.transformers import prepare_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]

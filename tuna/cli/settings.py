@@ -1,6 +1,6 @@
 """Settings of `tuna train` from a YAML file and from flags: one vocabulary, the field names.
 
-Keys are fields of `RunSettings` or of `tuna.config.TunaConfig`. Flags win over ``--set``, which wins over the file.
+Keys are fields of `RunSettings` or of `TunaConfig`. Flags win over ``--set``, which wins over the file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tuna.config import TunaConfig
-from tuna.settings_text import parse_yaml, read_settings_file
+from tuna.system.settings_text import parse_yaml, read_settings_file
+from tuna.train.config import TunaConfig
 
 
 @dataclass(kw_only=True)

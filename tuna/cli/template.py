@@ -28,7 +28,7 @@ def given_template(
     Raises:
         ValueError: no template of this name; the note of the template beside the model cannot be read.
     """
-    from tuna.templates import DEFAULT, check_name, saved_template, unused_chat_template
+    from tuna.data.templates import DEFAULT, check_name, saved_template, unused_chat_template
 
     if template is not None:
         check_name(template)

@@ -19,29 +19,29 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tuna.adapters import merged
-from tuna.checkpoints import CheckpointError
 from tuna.cli.data import best_and_worst
 from tuna.cli.next import say_next
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
 from tuna.cli.template import given_template, warn
-from tuna.config import TunaConfig
-from tuna.export import merged_from
-from tuna.group_data import tokenized
-from tuna.locks import hold
-from tuna.logs import LOG_FILE, JsonLines, default_reports
-from tuna.metrics import ranking_metrics
-from tuna.models import SMOLLM2, cache_folder, load_model
-from tuna.notices import reversed_notice, sample_of
-from tuna.outputs import check_content, check_place
-from tuna.ranks import launched
-from tuna.records import Problem, Record, read_records
-from tuna.report import plot_log, write_json
-from tuna.split import split_records
-from tuna.templates import end_generation_at, save_template, saved_template
-from tuna.tokenization import TokenizedGroup, TokenStats, token_stats
-from tuna.trainer import TunaTrainer
+from tuna.data.notices import reversed_notice, sample_of
+from tuna.data.records import Problem, Record, read_records
+from tuna.data.split import split_records
+from tuna.data.templates import end_generation_at, save_template, saved_template
+from tuna.data.tokenization import TokenizedGroup, TokenStats, token_stats
+from tuna.models.adapters import merged
+from tuna.models.loading import SMOLLM2, cache_folder, load_model
+from tuna.score.metrics import ranking_metrics
+from tuna.system.locks import hold
+from tuna.train.checkpoints import CheckpointError
+from tuna.train.config import TunaConfig
+from tuna.train.curves import plot_log, write_json
+from tuna.train.distributed import launched
+from tuna.train.export import merged_from
+from tuna.train.group_data import tokenized
+from tuna.train.logs import LOG_FILE, JsonLines, default_reports
+from tuna.train.outputs import check_content, check_place
+from tuna.train.trainer import TunaTrainer
 
 METRICS_FILE = "metrics.json"
 PICTURE_FILE = "loss_curve.png"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuna.files import replacing
+from tuna.data.files import replacing
 from tuna.plan.planner import GIB, Plan
 
 if TYPE_CHECKING:

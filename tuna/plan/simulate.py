@@ -22,8 +22,8 @@ from tuna.plan.steps import make_trainable, prepared_step
 from tuna.plan.tracker import Moment, StepTracker
 from tuna.plan.workload import Workload, share_of
 from tuna_kernels import Group, pack_groups
-from tuna_kernels.integrations._heads import base_causal_lm
 from tuna_kernels.integrations.transformers import prepare_model
+from tuna_kernels.integrations.transformers.head import base_causal_lm
 
 __all__ = ["ModelCounts", "Simulator", "StepMemory", "StepSettings"]
 

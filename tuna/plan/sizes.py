@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from tuna.hub import hub_model
-from tuna.models import SMOLLM2, TINY
+from tuna.models.hub import hub_model
+from tuna.models.loading import SMOLLM2, TINY
 
 __all__ = ["SIZES", "at_depth", "explicit_config", "layer_period", "model_config"]
 

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tuna.naive import naive_step_loss
+from tuna.compare.baseline import naive_step_loss
 from tuna.plan.settings import StepSettings
 from tuna.plan.workload import share_of
 from tuna_kernels import Group, PackedTree, pack_groups
-from tuna_kernels.integrations._passes import TreeGroups
-from tuna_kernels.integrations._requests import BranchPass, KeepPass
-from tuna_kernels.integrations._shared_keys import PromptKeys
-from tuna_kernels.integrations.ranking_model import Request
 from tuna_kernels.integrations.transformers import model_ranking_loss
-from tuna_kernels.integrations.two_phase import SCORING_ROWS, _Schedule, _Scoring, two_phase_ranking_loss
+from tuna_kernels.integrations.transformers.ranking_model import Request
+from tuna_kernels.integrations.transformers.two_phase.loss import (
+    SCORING_ROWS,
+    _Schedule,
+    _Scoring,
+    two_phase_ranking_loss,
+)
+from tuna_kernels.integrations.transformers.two_phase.passes import TreeGroups
+from tuna_kernels.integrations.transformers.two_phase.requests import BranchPass, KeepPass
+from tuna_kernels.integrations.transformers.two_phase.shared_keys import PromptKeys
 
 __all__ = ["make_trainable", "prepared_step"]
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from tuna.batching import GroupBatchSampler
+from tuna.data.batching import GroupBatchSampler
 from tuna_kernels import Group, tree_tokens
 
 __all__ = ["METHODS", "Method", "Workload", "share_of"]
 
 Method: TypeAlias = Literal["released", "unshared", "one_pass", "two_phase"]
-"""How a step is computed: `released`: k padded copies and full logits (`tuna.naive`); `unshared`: the fused head
+"""How a step is computed: `released`: k padded copies and full logits (`compare.baseline`); `unshared`: the fused head
 on k separate, unpadded sequences; `one_pass`: the packed tree; `two_phase`: candidates a few at a time."""
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuna.decoding import Row, TopTokens, answer_text, prompt_logprobs
+from tuna.models.decoding import Row, TopTokens, answer_text, prompt_logprobs
 from tuna.serve.token_bytes import token_bytes, token_text
 
 REPLACEMENT = "\ufffd"  # what an unfinished character decodes to

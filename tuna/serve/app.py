@@ -17,10 +17,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from transformers import PreTrainedTokenizerBase
 
-from tuna.chat import ChatTemplate
-from tuna.constrained import Constraint, json_constraint
-from tuna.decoding import Row, Sampling, end_tokens, position_limit
-from tuna.records import Record
+from tuna.data.chat import ChatTemplate
+from tuna.data.records import Record
+from tuna.data.templates import DEFAULT
+from tuna.data.tokenization import TokenizedGroup, encode_prompts, tokenize_records
+from tuna.data.vocabulary import check_vocabulary, vocabulary_of
+from tuna.models.constrained import Constraint, json_constraint
+from tuna.models.decoding import Row, Sampling, end_tokens, position_limit
 from tuna.serve.access import Access
 from tuna.serve.answers import NOTHING, Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
 from tuna.serve.bodies import MAX_BODY, disconnected, parse, read_body, to_json
@@ -30,9 +33,6 @@ from tuna.serve.protocol import ChatRequest, CompletionRequest, RankRequest, Sam
 from tuna.serve.ranking import parts_of, rank_answer, score_part
 from tuna.serve.streams import stream
 from tuna.serve.workers import Workers
-from tuna.templates import DEFAULT
-from tuna.tokenization import TokenizedGroup, encode_prompts, tokenize_records
-from tuna.vocabulary import check_vocabulary, vocabulary_of
 
 __all__ = ["create_app"]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tuna.decoding import Row, generate
+from tuna.models.decoding import Row, generate
 
 __all__ = ["Busy", "Engine", "RowTask"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
-from tuna.records import Message
+from tuna.data.records import Message
 
 MAX_TOP = 20
 MAX_N = 128

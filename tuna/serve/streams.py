@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from tuna.decoding import Row
+from tuna.models.decoding import Row
 from tuna.serve.answers import Part, Unsent, usage
 from tuna.serve.engine import RowTask
 from tuna.serve.errors import ApiError

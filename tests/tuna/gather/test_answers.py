@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuna.answers import parse_choices, reported_usage, stored_choices
-from tuna.bodies import UnusableAnswer, clean_text, parse_json
-from tuna.budget import Usage
-from tuna.reasoning import split_reasoning
+from tuna.gather.api.answers import parse_choices, reported_usage, stored_choices
+from tuna.gather.api.bodies import UnusableAnswer, clean_text, parse_json
+from tuna.gather.api.budget import Usage
+from tuna.gather.api.reasoning import split_reasoning
 
 
 def chat(text: Any, tokens: list[tuple[str, Any]] | None, finish: Any = "stop", **message: Any) -> dict[str, Any]:

@@ -17,10 +17,17 @@ from typing import Any
 import pytest
 
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
-from tuna.budget import Budget, BudgetSpent, Prices
-from tuna.calls import PaidCalls, Unfinished, run_jobs
-from tuna.endpoint import CallFailed, Endpoint, EndpointRefused, EndpointSettings, UnusableAnswer, retry_after
-from tuna.journal import Journal
+from tuna.gather.api.budget import Budget, BudgetSpent, Prices
+from tuna.gather.api.calls import PaidCalls, Unfinished, run_jobs
+from tuna.gather.api.endpoint import (
+    CallFailed,
+    Endpoint,
+    EndpointRefused,
+    EndpointSettings,
+    UnusableAnswer,
+    retry_after,
+)
+from tuna.gather.api.journal import Journal
 
 PATIENT = {"backoff": 0.01, "max_backoff": 0.05, "max_attempts": 6, "request_timeout": 20.0}
 
@@ -155,7 +162,7 @@ def test_a_disk_that_fills_up_spoils_nothing(tmp_path: Path, monkeypatch: pytest
 
     with Misbehaving() as server:
         with monkeypatch.context() as patch:
-            patch.setattr("tuna.journal.os.write", write)
+            patch.setattr("tuna.gather.api.journal.os.write", write)
             with pytest.raises(OSError, match="No space"):
                 ask_all(server, tmp_path, 9, concurrency=4)
         assert not (tmp_path / "journal.jsonl").read_bytes().endswith(b"\n")

@@ -13,8 +13,8 @@ import pytest
 
 from tests.tuna.gather.misbehaving import Misbehaving
 from tests.tuna.gather.test_endpoint import ask_all
-from tuna.budget import Usage
-from tuna.journal import FolderInUse, Journal, OtherParameters, content_key
+from tuna.gather.api.budget import Usage
+from tuna.gather.api.journal import FolderInUse, Journal, OtherParameters, content_key
 
 
 @pytest.mark.parametrize("cut", range(0, 140, 7))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.tuna.gather.commands import FAST, invoke, killed_and_resumed, rows
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
-from tuna.judge import Candidates, Judge, JudgeSettings, _schema, _shares
-from tuna.records import read_records
-from tuna.responses import Response, ResponseSet, write_responses
+from tuna.data.records import read_records
+from tuna.gather.judge import Candidates, Judge, JudgeSettings, _schema, _shares
+from tuna.gather.responses import Response, ResponseSet, write_responses
 
 
 def shown(body: dict[str, Any]) -> list[str]:

@@ -12,9 +12,9 @@ import pytest
 
 from tests.tuna.gather.misbehaving import Misbehaving
 from tests.tuna.gather.test_judge import honest, responses, run
-from tuna.constrained import json_constraint
-from tuna.judge import JudgeSettings, _schema
-from tuna.models import load_tokenizer
+from tuna.gather.judge import JudgeSettings, _schema
+from tuna.models.constrained import json_constraint
+from tuna.models.loading import load_tokenizer
 
 
 def endless(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:

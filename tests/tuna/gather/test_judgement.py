@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tuna.gather.judge_answers import CASES, FULL, Tiers
-from tuna.judgement import Judgement, Unparsable, parse_judgement
+from tuna.gather.judge_answer.judgement import Judgement, Unparsable, parse_judgement
 
 
 @pytest.mark.parametrize(("name", "count", "text", "expected"), CASES, ids=[case[0] for case in CASES])

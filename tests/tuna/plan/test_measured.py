@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tuna.plan.models import CONFIGS, WORKLOAD, config_of, real_model
-from tuna.memory import allocator_peak
+from tuna.compare.memory_meter import allocator_peak
 from tuna.plan.cards import find_card
 from tuna.plan.planner import Planner, Request
 from tuna.plan.settings import StepSettings

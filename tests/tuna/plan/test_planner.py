@@ -143,7 +143,7 @@ def test_command_line_on_real_records(tmp_path: Path) -> None:
                 "--model",
                 "tiny",
                 "--data",
-                "tuna/examples/ranked_demo.jsonl",
+                "tuna/data/examples/ranked_demo.jsonl",
                 "--most-groups",
                 "2",
                 "--json",

@@ -1,0 +1,86 @@
+"""Law: a command writes neither over what it reads nor into a folder that is somebody else's, by whatever name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tuna.train.test_cli_train import invoke
+from tuna.train.checkpoints import begin_run
+from tuna.train.outputs import check_content, check_files, check_place, is_in
+
+
+def check_run_folder(output: Path, inputs: dict[str, Path], *, resume: bool, overwrite: bool) -> None:
+    check_place(output, inputs)
+    check_content(output, resume=resume, overwrite=overwrite)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a model, data, notes and a run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "data", "notes", "run", "empty", "logs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    (tmp_path / "data" / "a.jsonl").write_text("{}")
+    (tmp_path / "notes" / "thesis.tex").write_text("x")
+    (tmp_path / "logs" / "slurm-1.out").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    begin_run(tmp_path / "run")
+    return tmp_path
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("model", "holds model|lies in model"),
+        ("link", "holds model|lies in model"),
+        ("model/run", "lies in model"),
+        ("link/new/deeper", "lies in model"),
+        ("data", "holds data"),
+        ("data/../data", "holds data"),
+        ("", "holds|give a folder of the run's own"),
+        ("notes", r"not empty and holds no run of tuna train \(thesis.tex\)"),
+        ("nowhere", "a link to .*gone, which does not exist"),
+        ("data/a.jsonl", "is a file"),
+    ],
+)
+def test_refused(place: Path, output: str, told: str, overwrite: bool) -> None:
+    inputs = {"model": place / "model", "data": place / "data" / "a.jsonl"}
+    with pytest.raises(ValueError, match=told):
+        check_run_folder(place / output, inputs, resume=False, overwrite=overwrite)
+
+
+def test_allowed(place: Path) -> None:
+    inputs = {"model": place / "model", "data": place / "data" / "a.jsonl"}
+    for output in ("empty", "new", "data/run", "logs"):
+        check_run_folder(place / output, inputs, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match=r"holds a run already: --resume goes on with it, --overwrite begins again"):
+        check_run_folder(place / "run", inputs, resume=False, overwrite=False)
+    check_run_folder(place / "run", inputs, resume=True, overwrite=False)
+    check_run_folder(place / "run", inputs, resume=False, overwrite=True)
+    with pytest.raises(ValueError, match="lies in data"):  # a folder saved by datasets
+        check_run_folder(place / "data" / "run", {"data": place / "data"}, resume=False, overwrite=False)
+
+
+def test_a_file_is_itself_by_every_name(place: Path) -> None:
+    data = place / "data" / "a.jsonl"
+    (place / "hard.jsonl").hardlink_to(data)
+    (place / "soft.jsonl").symlink_to(data)
+    for name in ("data/a.jsonl", "data/../data/a.jsonl", "hard.jsonl", "soft.jsonl"):
+        with pytest.raises(ValueError, match=r"target = .* would write over source"):
+            check_files({"target": place / name}, {"source": str(data)})
+    check_files({"target": place / "b.jsonl", "other": None}, {"source": str(data), "like": None})
+    assert is_in(data, place / "data") and not is_in(place / "notes", place / "data")
+
+
+def test_converting_a_file_onto_itself_is_refused(tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "p", "chosen": "x", "rejected": "y"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    done = invoke("data", "convert", str(path), str(path))
+    assert done.exit_code != 0 and json.loads(path.read_text()) == row

@@ -1,0 +1,1 @@
+"""Ours beside the textbook: how far they agree and what each takes."""

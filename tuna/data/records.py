@@ -1,0 +1,354 @@
+"""The one validated record of ranked data, and how files of it are read and written.
+
+A record is a prompt with k responses and the order among them. The direction is part of the field's name: in
+`scores` higher is better, in `ranks` 0 or 1 comes first and is best. A reversed order is the commonest silent
+bug of the field, so neither is ever guessed. Other people's shapes are in `tuna.data.formats`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from tuna.data.files import Unreadable, open_rows, write_rows
+from tuna.data.formats import FORMATS, convert_row, detect_format, known_formats
+from tuna.data.prompts import check_turn, check_unread_prompt, joined
+
+__all__ = [
+    "BadRecords",
+    "Message",
+    "OnBad",
+    "Problem",
+    "Record",
+    "RecordSet",
+    "read_records",
+    "settle_problems",
+    "write_records",
+]
+
+OnBad: TypeAlias = Literal["fail", "skip"]
+SHOWN = 5  # problems a BadRecords error spells out
+
+
+def _integral(value: Any) -> Any:
+    """1.0 as 1: a column of integers with gaps comes out of pandas and parquet as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _encodable(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("is not valid Unicode: it holds half of a surrogate pair") from error
+    return value
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_encodable)]
+Score: TypeAlias = Annotated[float, Field(strict=True)]
+Rank: TypeAlias = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
+
+
+class Message(BaseModel):
+    """One turn of a conversation: `role` (system, user, assistant, tool, …) and `content`, a text or parts of one.
+
+    A turn that holds more (tool calls, images, reasoning apart) is refused; notes such as an id or a time are ignored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    role: Text = Field(min_length=1)
+    content: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _carried(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        check_turn(value)
+        return {**value, "content": joined(value["content"])} if "content" in value else value
+
+
+class Record(BaseModel):
+    """A prompt, its k >= 1 responses and the order among them.
+
+    Fields it does not know are ignored, those that would belong to the prompt (`system`, `tools`, …) are refused.
+
+    Attributes:
+        id: unique name within its file.
+        prompt: the prompt as text; exactly one of `prompt` and `messages` is given.
+        messages: the prompt as turns of a conversation, the last of them not the assistant's.
+        responses: k texts; duplicates and empty ones are allowed.
+        scores: k finite numbers, **higher is better**; equal scores are ties.
+        ranks: k integers counting from 0 or 1, **which is best**; equal ranks are ties. At most one of
+            `scores` and `ranks` is given, and one of them must be when k > 1.
+
+    Raises:
+        pydantic.ValidationError: a rule above is broken (a `ValueError`).
+
+    Example:
+        >>> record = Record(id="a", prompt="2+2?", responses=["5", "4", "four"], scores=[0, 9, 9])
+        >>> record.dense_ranks(), record.best(), record.worst()
+        ([1, 0, 0], 1, 0)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: Text = Field(min_length=1)
+    prompt: Text | None = None
+    messages: list[Message] | None = None
+    responses: list[Text] = Field(min_length=1)
+    scores: list[Score] | None = None
+    ranks: list[Rank] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _carried(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            check_unread_prompt(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Record:
+        self._check_prompt()
+        count = len(self.responses)
+        if self.scores is not None and self.ranks is not None:
+            raise ValueError("both 'scores' and 'ranks' are given; give one of them")
+        if self.scores is None and self.ranks is None and count > 1:
+            raise ValueError(f"{count} responses need 'scores' (higher is better) or 'ranks' (0 or 1 is best)")
+        for name, values in (("scores", self.scores), ("ranks", self.ranks)):
+            if values is not None and len(values) != count:
+                raise ValueError(f"{name!r} has {len(values)} values for {count} responses")
+        for i, score in enumerate(self.scores or ()):
+            if not math.isfinite(score):
+                raise ValueError(f"scores[{i}] = {score} is not a finite number")
+        if self.ranks is not None and (min(self.ranks) not in (0, 1) or max(self.ranks) - min(self.ranks) >= count):
+            raise ValueError(
+                f"ranks = {self.ranks} must count from 0 or 1 (the best) over {count} responses; "
+                "numbers where higher is better belong in 'scores'"
+            )
+        return self
+
+    def _check_prompt(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            both = "both 'prompt' and 'messages' are given" if self.prompt is not None else "the prompt is missing"
+            raise ValueError(f"{both}; give exactly one of 'prompt' and 'messages'")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("'prompt' is empty")
+        if self.messages is not None:
+            if not self.messages:
+                raise ValueError("'messages' is empty")
+            if self.messages[-1].role == "assistant":
+                raise ValueError("the last of 'messages' is the assistant's; answers belong in 'responses'")
+
+    def dense_ranks(self) -> list[int]:
+        """Ranks from 0 (best) without gaps, ties equal; all 0 where neither scores nor ranks are given."""
+        keys: Sequence[float] = [-score for score in self.scores] if self.scores is not None else self.ranks or []
+        level = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+        return [level[key] for key in keys] or [0] * len(self.responses)
+
+    def best(self) -> int:
+        """Index of the first response of rank 0."""
+        return self.dense_ranks().index(0)
+
+    def worst(self) -> int:
+        """Index of the last response of the highest rank."""
+        ranks = self.dense_ranks()
+        return max(range(len(ranks)), key=lambda i: (ranks[i], i))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record cannot be used.
+
+    Attributes:
+        file: where it stands; "" where records came from memory.
+        line: its line (from 1) where `unit` is "line", its index (from 0) where it is "index", or None.
+        reason: in plain words.
+        unit: what `line` counts.
+    """
+
+    file: str
+    line: int | None
+    reason: str
+    unit: Literal["line", "index"] = "line"
+
+    def __str__(self) -> str:
+        place = " ".join(
+            part for part in (self.file, f"{self.unit} {self.line}" if self.line is not None else "") if part
+        )
+        return f"{place}: {self.reason}" if place else self.reason
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records read, in order, and the problems of those left out."""
+
+    records: list[Record]
+    problems: list[Problem]
+
+
+class BadRecords(ValueError):
+    """Records that cannot be used: `problems` holds all, the message the first few and their number."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        lines = [f"  {problem}" for problem in self.problems[:SHOWN]]
+        if count > SHOWN:
+            lines.append(f"  … and {count - SHOWN} more")
+        head = f"{count} record{'s' * (count != 1)} cannot be used (on_bad='skip' leaves them out):"
+        super().__init__("\n".join([head, *lines]))
+
+
+def settle_problems(problems: Sequence[Problem], on_bad: OnBad) -> None:
+    """Raise `BadRecords` if there are problems and `on_bad` is "fail".
+
+    Raises:
+        BadRecords: as said.
+        ValueError: `on_bad` is neither "fail" nor "skip".
+    """
+    if on_bad not in ("fail", "skip"):
+        raise ValueError(f"on_bad = {on_bad!r} is neither 'fail' nor 'skip'")
+    if problems and on_bad == "fail":
+        raise BadRecords(problems)
+
+
+def read_records(
+    source: str | os.PathLike[str] | Iterable[Any], *, format: str = "auto", on_bad: OnBad = "fail"
+) -> RecordSet:
+    """Read ranked records.
+
+    Args:
+        source: a `.json` (an array, or an object whose `data` is one), `.jsonl` or `.parquet` file, a folder
+            saved by `datasets`, a `datasets.Dataset`, or any iterable of dicts or records.
+        format: a shape of `tuna.data.formats.FORMATS`, or "auto": that of the first record that has a known one.
+        on_bad: "fail" raises one error that lists the problems, "skip" leaves such records out and says why.
+
+    Records without an id are named after file and place; an id seen before is a problem of the later record.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        BadRecords: with `on_bad="fail"`, some record cannot be used.
+        ValueError: unknown kind of file, format or `on_bad`; no record has a known shape.
+    """
+    settle_problems((), on_bad)
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"format = {format!r} is unknown; the shapes known are\n{known_formats()}")
+    rows = open_rows(source)
+    stem = Path(rows.name).stem or "record"
+    items = list(rows.items)
+    shape = _detect(items, rows.name) if format == "auto" else format
+    records: list[Record] = []
+    problems: list[Problem] = []
+    places: dict[str, int] = {}
+    for place, row in items:
+        record = _to_record(row, shape, f"{stem}-{place}", recognised=format == "auto")
+        if isinstance(record, Record) and record.id in places:
+            record = f"id {record.id!r} stands already at {rows.unit} {places[record.id]}"
+        if isinstance(record, str):
+            problems.append(Problem(rows.name, place, record, rows.unit))
+        else:
+            places[record.id] = place
+            records.append(record)
+    settle_problems(problems, on_bad)
+    return RecordSet(records, problems)
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+    """Write records in the shape `tuna`: JSONL, or a JSON array or Parquet where the suffix says so; atomic.
+
+    Raises:
+        ValueError: a suffix other than `.jsonl`, `.ndjson`, `.json`, `.parquet`.
+    """
+    rows = (record.model_dump(exclude_none=True) for record in records)
+    write_rows(path, rows, _parquet_schema() if Path(path).suffix.lower() == ".parquet" else None)
+
+
+def _detect(items: Sequence[tuple[int, Any]], name: str) -> str:
+    """The shape of the first row that has a known one; "tuna" where there is no object to tell by."""
+    objects = [row for _, row in items if isinstance(row, Mapping)]
+    for row in objects:
+        if (shape := detect_format(row)) is not None:
+            return shape
+    if objects:
+        keys = ", ".join(map(str, objects[0])) or "none"
+        raise ValueError(
+            f"{name or 'source'}: no record has a known shape (fields of the first: {keys}); "
+            f"the shapes known are\n{known_formats()}"
+        )
+    return "tuna"
+
+
+def _to_record(row: Any, shape: str, made_id: str, *, recognised: bool) -> Record | str:
+    """The record, or in plain words why there is none."""
+    if isinstance(row, Record):
+        return row
+    if isinstance(row, Unreadable):
+        return row.reason
+    try:
+        fields = convert_row(row, shape, recognised=recognised)
+        given = fields.get("id", made_id)
+        fields["id"] = str(given) if isinstance(given, int | float) else given
+        return Record.model_validate(fields)
+    except ValidationError as error:
+        return "; ".join(_plain_detail(detail) for detail in error.errors()[:3])
+    except ValueError as error:
+        return str(error)
+
+
+def _plain_detail(detail: Any) -> str:
+    """One of pydantic's errors without its speak of types and validators."""
+    first, *rest = detail["loc"] or ("",)
+    field = str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+    if detail["type"] == "value_error":
+        return f"{field} {detail['ctx']['error']}".strip()
+    if detail["type"] == "missing":
+        return f"field {field!r} is missing"
+    wanted = {
+        "string_type": "must be text",
+        "list_type": "must be a list",
+        "float_type": "must be a number",
+        "int_type": "must be a whole number",
+        "model_type": "must be an object {role, content}",
+        "dict_type": "must be an object {role, content}",
+        "too_short": "must not be empty",
+        "string_too_short": "must not be empty",
+    }.get(detail["type"], str(detail["msg"]))
+    given = detail["input"]
+    return f"{field} {wanted}" + (f", not {_short(given)}" if wanted.startswith("must be") else "")
+
+
+def _parquet_schema() -> Any:
+    """Fixed columns, so that an empty file and one without any `messages` still have all of them."""
+    import pyarrow as pa
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("prompt", pa.string()),
+            ("messages", pa.list_(turn)),
+            ("responses", pa.list_(pa.string())),
+            ("scores", pa.list_(pa.float64())),
+            ("ranks", pa.list_(pa.int64())),
+        ]
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:39] + "…"

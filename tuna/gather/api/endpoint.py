@@ -1,0 +1,368 @@
+"""One request to an OpenAI-compatible endpoint, asked until it is answered.
+
+What happens to an attempt:
+
+| the endpoint | we |
+|---|---|
+| answers with a JSON object that the caller can use | are done |
+| 408, 409, 425, 429, 500 and above | wait (Retry-After, or exponential back-off with jitter), try again |
+| cuts the connection, is too slow, sends no JSON or an unusable object | the same; the call counts as lost |
+| sends what would come again at the full price (a text withheld, a body beyond the bound) | give this one up, lost |
+| 401, 402, or 429 for an empty account | stop the run: every other call would fare the same |
+| 403, 404 or a redirect to another host, before it has answered any call | the same |
+| asks all to wait beyond the total timeout | the same |
+| any other status (400: too long a prompt, …) | give this one up and say why |
+
+Redirects (307, 308) are followed on the same host only: nobody else is sent a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from tuna.gather.api.answers import Api
+from tuna.gather.api.bodies import UnusableAnswer, parse_json, read_body, short
+from tuna.gather.api.keys import Redactor, api_key
+from tuna.gather.api.remedies import address_of, error_words, remedy
+
+__all__ = [
+    "Api",
+    "Attempt",
+    "CallFailed",
+    "Endpoint",
+    "EndpointRefused",
+    "EndpointSettings",
+    "UnusableAnswer",
+    "api_key",
+    "retry_after",
+]
+
+T = TypeVar("T")
+PATHS: dict[Api, str] = {"completions": "/completions", "chat": "/chat/completions"}
+RETRIED = frozenset({408, 409, 425, 429})
+STOPPING = frozenset({401, 402})
+UNKNOWN_PLACE = frozenset(
+    {300, 301, 302, 303, 304, 305, 307, 308, 403, 404}
+)  # the address or the model, or this call alone
+MOST_HOPS = 3
+MOST_WAIT = 86400.0  # seconds; a Retry-After beyond a day is a mistake of the endpoint's, and passed over
+MOST_ERROR = 2**16  # bytes that are read of an error
+
+
+class CallFailed(Exception):
+    """A call was given up; ``status`` is that of the last answer, None where there was none."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EndpointRefused(CallFailed):
+    """The endpoint takes no call of ours at all: key, account, address or model."""
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """Where and how patiently to ask.
+
+    Attributes:
+        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``. Blanks around it, a
+            slash at its end and the path of a request (``/chat/completions``) are taken off.
+        key_variable: environment variable that holds the key. The key itself is in no field, file or log.
+        requests_per_minute: at most so many requests, evenly spaced; None: no limit of ours.
+        request_timeout: seconds an attempt may take.
+        total_timeout: seconds a call may take with all its attempts and waits.
+        max_attempts: requests a call may take.
+        backoff: seconds before the second attempt, doubled each time, with full jitter on the upper half.
+        max_backoff: most seconds of a back-off. A Retry-After may ask for more.
+
+    Raises:
+        ValueError: a value outside its range; a base URL that is none, or holds credentials; a key that cannot be one.
+    """
+
+    base_url: str
+    key_variable: str = "OPENAI_API_KEY"
+    requests_per_minute: float | None = None
+    request_timeout: float = 120.0
+    total_timeout: float = 900.0
+    max_attempts: int = 6
+    backoff: float = 1.0
+    max_backoff: float = 60.0
+
+    def __post_init__(self) -> None:
+        key = api_key(self.key_variable)
+        object.__setattr__(self, "base_url", address_of(self.base_url, self.key_variable, Redactor(key)))
+        for name in ("request_timeout", "total_timeout", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} = {value} must be above 0")
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts = {self.max_attempts} must be at least 1")
+        if not (self.backoff >= 0 and self.max_backoff >= 0):
+            raise ValueError(f"backoff = {self.backoff} and max_backoff = {self.max_backoff} must be at least 0")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one attempt ended without a usable answer.
+
+    Attributes:
+        reason: in plain words, without secrets.
+        billed: whether it was, or may have been, paid for.
+        status: HTTP status, None where none came.
+        wait: seconds the endpoint asks to wait, None where it does not say.
+        again: whether another attempt may do better.
+    """
+
+    reason: str
+    billed: bool
+    status: int | None = None
+    wait: float | None = None
+    again: bool = True
+
+
+@dataclass(frozen=True)
+class _Usable(Generic[T]):
+    value: T  # wrapped: T could itself be anything
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Seconds that ``retry-after-ms`` or ``Retry-After`` (seconds or an HTTP date) ask for; None without one.
+
+    More than a day is no time that an endpoint can mean: None.
+
+    Example:
+        >>> retry_after({"retry-after": "2.5"}), retry_after({"retry-after-ms": "300"}), retry_after({})
+        (2.5, 0.3, None)
+        >>> retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, now=20.0)
+        40.0
+    """
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        text = headers.get(name)
+        if text is None:
+            continue
+        try:
+            seconds = float(text) * unit
+        except ValueError:
+            try:
+                moment = email.utils.parsedate_to_datetime(text).timestamp()
+            except (ValueError, TypeError, OverflowError):
+                continue
+            seconds = moment - (time.time() if now is None else now)
+        if math.isfinite(seconds) and seconds <= MOST_WAIT:
+            return max(0.0, seconds)
+    return None
+
+
+class Endpoint:
+    """A client with our patience. Use as an asynchronous context manager.
+
+    Attributes:
+        requests, retries, refused, waited: requests sent, those beyond the first of a call, answers of 429, and
+            seconds spent waiting (summed over calls).
+        single_choice: whether it turned out to refuse more than one choice a request.
+    """
+
+    def __init__(self, settings: EndpointSettings) -> None:
+        self.settings = settings
+        self.requests, self.retries, self.refused, self.waited = 0, 0, 0, 0.0
+        self.single_choice = False
+        self._key = api_key(settings.key_variable)
+        self._redactor = Redactor(self._key)
+        self._answered = False  # whether any call has been: then the address is right
+        self._clear_at = 0.0  # no request before this (loop time): a Retry-After holds for all
+        self._next_slot = 0.0  # of the rate limit
+
+    async def __aenter__(self) -> Endpoint:
+        import httpx
+
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+        headers = {
+            "authorization": f"Bearer {self._key}",
+            "content-type": "application/json",
+            "accept": "application/json",
+            "accept-encoding": "gzip",  # what `read_body` unpacks within its bound
+            "user-agent": "tuna",
+        }
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=self.settings.request_timeout,
+            limits=unlimited,
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none is kept
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    def redact(self, text: str) -> str:
+        """``text`` without the key."""
+        return self._redactor.text(text)
+
+    async def call(
+        self,
+        api: Api,
+        body: Mapping[str, Any],
+        parse: Callable[[Any], T],
+        *,
+        before: Callable[[], Awaitable[None]],
+        after: Callable[[Attempt], Awaitable[None]],
+    ) -> T:
+        """Ask until there is a usable answer.
+
+        Args:
+            api: "completions" or "chat".
+            body: the request.
+            parse: makes of the answer (a JSON value) what is wanted, also JSON, or raises `UnusableAnswer`. The key
+                is taken out of its texts.
+            before: awaited before each attempt (a budget may refuse it by raising).
+            after: awaited after each attempt that brought nothing usable.
+
+        Raises:
+            CallFailed: given up, with the reasons of the last attempt; `EndpointRefused` where every call would be.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.settings.total_timeout
+        attempt = 0
+        while True:
+            attempt += 1
+            await self._wait_turn(deadline)
+            await before()
+            self.requests += 1
+            self.retries += attempt > 1
+            outcome = await self._attempt(api, body, parse, max(0.001, deadline - loop.time()))
+            if isinstance(outcome, _Usable):
+                return outcome.value
+            await after(outcome)
+            self._raise_if_hopeless(outcome)
+            if attempt == self.settings.max_attempts:
+                raise CallFailed(f"given up after {attempt} attempts, the last: {outcome.reason}", outcome.status)
+            wait = self._wait_after(attempt, outcome)
+            if loop.time() + wait > deadline:
+                late = f"{outcome.reason}; the next attempt is due in {wait:.1f} s, beyond {self._limit()}"
+                # Where the endpoint puts everybody off so long, the other calls would fare the same.
+                raise (EndpointRefused if loop.time() < self._clear_at else CallFailed)(late, outcome.status)
+            self.waited += wait
+            await asyncio.sleep(wait)
+
+    async def _attempt(
+        self, api: Api, body: Mapping[str, Any], parse: Callable[[Any], T], left: float
+    ) -> _Usable[T] | Attempt:
+        import httpx
+
+        timeout = min(self.settings.request_timeout, left)
+        url = self.settings.base_url + PATHS[api]
+        content = json.dumps(dict(body), allow_nan=False).encode()
+        try:
+            # The client's own timeout is one of each read.
+            answer = await asyncio.wait_for(self._post(url, content), timeout)
+            if isinstance(answer, Attempt):
+                return answer
+            value = self._redactor.value(parse(parse_json(answer)))
+        except asyncio.TimeoutError:
+            return Attempt(f"no answer within {timeout:g} s", billed=True)
+        except UnusableAnswer as error:
+            return Attempt(self._said(f"unusable answer: {error}"), billed=True, status=200, again=error.again)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            # Refused before anything was sent: nobody has been paid.
+            unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.InvalidURL)
+            reason = f"connection failed: {str(error) or type(error).__name__}"
+            return Attempt(self._said(reason + (f" (at {url})" if unsent else "")), billed=not unsent)
+        self._answered = True
+        return _Usable(value)
+
+    async def _post(self, url: str, content: bytes) -> bytes | Attempt:
+        """The body of an answer of status 2xx, or what came instead."""
+        for _ in range(MOST_HOPS + 1):
+            async with self._client.stream("POST", url, content=content) as response:
+                status = response.status_code
+                if 200 <= status < 300:
+                    return await read_body(response.aiter_raw(), response.headers.get("content-encoding", ""))
+                if not 300 <= status < 400:
+                    words = await self._error(response.aiter_raw(), response.headers.get("content-encoding", ""))
+                    reason = self._said(f"status {status}: {words}", remedy(status, words, url, self.settings))
+                    return Attempt(reason, billed=False, status=status, wait=retry_after(response.headers))
+                target = response.headers.get("location", "")
+            there = _same_host(url, target) if status in (307, 308) else None
+            if there is None:
+                where = f" to {target}" if target else ""
+                advice = "it was not followed, for prompts go to the host of base_url only"
+                return Attempt(
+                    self._said(f"status {status}: {url} redirects{where}", advice), False, status, again=False
+                )
+            url = there
+        return Attempt(self._said(f"status {status}: {url} redirects in circles"), False, status, again=False)
+
+    async def _error(self, chunks: Any, encoding: str) -> str:
+        try:
+            return error_words(await read_body(chunks, encoding, MOST_ERROR))
+        except UnusableAnswer as error:
+            return f"the error's text cannot be read: {error}"
+
+    def _said(self, words: str, advice: str = "") -> str:
+        """Words that may be the endpoint's, as they may be printed and written down."""
+        words = short(self.redact(words))
+        return f"{words.rstrip('.')}. {advice}" if advice else words
+
+    def _limit(self) -> str:
+        return f"total_timeout = {self.settings.total_timeout:g} s"
+
+    def _raise_if_hopeless(self, outcome: Attempt) -> None:
+        status = outcome.status
+        refused = status in STOPPING or (status == 429 and "insufficient_quota" in outcome.reason)
+        if refused or (status in UNKNOWN_PLACE and not self._answered):
+            raise EndpointRefused(f"{self.settings.base_url} refuses: {outcome.reason}", status)
+        if not outcome.again or (status is not None and 300 <= status < 500 and status not in RETRIED):
+            raise CallFailed(outcome.reason, status)
+
+    def _wait_after(self, attempt: int, outcome: Attempt) -> float:
+        ceiling = min(self.settings.max_backoff, self.settings.backoff * 2.0 ** (attempt - 1))
+        wait = ceiling * (0.5 + 0.5 * random.random())
+        if outcome.status == 429:
+            self.refused += 1
+        if outcome.wait is None:
+            return wait
+        if outcome.status in (429, 503):
+            # What holds for this request holds for all of ours.
+            self._clear_at = max(self._clear_at, asyncio.get_running_loop().time() + outcome.wait)
+        # Never earlier than asked; a little later, or all would come back at once.
+        return outcome.wait + 0.5 * self.settings.backoff * random.random()
+
+    async def _wait_turn(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        due = self._clear_at
+        if self.settings.requests_per_minute is not None:
+            due = max(due, self._next_slot, loop.time())
+            self._next_slot = due + 60.0 / self.settings.requests_per_minute
+        if due > deadline:
+            raise EndpointRefused(f"the next request is due in {due - loop.time():.1f} s, beyond {self._limit()}")
+        while (delay := max(due, self._clear_at) - loop.time()) > 0:
+            self.waited += delay
+            await asyncio.sleep(delay)
+
+
+def _same_host(url: str, target: str) -> str | None:
+    """The address that a redirect leads to if it is on the same host and port, or there with TLS instead of none."""
+    try:
+        there = urljoin(url, target)
+        one, other = urlsplit(url), urlsplit(there)
+        same = (one.scheme, one.hostname, one.port) == (other.scheme, other.hostname, other.port)
+        safer = one.hostname == other.hostname and (one.scheme, other.scheme) == ("http", "https")
+        plain = one.port in (None, 80) and other.port in (None, 443)
+    except ValueError:
+        return None
+    return there if target and not other.username and (same or (safer and plain)) else None

@@ -1,0 +1,288 @@
+"""A folder in which paid work is written down as it comes in: manifest, journal, lock.
+
+* `journal.jsonl` is append-only, one JSON object a line, on the disk (fsync) before anyone is told that a call is
+  done. A process killed at any point loses the calls in flight and nothing else; a torn last line is cut off. Any
+  other line that is no entry is passed over, and told.
+* `manifest.json` holds the parameters that decide what the answers mean; it is written with the first entry. A folder
+  that holds answers takes one set of them; one without may be used with others.
+* `lock` is held by the process at work (and freed by the system when it dies).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from tuna.gather.api.bodies import clean_text, parse_json
+from tuna.gather.api.budget import Usage
+from tuna.train.curves import write_json
+
+__all__ = ["FolderInUse", "Journal", "OtherParameters", "content_key"]
+
+JOURNAL, MANIFEST, LOCK = "journal.jsonl", "manifest.json", "lock"
+MOST_USED = 10**12  # tokens of a call in the books: beyond, a line is not to be believed
+
+
+class OtherParameters(ValueError):
+    """The folder holds work done with other parameters."""
+
+
+class FolderInUse(ValueError):
+    """Another process works in the folder."""
+
+
+def content_key(content: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its fields: 64 hexadecimal digits.
+
+    Example:
+        >>> content_key({"a": 1, "b": "é"}) == content_key({"b": "é", "a": 1})
+        True
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Place:
+    offset: int
+    length: int
+
+
+class Journal:
+    """The answers paid for so far, by key. Use as a context manager.
+
+    Args:
+        folder: made where it does not exist.
+        tool: the command at work; part of the manifest.
+        parameters: JSON values that decide what an answer means. No secrets: they are written to the manifest.
+
+    Attributes:
+        spent: tokens of all calls in the journal, those included that brought nothing.
+        calls: their number.
+        lost: how many of them brought nothing.
+        notes: of lines that could not be read, or not wholly: which, and why.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+        OtherParameters: there are answers, and the manifest names other parameters; the message says which.
+        ValueError: a manifest that cannot be read; a parameter that cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], tool: str, parameters: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.tool = tool
+        text = json.dumps({"tool": tool, "parameters": dict(parameters)}, ensure_ascii=False)
+        if clean_text(text) != text:
+            raise ValueError(f"the parameters of tuna {tool} hold bytes that are no UTF-8 text")
+        self.manifest = json.loads(text)
+        self.calls, self.lost, self.spent = 0, 0, Usage(0, 0)
+        self.notes: list[str] = []
+        self._places: dict[str, _Place] = {}
+        self._pending: list[bytes] = []
+        self._taken = self._written = 0  # entries handed in, entries on the disk
+        self._broken: OSError | None = None
+        self._claimed = False
+        self._turn = asyncio.Lock()
+        self._writing = threading.Lock()
+
+    def __enter__(self) -> Journal:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            self._file = (self.folder / JOURNAL).open("a+b", buffering=0)
+            try:
+                self._load()
+                self._check_manifest()
+                _sync_folder(self.folder)
+            except BaseException:
+                self._file.close()
+                raise
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._broken is None:
+                self._flush()  # what a cancelled task left
+        finally:
+            self._file.close()
+            self._lock.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: str) -> Any | None:
+        """The answer under ``key``, or None. Read from the file: a long run does not live in memory."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        return parse_json(os.pread(self._file.fileno(), place.length, place.offset), unique=False)["answer"]
+
+    async def add(self, key: str, answer: Any, usage: Usage) -> None:
+        """Write an answer down; returns when it is on the disk. Calls side by side share one fsync."""
+        await self._append({"key": key, "usage": [usage.input, usage.output], "answer": answer})
+
+    async def add_lost(self, key: str, reason: str, usage: Usage) -> None:
+        """Write down a call that was, or may have been, paid for and brought nothing: the budget counts it."""
+        await self._append({"key": key, "usage": [usage.input, usage.output], "lost": reason})
+
+    async def _append(self, entry: Mapping[str, Any]) -> None:
+        self._pending.append(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
+        self._taken += 1
+        ticket = self._taken
+        async with self._turn:
+            if self._written < ticket:
+                # Shielded: a thread cannot be cancelled, and what it writes is paid for.
+                await asyncio.shield(asyncio.to_thread(self._flush))
+
+    def _flush(self) -> None:
+        with self._writing:
+            if self._broken is not None:
+                raise self._broken
+            lines, self._pending = self._pending, []
+            if not lines:
+                return
+            offset = self._file.seek(0, os.SEEK_END)
+            try:
+                if not self._claimed:
+                    write_json(self.folder / MANIFEST, self.manifest)
+                    _sync_folder(self.folder)
+                    self._claimed = True
+                self._write(b"".join(lines))
+            except OSError as error:
+                # Disk full: nothing may follow a torn line, so nothing more is written.
+                self._broken = error
+                raise
+            for line in lines:
+                self._count(json.loads(line), _Place(offset, len(line)))
+                offset += len(line)
+            self._written += len(lines)
+
+    def _write(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(self._file.fileno(), left) :]
+        os.fsync(self._file.fileno())
+
+    def _count(self, entry: Any, place: _Place) -> str | None:
+        """Enter a line into the books; what is wrong with it, None where nothing is.
+
+        Raises:
+            ValueError: it is no entry.
+        """
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("key"), str):
+            raise ValueError("no object with a key")
+        if ("answer" in entry) == ("lost" in entry):
+            raise ValueError("neither an answer nor a lost call")
+        self.calls += 1
+        used = _usage(entry.get("usage"))
+        self.spent = self.spent + (used or Usage(0, 0))
+        if "answer" in entry:
+            self._places[entry["key"]] = place
+        else:
+            self.lost += 1
+        return None if used is not None else "its tokens cannot be read and are counted as none"
+
+    def _load(self) -> None:
+        offset = 0
+        for number, line in enumerate(_lines(self._file), start=1):
+            if not line.endswith(b"\n"):
+                break  # torn: the process died while it wrote
+            try:
+                note = self._count(parse_json(line, unique=False), _Place(offset, len(line)))
+            except ValueError as error:
+                note = f"it is no journal entry ({error}) and is passed over"
+                self.calls, self.lost = self.calls + 1, self.lost + 1
+            if note is not None:
+                self.notes.append(f"{self.folder / JOURNAL} line {number}: {note}")
+            offset += len(line)
+        if offset < self._file.seek(0, os.SEEK_END):
+            self._file.truncate(offset)
+            os.fsync(self._file.fileno())
+
+    def _take_lock(self) -> IO[str]:
+        file = (self.folder / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            by = f" (process {owner})" if owner else ""
+            raise FolderInUse(f"{self.folder} is in use by another run{by}; wait for it or take another") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+    def _check_manifest(self) -> None:
+        if not self._places:
+            return  # nothing here that other parameters could be mixed with: the first entry claims the folder
+        path = self.folder / MANIFEST
+        self._claimed = True
+        if not path.exists():
+            raise OtherParameters(f"{self.folder} has a {JOURNAL} without {MANIFEST}; take another folder")
+        try:
+            found = parse_json(path.read_bytes(), unique=False)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}); take another folder") from error
+        if not isinstance(found, dict) or not isinstance(found.get("parameters", {}), dict):
+            raise ValueError(f"{path} is no manifest; take another folder")
+        if found.get("tool") != self.tool:
+            raise OtherParameters(f"{self.folder} holds a run of tuna {found.get('tool')}; take another folder")
+        earlier, now = found.get("parameters", {}), self.manifest["parameters"]
+        names = [name for name in {**earlier, **now} if not _same(earlier, now, name)]
+        if names:
+            rows = [f"  {name}: {_show(earlier, name)} there, {_show(now, name)} now" for name in names]
+            head = f"{self.folder} holds a run with other parameters:"
+            raise OtherParameters("\n".join([head, *rows, "Use those, or another folder."]))
+
+
+def _usage(value: Any) -> Usage | None:
+    """Tokens as an entry holds them, None where a version that took the endpoint's word for them wrote no numbers."""
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    prompt, output = value
+    good = all(type(count) is int and 0 <= count <= MOST_USED for count in value)
+    return Usage(prompt, output) if good else None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names of new files on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(file.readline, b"")
+
+
+def _same(earlier: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
+    return (name in earlier) == (name in now) and earlier.get(name) == now.get(name)
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return "absent"
+    text = json.dumps(values[name], ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"

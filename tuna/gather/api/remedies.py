@@ -1,0 +1,112 @@
+"""An endpoint's error in its own words, read from whatever it sent, and the remedy where there is one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from tuna.gather.api.bodies import UnusableAnswer, parse_json
+from tuna.gather.api.keys import NO_KEY, Redactor, api_key
+
+if TYPE_CHECKING:
+    from tuna.gather.api.endpoint import EndpointSettings
+
+__all__ = ["address_of", "error_message", "error_words", "needs_key", "remedy"]
+
+_MARKUP = re.compile(r"<[^<>]*>")
+_CONTEXT = re.compile(r"context.?length|context window|maximum context|too long|too many tokens", re.IGNORECASE)
+_MAX_TOKENS = re.compile(r"max_tokens\W.{0,60}(?:not supported|unsupported|max_completion_tokens)", re.IGNORECASE)
+_DEFAULT_ONLY = re.compile(
+    r"\b(temperature|top_p|seed|stop|logprobs|n)\W.{0,80}(?:not support|unsupported)", re.IGNORECASE
+)
+_MODEL = re.compile(r"\bmodel\b", re.IGNORECASE)
+
+
+def address_of(base_url: str, key_variable: str, redactor: Redactor) -> str:
+    """A base URL as requests are made of it: without blanks around it, a slash at its end, or a request's path.
+
+    Raises:
+        ValueError: no http or https address, or one with credentials, a query or a fragment.
+    """
+    url = base_url.strip().rstrip("/")
+    for path in ("/chat/completions", "/completions"):
+        url = url.removesuffix(path).rstrip("/")
+    if "@" in url or "?" in url or "#" in url:
+        raise ValueError(f"base_url must hold no credentials, query or fragment; put the key into ${key_variable}")
+    shown = f"base_url = {redactor.text(url)!r}"
+    if any(char.isspace() or not char.isprintable() for char in url):
+        raise ValueError(f"{shown} holds a blank, a line break or a control character")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:  # a port of letters, half of an IPv6 address
+        raise ValueError(f"{shown} is no address: {error}") from None
+    if not good:
+        hint = "" if "//" in url or not url else f"; with the scheme it is http://{redactor.text(url)}"
+        raise ValueError(f"{shown} is no http or https address{hint}")
+    return url
+
+
+def needs_key(settings: EndpointSettings) -> str | None:
+    """Why no call can succeed for want of a key, None where one may."""
+    host = urlsplit(settings.base_url).hostname or ""
+    if api_key(settings.key_variable) != NO_KEY or not host.endswith(("api.openai.com", "openrouter.ai")):
+        return None
+    return f"{host} needs a key, and ${settings.key_variable} holds none; set it, or give --base-url"
+
+
+def error_words(content: bytes) -> str:
+    """What an error says: the message and code of a JSON object of any usual shape, else its text."""
+    try:
+        value = parse_json(content, unique=False)
+    except UnusableAnswer:
+        return _MARKUP.sub(" ", content.decode("utf-8", "replace")[:2000]).strip() or "no words"
+    found = error_message(value)
+    return found or content.decode("utf-8", "replace")[:2000]
+
+
+def error_message(value: Any, depth: int = 0) -> str:
+    """What a JSON value says about an error, "" where it says nothing."""
+    if isinstance(value, str):
+        return value
+    if depth > 4:
+        return ""
+    if isinstance(value, list):
+        return "; ".join(filter(None, (error_message(item, depth + 1) for item in value[:3])))
+    if not isinstance(value, Mapping):
+        return ""
+    for name in ("error", "message", "msg", "detail", "errors"):
+        words = error_message(value.get(name), depth + 1)
+        if words:
+            code = value.get("code") if isinstance(value.get("code"), str) else value.get("type")
+            return f"{words} ({code})" if isinstance(code, str) and name == "message" else words
+    return ""
+
+
+def remedy(status: int, words: str, url: str, settings: EndpointSettings) -> str:
+    """What to try, "" where there is nothing to say."""
+    if status == 401:
+        if api_key(settings.key_variable) == NO_KEY:
+            return f"${settings.key_variable} holds no key; set it, or name another variable with --api-key-env"
+        return f"Check the key in ${settings.key_variable}, and that it is one for this address"
+    if status == 402 or "insufficient_quota" in words:
+        return "The account has nothing left to spend"
+    if status in (404, 405):
+        asked = f"Asked was {url}"
+        if _MODEL.search(words):
+            return f"{asked}; check --model"
+        if not re.search(r"/v\d", urlsplit(url).path):
+            return f"{asked}; most base URLs end in /v1: --base-url {settings.base_url}/v1"
+        return f"{asked}; check --base-url (most end in /v1) and --api"
+    if status not in (400, 413, 422):
+        return ""
+    if _MAX_TOKENS.search(words):
+        return """Try --extra '{"max_tokens": null, "max_completion_tokens": 512}'"""
+    if _CONTEXT.search(words):
+        return "Shorten the prompt or lower --max-tokens"
+    if (found := _DEFAULT_ONLY.search(words)) is not None:
+        name = found[1].lower()
+        return f"""Try --extra '{{"{name}": {1 if name == "n" else "null"}}}'"""
+    return ""

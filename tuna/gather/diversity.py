@@ -1,0 +1,71 @@
+"""How alike the responses to one instruction are: ROUGE-L between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from tuna.gather.responses import ResponseSet
+
+__all__ = ["diversity_figures", "pair_rouge", "worst_pair"]
+
+# Words of any script; a Chinese or Japanese character is a word of its own (rouge-score's own tokenizer keeps
+# a to z and digits only, and would find all other texts empty).
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+
+MOST_WORDS = 2000  # of a text that are compared: the time grows with their square
+
+
+class _Words:
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text[: 40 * MOST_WORDS].lower())[:MOST_WORDS]
+
+
+def pair_rouge(texts: Sequence[str]) -> list[float]:
+    """ROUGE-L (F-measure, 0 to 1) of every pair, in the order of `itertools.combinations`; equal texts have 1.
+
+    Of a longer text the first `MOST_WORDS` words are compared.
+
+    Example:
+        >>> [round(value, 2) for value in pair_rouge(["the cat sat", "the dog sat", "the cat sat"])]
+        [0.67, 1.0, 0.67]
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer: Any = RougeScorer(["rougeL"], tokenizer=_Words())
+    return [
+        1.0 if one.split() == other.split() else float(scorer.score(one, other)["rougeL"].fmeasure)
+        for one, other in combinations(texts, 2)
+    ]
+
+
+def worst_pair(texts: Sequence[str]) -> float:
+    """ROUGE-L of the two texts most alike; 0 where there is one text only."""
+    return max(pair_rouge(texts), default=0.0)
+
+
+def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[str, Any]:
+    """How diverse the responses of each instruction are, over all instructions, as plain JSON values.
+
+    Returns:
+        - ``instructions``, ``responses``: their numbers.
+        - ``rouge_mean``, ``rouge_worst_mean``: mean over the instructions of the mean and of the worst pair.
+        - ``alike``: instructions whose worst pair is at ``limit`` or above.
+        - ``equal``: responses that another one of their instruction equals.
+        - ``cut``: responses that were cut (by a limit or a filter).
+    """
+    pairs = [pair_rouge([response.text for response in item.responses]) for item in sets]
+    judged = [values for values in pairs if values]
+    return {
+        "instructions": len(sets),
+        "responses": sum(len(item.responses) for item in sets),
+        "rouge_mean": float(np.mean([np.mean(values) for values in judged])) if judged else None,
+        "rouge_worst_mean": float(np.mean([max(values) for values in judged])) if judged else None,
+        "alike": sum(max(values) >= limit for values in judged),
+        "equal": sum(len(item.responses) - len({" ".join(r.text.split()) for r in item.responses}) for item in sets),
+        "cut": sum(response.cut for item in sets for response in item.responses),
+    }

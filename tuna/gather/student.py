@@ -1,0 +1,304 @@
+"""The student's own responses, k to an instruction and diverse, for a judge to rank.
+
+Where two of the k are too alike (ROUGE-L at `alike` or above), all k are drawn again at a higher temperature, at most
+`tries` times in all; the try whose worst pair is least alike is kept. The student runs here, some instructions at
+once, or behind an endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tuna.data.chat import ChatTemplate
+from tuna.data.records import Record
+from tuna.data.templates import Renderer
+from tuna.data.tokenization import encode_prompts
+from tuna.data.vocabulary import check_tokens
+from tuna.gather.api.budget import Usage
+from tuna.gather.api.calls import PaidCalls
+from tuna.gather.api.journal import Journal, content_key
+from tuna.gather.diversity import worst_pair
+from tuna.gather.responses import Instruction, Response, ResponseSet
+from tuna.gather.teacher import Sampling as EndpointSampling
+from tuna.gather.teacher import generate_responses
+from tuna.models import decoding
+from tuna.models.decoding import Row, end_tokens, generate, position_limit
+
+__all__ = ["Diversity", "LocalSampling", "Try", "diverse", "sample_from_endpoint", "sample_locally"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """When to draw again.
+
+    Attributes:
+        alike: ROUGE-L from which on two responses are too alike.
+        step: what the temperature rises by from one try to the next.
+        tries: most draws of an instruction's k responses, the first included.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    alike: float = 0.8
+    step: float = 0.1
+    tries: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alike <= 1:
+            raise ValueError(f"alike = {self.alike} must be above 0 and at most 1")
+        if not 0 < self.step < float("inf"):
+            raise ValueError(f"step = {self.step} must be a finite number above 0")
+        if self.tries < 1:
+            raise ValueError(f"tries = {self.tries} must be at least 1")
+
+    def settled(self, tries: Sequence[Try]) -> bool:
+        """Whether no further try is due."""
+        return len(tries) >= self.tries or (bool(tries) and tries[-1].worst < self.alike)
+
+    def temperature(self, first: float, number: int) -> float:
+        """Of try ``number``, from 0."""
+        return round(first + self.step * number, 6)
+
+
+@dataclass(frozen=True)
+class Try:
+    """One draw of an instruction's k responses.
+
+    Attributes:
+        responses: the k.
+        temperature: it was drawn at.
+        worst: ROUGE-L of the two most alike.
+    """
+
+    responses: list[Response]
+    temperature: float
+    worst: float
+
+    @classmethod
+    def of(cls, responses: Sequence[Response], temperature: float) -> Try:
+        """With `worst` worked out."""
+        return cls(list(responses), temperature, worst_pair([response.text for response in responses]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSampling:
+    """How a local student responds.
+
+    Attributes:
+        k: responses an instruction.
+        max_tokens: most tokens of one, end token included.
+        temperature: of the first try.
+        top_p: share of the probability to draw from.
+        seed: with the instruction's id it decides the draws.
+        stop: texts that end a response.
+        template: how the student is shown the prompt; see `tuna.data.templates`.
+        diversity: when to draw again.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    k: int = 4
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    template: str = "none"
+    diversity: Diversity = field(default_factory=Diversity)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k = {self.k} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed} must be at least 0")
+        self.drawn_at(self.temperature, ())
+
+    def drawn_at(self, temperature: float, stream: tuple[int, ...]) -> decoding.Sampling:
+        """Settings of one row."""
+        return decoding.Sampling(
+            max_tokens=self.max_tokens,
+            temperature=temperature,
+            top_p=self.top_p,
+            seed=(self.seed, *stream),
+            stop=self.stop,
+        )
+
+
+async def diverse(
+    draw: Callable[[float, int], Awaitable[list[Response]]], temperature: float, diversity: Diversity
+) -> tuple[Try, int]:
+    """The best try of ``draw(temperature, number of the try)``, and how many there were."""
+    tries: list[Try] = []
+    while not diversity.settled(tries):
+        now = diversity.temperature(temperature, len(tries))
+        tries.append(Try.of(await draw(now, len(tries)), now))
+    return _best(tries), len(tries)
+
+
+async def sample_from_endpoint(
+    calls: PaidCalls, sampling: EndpointSampling, instruction: Instruction, diversity: Diversity
+) -> ResponseSet:
+    """The same from a student behind an endpoint; every answer is in the journal of ``calls``.
+
+    Raises:
+        CallFailed, BudgetSpent: as `tuna.gather.teacher.generate_responses`.
+    """
+    settings: dict[str, Any] = {}
+
+    async def draw(temperature: float, number: int) -> list[Response]:
+        found = await generate_responses(calls, replace(sampling, temperature=temperature), instruction)
+        settings.update(found.sampling or {})
+        return found.responses
+
+    best, tries = await diverse(draw, sampling.temperature, diversity)
+    return sampled_set(instruction, best, tries, sampling.model, settings)
+
+
+def sampled_set(instruction: Instruction, best: Try, tries: int, model: str, settings: dict[str, Any]) -> ResponseSet:
+    """What is written for an instruction: the try kept, with its temperature and ROUGE-L under `sampling`."""
+    notes = {"temperature": best.temperature, "tries": tries, "rouge_worst": best.worst}
+    return ResponseSet(
+        **instruction.model_dump(), responses=best.responses, model=model, sampling={**settings, **notes}
+    )
+
+
+@dataclass
+class _Job:
+    instruction: Instruction
+    key: str
+    prompt: list[int]
+    tries: list[Try] = field(default_factory=list)
+
+
+def sample_locally(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[Instruction],
+    sampling: LocalSampling,
+    journal: Journal,
+    *,
+    name: str,
+    batch: int = 4,
+    on_done: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[ResponseSet], list[str]]:
+    """Responses of a local model to the instructions that the journal does not hold yet, and those it does.
+
+    Args:
+        model, tokenizer: the student.
+        instructions: what to respond to.
+        sampling: how.
+        journal: where each instruction's responses are kept as soon as they are settled.
+        name: of the model, in what is written.
+        batch: instructions at once: ``batch * k`` rows.
+        on_done: called for every settled instruction with the tokens drawn for it (0: it was in the journal).
+
+    Returns:
+        The sets, in the order of the instructions, and why some have none (a prompt beyond the model's length).
+
+    Raises:
+        ValueError: ``batch`` below 1; a prompt that cannot be rendered.
+    """
+    if batch < 1:
+        raise ValueError(f"batch = {batch} must be at least 1")
+    jobs, problems = _jobs(model, tokenizer, instructions, sampling)
+    asyncio.run(_work(model, tokenizer, jobs, sampling, journal, name, batch, on_done))
+    return [ResponseSet.model_validate(journal.get(job.key)) for job in jobs], problems
+
+
+async def _work(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[_Job],
+    sampling: LocalSampling,
+    journal: Journal,
+    name: str,
+    batch: int,
+    on_done: Callable[[int], None],
+) -> None:
+    ends = end_tokens(model, tokenizer, chat=sampling.template == "chat")
+    chat = Renderer(sampling.template, tokenizer).chat
+    # Prompts of about one length side by side: less padding.
+    waiting = deque(sorted((job for job in jobs if job.key not in journal), key=lambda job: len(job.prompt)))
+    for _ in range(len(jobs) - len(waiting)):
+        on_done(0)
+    settings = {name: value for name, value in asdict(sampling).items() if name not in ("diversity", "temperature")}
+    while waiting:
+        taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
+        _draw(model, tokenizer, taken, sampling, ends, chat)
+        for job in reversed(taken):
+            if not sampling.diversity.settled(job.tries):
+                waiting.appendleft(job)  # first in line, so that few are half done at any time
+                continue
+            found = sampled_set(job.instruction, _best(job.tries), len(job.tries), name, settings)
+            drawn = sum(response.tokens or 0 for one in job.tries for response in one.responses)
+            answer = found.model_dump(exclude_none=True)
+            await journal.add(job.key, answer, Usage(len(job.prompt) * len(job.tries), drawn))
+            on_done(drawn)
+
+
+def _jobs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[Instruction],
+    sampling: LocalSampling,
+) -> tuple[list[_Job], list[str]]:
+    renderer, texts = Renderer(sampling.template, tokenizer), []
+    for item in instructions:
+        record = Record(id=item.id, prompt=item.prompt, messages=item.messages, responses=[""])
+        texts.append(renderer.prompt(record))
+    jobs, problems = [], []
+    limit = position_limit(model)
+    for item, prompt in zip(instructions, encode_prompts(tokenizer, texts, template=sampling.template), strict=True):
+        check_tokens(model, prompt, tokenizer, f"instruction {item.id!r}")
+        if not prompt or (limit is not None and len(prompt) + sampling.max_tokens > limit):
+            problems.append(
+                f"instruction {item.id!r}: {len(prompt)} prompt tokens and max_tokens = {sampling.max_tokens} go "
+                f"beyond the {limit} positions of the model"
+            )
+        else:
+            jobs.append(_Job(item, content_key(item.model_dump(exclude_none=True)), prompt))
+    return jobs, problems
+
+
+def _draw(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[_Job],
+    sampling: LocalSampling,
+    ends: frozenset[int],
+    chat: ChatTemplate | None,
+) -> None:
+    """One try more of every job, all as one batch."""
+    rows: list[list[Row]] = []
+    for job in jobs:
+        number = len(job.tries)
+        temperature = sampling.diversity.temperature(sampling.temperature, number)
+        stream = (int(content_key(job.instruction.id)[:15], 16), number)
+        rows.append([Row(job.prompt, sampling.drawn_at(temperature, (*stream, i)), ends) for i in range(sampling.k)])
+    generate(model, tokenizer, [row for group in rows for row in group])
+    for job, group in zip(jobs, rows, strict=True):
+        job.tries.append(Try.of([_response(row, chat) for row in group], group[0].sampling.temperature))
+
+
+def _response(row: Row, chat: ChatTemplate | None) -> Response:
+    """What was drawn; a response is the answer alone, for training writes the template's text around it again."""
+    total = sum(row.logprobs)
+    return Response(
+        text=row.text if chat is None else chat.answer_in(row.text),
+        tokens=len(row.ids),
+        logprob_sum=total,
+        logprob_mean=total / len(row.ids) if row.ids else None,
+        finish_reason=row.finish_reason,
+    )
+
+
+def _best(tries: Sequence[Try]) -> Try:
+    return min(tries, key=lambda one: one.worst)

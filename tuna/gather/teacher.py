@@ -1,0 +1,242 @@
+"""Responses of a teacher behind an OpenAI-compatible endpoint, with the log-probability it gave each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tuna.data.records import Record
+from tuna.data.templates import render_prompt
+from tuna.gather.api.answers import MISSING, parse_choices, stored_choices
+from tuna.gather.api.calls import PaidCalls, Request, request_key
+from tuna.gather.api.endpoint import Api, CallFailed, EndpointRefused
+from tuna.gather.responses import Instruction, Response, ResponseSet
+
+__all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "probe_logprobs", "with_extra"]
+
+
+PROBED = 4  # tokens of the probe
+
+
+class NoLogprobs(ValueError):
+    """The endpoint gives no log-probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is asked of a teacher, for each instruction.
+
+    Attributes:
+        model: its name at the endpoint.
+        api: "completions" (the prompt as text) or "chat" (as messages).
+        n: responses an instruction.
+        max_tokens: most tokens of a response.
+        temperature, top_p: how they are drawn.
+        seed: passed on, plus the number of the draw where one request was not enough; None: not sent.
+        stop: texts that end a response.
+        template: for "completions": none, alpaca or a text with ``{prompt}``; see `tuna.data.templates`.
+        system: for "chat": a system message before the others.
+        logprobs: whether to ask for the log-probabilities of the tokens, and to insist on them.
+        extra: further fields of the request, such as ``{"top_k": 40}``; they win, and None takes a field away.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    model: str
+    api: Api = "chat"
+    n: int = 4
+    max_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    template: str = "none"
+    system: str | None = None
+    logprobs: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.api not in ("completions", "chat"):
+            raise ValueError(f"api = {self.api!r} is neither 'completions' nor 'chat'")
+        for name in ("n", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature = {self.temperature} must be between 0 and 2")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must be above 0 and at most 1")
+        if self.api == "chat" and self.template != "none":
+            raise ValueError(f"template = {self.template!r} is for api = 'completions'; a chat endpoint has its own")
+        if self.api == "completions" and self.system is not None:
+            raise ValueError("system is for api = 'chat'; put the text into the template")
+
+    def parameters(self) -> dict[str, Any]:
+        """All fields as JSON values, for a manifest."""
+        return {**asdict(self), "stop": list(self.stop), "extra": dict(self.extra)}
+
+    def request(self, instruction: Instruction, n: int | None = None, draw: int = 0) -> Request:
+        """The request for ``n`` (default: all) responses; ``draw`` counts the requests for this instruction.
+
+        Raises:
+            ValueError: the instruction cannot be rendered with the template.
+        """
+        body: dict[str, Any] = {
+            "model": self.model,
+            **self._prompt(instruction),
+            "n": n or self.n,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+        if self.seed is not None:
+            body["seed"] = self.seed + draw
+        if self.stop:
+            body["stop"] = list(self.stop)
+        return Request(self.api, with_extra({**body, **self._wanted()}, self.extra), draw)
+
+    def probe(self, max_tokens: int = PROBED) -> Request:
+        """The cheapest request that shows whether there are log-probabilities."""
+        prompt = self._prompt(Instruction(id="probe", prompt="Say: yes"))
+        body = {"model": self.model, **prompt, "max_tokens": max_tokens, **self._wanted()}
+        return Request(self.api, with_extra(body, self.extra))
+
+    def _wanted(self) -> dict[str, Any]:
+        if not self.logprobs:
+            return {}
+        return {"logprobs": True if self.api == "chat" else 1}
+
+    def _prompt(self, instruction: Instruction) -> dict[str, Any]:
+        if self.api == "chat":
+            before = [] if self.system is None else [{"role": "system", "content": self.system}]
+            return {"messages": [*before, *instruction.turns()]}
+        if instruction.messages is not None:
+            raise ValueError(f"instruction {instruction.id!r} has messages; they need api = 'chat'")
+        record = Record(id=instruction.id, prompt=instruction.prompt, responses=[""])
+        return {"prompt": render_prompt(record, self.template, None)}
+
+
+def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with further fields; those that are None are taken away.
+
+    Raises:
+        ValueError: a number of choices or tokens that is none, or a stream is asked for.
+    """
+    found = {name: value for name, value in {**body, **extra}.items() if value is not None}
+    for name in ("n", "max_tokens", "max_completion_tokens"):
+        value = found.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"--extra: {name} = {value!r} must be a whole number, at least 1")
+    if found.get("stream"):
+        raise ValueError("--extra: stream is not taken; answers are read whole")
+    return found
+
+
+async def generate_responses(
+    calls: PaidCalls, sampling: Sampling, instruction: Instruction, *, keep_logprobs: bool = False
+) -> ResponseSet:
+    """``sampling.n`` responses to an instruction; an endpoint that gives fewer is asked again for the rest.
+
+    One that refuses more than one choice a request is asked for one at a time, from then on.
+
+    Raises:
+        CallFailed: a call was given up. What was answered before is in the journal.
+        BudgetSpent: a call does not fit the budget.
+    """
+    found: list[Response] = []
+    draw = 0
+    while len(found) < sampling.n:
+        answer = await _draw(calls, sampling, instruction, sampling.n - len(found), draw)
+        found += [_response(choice, keep_logprobs) for choice in answer["choices"]]
+        draw += 1
+    return ResponseSet(
+        **instruction.model_dump(),
+        responses=found[: sampling.n],
+        model=answer["model"] or sampling.model,
+        sampling={name: value for name, value in sampling.parameters().items() if name != "model" and value},
+    )
+
+
+async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, n: int, draw: int) -> dict[str, Any]:
+    """An answer of up to ``n`` choices."""
+
+    async def ask(choices: int) -> dict[str, Any]:
+        request = sampling.request(instruction, choices, draw)
+        parse = parse_choices(sampling.api, logprobs=sampling.logprobs)
+        stored = stored_choices(logprobs=sampling.logprobs)
+        answer: dict[str, Any] = await calls.ask(request.api, request.body, parse, stored=stored, draw=draw)
+        return answer
+
+    def known(choices: int) -> bool:
+        request = sampling.request(instruction, choices, draw)
+        return request_key(request.api, request.body, draw=draw) in calls.journal
+
+    # An earlier run may have learnt it: what it was answered is not paid for again.
+    if not known(n) and (calls.endpoint.single_choice or known(1)):
+        n = 1
+    try:
+        return await ask(n)
+    except EndpointRefused:
+        raise
+    except CallFailed as error:
+        if n == 1 or "n" in sampling.extra or error.status not in (400, 422, 501):
+            raise
+        refused = error
+    try:
+        answer = await ask(1)
+    except EndpointRefused:
+        raise
+    except CallFailed:
+        raise refused from None  # it was not the number of choices
+    calls.endpoint.single_choice = True
+    return answer
+
+
+async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
+    """Ask one short question to see whether log-probabilities come. It counts as a call, once a folder.
+
+    A model that thinks may need as many tokens as its responses will have before there is a text to look at.
+
+    Raises:
+        NoLogprobs: they do not.
+        CallFailed: the endpoint does not answer at all.
+    """
+    advice = (
+        "nothing but this probe was asked. Score the responses with a local model (--score-with MODEL), "
+        "or gather them without log-probabilities (--no-logprobs)"
+    )
+    choices: list[dict[str, Any]] = []
+    for most in (PROBED, sampling.max_tokens):
+        request = sampling.probe(most)
+        parse = parse_choices(request.api, logprobs=False, probe=True)
+        try:
+            answer = await calls.ask(request.api, request.body, parse, stored=stored_choices(logprobs=False))
+        except EndpointRefused:
+            raise
+        except CallFailed as error:
+            if error.status not in (400, 422):
+                raise
+            raise NoLogprobs(f"the endpoint refuses to give log-probabilities ({error}); {advice}") from error
+        choices = answer["choices"]
+        if any(choice["text"].strip() for choice in choices):
+            break
+    if all(choice["logprobs"] is None for choice in choices):
+        why = next((choice["missing"] for choice in choices if "missing" in choice), "has none")
+        if not why.endswith(MISSING):
+            raise NoLogprobs(f"{sampling.model} answers without log-probabilities (its answer {why}); {advice}")
+
+
+def _response(choice: Mapping[str, Any], keep_logprobs: bool) -> Response:
+    values = choice["logprobs"]
+    total = None if values is None else math.fsum(values)
+    return Response(
+        text=choice["text"],
+        tokens=choice["tokens"],
+        logprob_sum=total,
+        logprob_mean=total / len(values) if total is not None and values else None,
+        finish_reason=choice["finish_reason"],
+        logprobs=values if keep_logprobs else None,
+        reasoning=choice.get("reasoning"),
+    )

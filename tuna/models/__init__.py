@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading, sampling from them, merging adapters."""

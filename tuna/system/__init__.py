@@ -1,0 +1,1 @@
+"""Processes, folders and texts of settings: what every command leans on."""

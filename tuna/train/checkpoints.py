@@ -1,0 +1,311 @@
+"""Checkpoints that are whole or not there, belong to one run, and can be gone on from on another number of ranks.
+
+A checkpoint is written into a draft folder by the stock trainer (and DeepSpeed), on all ranks; when all are done,
+the list of its files, their sizes and digests is written beside them (`MARKER`), everything is flushed to the disk,
+and the folder gets its name by a rename. So a process killed at any moment leaves the checkpoints before it and a
+draft, which the next start removes, and a full disk leaves the same. The marker also names the run, the step and the
+settings. `last_complete` checks all of that: a folder that lost, changed or swapped a file is passed over, and so
+is one of another run.
+
+A run is named by `RUN_FILE` in its folder, written when it begins.
+
+Optimizer states under ZeRO are cut by the number of ranks. DeepSpeed's universal format is not; `make_universal`
+converts a checkpoint to it, in the checkpoint's own folder, once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tuna.system import lifeline
+from tuna.train import manifest
+from tuna.train.curves import write_json
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+UNIVERSAL = "universal.json"
+RUN_FILE = "run.json"
+STATE = "trainer_state.json"
+DRAFT = ".writing"
+SET_ASIDE = "set-aside"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a run must have in common with the checkpoint it goes on from.
+
+    Attributes:
+        ranks: processes that wrote it; may change.
+        zero_stage: ZeRO stage, 0 without DeepSpeed.
+        batches_a_step: micro-batches of an optimizer step over all ranks: what the place in the data counts by.
+    """
+
+    ranks: int
+    zero_stage: int
+    batches_a_step: int
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or cannot be gone on from."""
+
+
+def publish(
+    draft: Path, target: Path, shape: Shape, *, run: str | None = None, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Give a finished draft its name; one process does it, after all have written.
+
+    Args:
+        draft: where the files are.
+        target: its name, which ends in its step.
+        shape: of the run.
+        run: its name.
+        settings: those it was trained with so far, as `tuna.train.resuming` compares them.
+
+    Raises:
+        OSError: the disk is full; the draft has no marker and no name then.
+    """
+    files = manifest.files_in(draft)
+    for file in files:
+        _flush(file)
+    step = int(target.name.rpartition("-")[2])
+    content = {"step": step, "run": run, "shape": asdict(shape), "settings": dict(settings or {})}
+    manifest.write(draft, MARKER, content, files)
+    _flush(draft / MARKER)
+    for folder in {draft, *(file.parent for file in files)}:
+        _flush(folder)
+    if target.exists():  # written before, by a run that went on from an earlier step
+        target.rename(draft.with_name("replaced"))
+    draft.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(draft.with_name("replaced"), ignore_errors=True)
+    with suppress(OSError):
+        draft.parent.rmdir()
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint is not as it was written, naming the file; None where nothing is wrong."""
+    found = manifest.fault(folder, MARKER, apart=_is_universal)
+    if found is not None:
+        return found
+    marker = manifest.read(folder, MARKER)
+    name = NAME.fullmatch(folder.name)
+    if name and int(name[1]) != marker.get("step"):
+        return f"{folder} holds the checkpoint of step {marker.get('step')}: it was renamed"
+    return None
+
+
+def numbered(run: Path) -> list[Path]:
+    """The folders in a run's folder that are named as checkpoints, last step first."""
+    found = {int(match[1]): folder for folder in run.glob("checkpoint-*") if (match := NAME.fullmatch(folder.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step that is whole and of this run, and why later ones of this run are not.
+
+    Raises:
+        CheckpointError: as `run_name`.
+    """
+    name, faults = run_name(run), []
+    for folder in numbered(run):
+        wrong = fault(folder)
+        if wrong is not None:
+            faults.append(wrong)
+        elif name in (None, _named(folder)):
+            return folder, faults
+        else:
+            logger.warning("%s is of another run than %s: passed over", folder, run / RUN_FILE)
+    return None, faults
+
+
+def last_complete(run: Path) -> Path | None:
+    """As `newest`; what is wrong with later ones goes to the log."""
+    found, faults = newest(run)
+    for wrong in faults:
+        logger.warning("%s; that checkpoint is passed over", wrong)
+    return found
+
+
+def run_name(run: Path) -> str | None:
+    """The name of the run in a folder, None where there is none.
+
+    Raises:
+        CheckpointError: `RUN_FILE` is damaged, or it is missing and there are checkpoints of several runs.
+    """
+    path = run / RUN_FILE
+    if path.exists():
+        try:
+            name = json.loads(path.read_text("utf-8"))["run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            name = None
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(
+                f"{path} is damaged: it names no run. Remove it if all checkpoints beside it are of one run"
+            )
+        return name
+    names = {name for folder in numbered(run) if (name := _named(folder)) is not None}
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{path} is missing and the checkpoints beside it are of {len(names)} runs: remove those not wanted"
+        )
+    return names.pop() if names else None
+
+
+def begin_run(run: Path, *, clear: bool = False) -> str:
+    """Give the run that begins in a folder a name, so that no checkpoint of an earlier one is ever taken.
+
+    Args:
+        run: the folder.
+        clear: remove the checkpoints of earlier runs; else they are moved to `SET_ASIDE`.
+    """
+    name = uuid.uuid4().hex
+    write_json(run / RUN_FILE, {"run": name})
+    for folder in numbered(run):
+        set_aside(folder, tell=not clear)
+    if clear:  # all of them are out of the way: a kill from here on leaves nothing that looks like a damaged one
+        shutil.rmtree(run / SET_ASIDE, ignore_errors=True)
+    return name
+
+
+def go_on(run: Path, checkpoint: Path) -> str:
+    """The name of the run that goes on from ``checkpoint`` in its folder ``run``.
+
+    What cannot be gone on from later is moved to `SET_ASIDE`: checkpoints of other runs and of later steps.
+    """
+    name = run_name(run) or _named(checkpoint) or uuid.uuid4().hex
+    if not (run / RUN_FILE).exists():
+        write_json(run / RUN_FILE, {"run": name})
+    for folder in numbered(run):
+        if folder == checkpoint:
+            break  # those before it stay
+        set_aside(folder)
+    return name
+
+
+def set_aside(folder: Path, *, tell: bool = True) -> None:
+    """Move a checkpoint that is not to be taken, nor counted, into a folder of its run."""
+    target = folder.parent / SET_ASIDE / folder.name
+    number = 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{folder.name}.{number}")
+    target.parent.mkdir(exist_ok=True)
+    folder.rename(target)
+    if tell:
+        logger.warning("%s is not gone on from and was moved to %s", folder, target)
+
+
+def remove_drafts(run: Path) -> None:
+    """Remove what a killed run was writing; a replaced checkpoint whose successor got no name comes back."""
+    drafts = run / DRAFT
+    replaced = drafts / "replaced"
+    if replaced.is_dir() and fault(replaced) is None:
+        target = run / f"checkpoint-{manifest.read(replaced, MARKER)['step']}"
+        if not target.exists():
+            replaced.rename(target)
+    shutil.rmtree(drafts, ignore_errors=True)
+
+
+def shape_of(checkpoint: Path) -> Shape | None:
+    """The shape a checkpoint was written with, None where it was not written by us."""
+    try:
+        return Shape(**manifest.read(checkpoint, MARKER)["shape"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def check_shape(checkpoint: Path, now: Shape) -> bool:
+    """Whether ``checkpoint`` has to be converted for ``now``.
+
+    Raises:
+        CheckpointError: an optimizer step would have another number of micro-batches, or optimizer states of
+            another kind are needed.
+    """
+    then = shape_of(checkpoint)
+    if then is None:
+        return False
+    if then.batches_a_step != now.batches_a_step:
+        raise CheckpointError(
+            f"{checkpoint} was written with {then.batches_a_step} micro-batches a step ({then.ranks} ranks x "
+            f"{then.batches_a_step // then.ranks}), this run has {now.batches_a_step} ({now.ranks} ranks x "
+            f"{now.batches_a_step // now.ranks}): choose gradient_accumulation_steps so that the product stays"
+        )
+    kinds = [
+        ("without DeepSpeed", "under ZeRO-1 or 2", "under ZeRO-1 or 2", "under ZeRO-3")[s.zero_stage]
+        for s in (then, now)
+    ]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(f"{checkpoint} was written {kinds[0]}, this run is {kinds[1]}: use `tuna export` first")
+    return now.zero_stage > 0 and (then.ranks, then.zero_stage) != (now.ranks, now.zero_stage)
+
+
+def make_universal(checkpoint: Path, *, trust: bool = False) -> None:
+    """Convert the optimizer states of a DeepSpeed checkpoint so that any number of ranks and any stage loads them.
+
+    One process does it, in a process of its own (DeepSpeed's converter starts workers); a second call does
+    nothing, unless what the first one wrote has been damaged since. Takes the disk space of the states once more.
+
+    Args:
+        checkpoint: the checkpoint.
+        trust: whether code in it may run, see `tuna.train.trust`.
+
+    Raises:
+        CheckpointError: the converter failed; with the end of its output.
+    """
+    if manifest.fault(checkpoint, UNIVERSAL, apart=lambda place: not _is_universal(place)) is None:
+        return
+    tag = (checkpoint / "latest").read_text("utf-8").strip()
+    target = checkpoint / f"{tag}_universal"
+    shutil.rmtree(target, ignore_errors=True)  # of a conversion that was killed
+    for name in (UNIVERSAL, "latest_universal"):
+        (checkpoint / name).unlink(missing_ok=True)
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    folders = ("--input_folder", str(checkpoint / tag), "--output_folder", str(target), "--inject_missing_state")
+    with lifeline.start(
+        [sys.executable, "-m", "tuna.train.universal", *(["--trust"] if trust else []), *folders],
+        env={name: value for name, value in os.environ.items() if name not in launcher},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        output, _ = process.communicate()
+    if process.returncode != 0:
+        raise CheckpointError(f"{checkpoint} cannot be converted for another number of ranks:\n{output[-2000:]}")
+    files = [file for file in manifest.files_in(checkpoint) if _is_universal(file.relative_to(checkpoint).as_posix())]
+    manifest.write(checkpoint, UNIVERSAL, {}, files)
+
+
+def _is_universal(place: str) -> bool:
+    """Whether a file of a checkpoint was added by `make_universal`, by its place."""
+    return place in (UNIVERSAL, "latest_universal") or place.partition("/")[0].endswith("_universal")
+
+
+def _named(folder: Path) -> str | None:
+    """The run a checkpoint says it is of."""
+    try:
+        name = manifest.read(folder, MARKER).get("run")
+    except ValueError:
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,70 @@
+"""What a trainer is given as data, as tokenised groups, and what is to be said of it before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tuna.data.notices import data_notices
+from tuna.data.records import Record, RecordSet, read_records
+from tuna.data.templates import end_generation_at
+from tuna.data.tokenization import TokenizedGroup, tokenize_records
+from tuna.data.vocabulary import check_vocabulary
+from tuna.train.config import TunaConfig
+
+__all__ = ["GroupData", "check_data", "tokenized"]
+
+logger = logging.getLogger(__name__)
+SHOWN_PROBLEMS = 10
+GroupData = Sequence[TokenizedGroup] | Sequence[Record] | Sequence[Mapping[str, Any]]
+
+
+def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[TokenizedGroup]:
+    """``dataset`` as tokenised groups; records, and rows of records, are tokenised by the settings in ``args``.
+
+    Raises:
+        TypeError: elements of another kind.
+        ValueError: records without a tokenizer, or none that can be used; several splits of a dataset.
+    """
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"train_dataset holds several splits, pass one of them: {', '.join(map(str, dataset))}")
+    items: list[Any] = list(dataset)
+    if all(isinstance(item, TokenizedGroup) for item in items):
+        return items
+    wrong = next((item for item in items if not isinstance(item, Record | Mapping)), None)
+    if wrong is not None or len({isinstance(item, Record) for item in items}) > 1:
+        odd = type(wrong).__name__ if wrong is not None else "several of them"
+        raise TypeError(f"a dataset holds TokenizedGroup, Record or rows of records, all of one kind, not {odd}")
+    if tokenizer is None:
+        raise ValueError("records need a tokenizer: pass processing_class=tokenizer")
+    rows = items and isinstance(items[0], Mapping)
+    found = read_records(items, on_bad=args.on_bad) if rows else RecordSet(items, [])
+    groups, problems = tokenize_records(
+        found.records, tokenizer, template=args.template, max_length=args.max_length, on_bad=args.on_bad
+    )
+    problems = [*found.problems, *problems]
+    for problem in problems[:SHOWN_PROBLEMS]:
+        logger.warning("left out: %s", problem)
+    if len(problems) > SHOWN_PROBLEMS:
+        logger.warning("… and %d more left out", len(problems) - SHOWN_PROBLEMS)
+    if not groups:
+        raise ValueError(f"none of the {len(items)} records can be used; the first problem: {problems[0]}")
+    return groups
+
+
+def check_data(
+    model: nn.Module, train: Any, evaluation: Any, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse tokens without an embedding, tell what is odd, and let the model's generation end where responses do."""
+    sets = dict(evaluation) if isinstance(evaluation, Mapping) else {"": evaluation} if evaluation else {}
+    for groups in (train or (), *sets.values()):
+        check_vocabulary(model, groups, tokenizer)
+    facts: Any = {"template": args.template, "max_length": args.max_length, "tokenizer": tokenizer}
+    for notice in data_notices(train, sets, **facts) if args.process_index == 0 else ():
+        logger.warning("%s", notice)
+    if tokenizer is not None:
+        end_generation_at(model, tokenizer, args.template)

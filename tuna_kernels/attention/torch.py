@@ -1,0 +1,128 @@
+"""Attention over a packed tree, block by block, in torch operations on any device.
+
+The plan (`attention_plan`) says which keys a block needs, a route (`attention_blocks`) computes the block. All
+that is kept for the backward is q, k, v, out and lse; keys and values are gathered run by run and never kept.
+Half-precision blocks are converted to float32 (on CPUs without bfloat16 units its matrix product is several times
+slower, and the softmax wants float32 anyway), and dK and dV are summed in float32. The runs of a block do not
+overlap, so the sums need no atomics and come out the same every time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tuna_kernels.attention.block_plan import Block, Plan, plan_for
+from tuna_kernels.attention.blocks import Upstream, choose
+from tuna_kernels.head.reference import compute_dtype
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    query_rows: Tensor | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; out in q's dtype, laid out as [B, Tq, Hq, dv] in memory."""
+    plan = plan_for(subtree_end, query_rows, position_ids, window, q.device)
+    route = choose(q, v, softcap)
+    out, lse = empty_outputs(q, v)
+    q = _sorted(q, plan)
+    for block in plan.blocks:
+        queries, keys, values = _fold(q, block, k.shape[1]), _gather(k, block), _gather(v, block)
+        block_out, block_lse = route.forward(queries, keys, values, block, scale, softcap)
+        _put(out, block_out, block)
+        _put(lse.unsqueeze(-1), block_lse.unsqueeze(-1), block)
+    return _unsorted(out, plan), _unsorted(lse, plan)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    query_rows: Tensor | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` in the dtypes of q, k and v."""
+    plan = plan_for(subtree_end, query_rows, position_ids, window, q.device)
+    route = choose(q, v, softcap, grad_lse)
+    dtype, heads = compute_dtype(q.dtype), k.shape[1]
+    dq = torch.empty_like(q)
+    dk = torch.zeros_like(k, dtype=dtype)
+    dv = torch.zeros_like(v, dtype=dtype)
+    q, out, lse, grad_out = (_sorted(x, plan) for x in (q, out, lse, grad_out))
+    grad_lse = None if grad_lse is None else _sorted(grad_lse, plan)
+    for block in plan.blocks:
+        upstream = Upstream(
+            grad_out=_fold(grad_out, block, heads),
+            out=_fold(out, block, heads),
+            lse=_fold(lse.unsqueeze(-1), block, heads).squeeze(-1),
+            grad_lse=None if grad_lse is None else _fold(grad_lse.unsqueeze(-1), block, heads).squeeze(-1),
+        )
+        queries, keys, values = _fold(q, block, heads), _gather(k, block), _gather(v, block)
+        block_dq, block_dk, block_dv = route.backward(upstream, queries, keys, values, block, scale, softcap)
+        _put(dq, block_dq, block)
+        _scatter_add(dk, block_dk, block)
+        _scatter_add(dv, block_dv, block)
+    return _unsorted(dq, plan), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised ``(out, lse)``. The layout of out spares the model's transpose back to [B, Tq, Hq·dv]."""
+    batch, heads, rows, _ = q.shape
+    out = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(batch, heads, rows, dtype=compute_dtype(q.dtype))
+
+
+def _fold(x: Tensor, block: Block, heads: int) -> Tensor:
+    """The block's part of x [B, Hq, Tq, d] as [B, Hkv, G·bq, d] in the computing dtype."""
+    part = x[:, :, block.start : block.stop].to(compute_dtype(x.dtype))
+    batch, all_heads, rows, size = part.shape
+    return part.reshape(batch, heads, all_heads // heads * rows, size)
+
+
+def _put(total: Tensor, part: Tensor, block: Block) -> None:
+    """Write the block's [B, Hkv, G·bq, d] to its rows of ``total`` [B, Hq, Tq, d]."""
+    rows = total[:, :, block.start : block.stop]
+    rows.copy_(part.reshape(rows.shape))
+
+
+def _gather(x: Tensor, block: Block) -> Tensor:
+    """The block's keys or values [B, Hkv, nk, d] in the computing dtype."""
+    parts = [x[:, :, start:stop] for start, stop in block.keys]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return joined.to(compute_dtype(x.dtype))
+
+
+def _scatter_add(total: Tensor, part: Tensor, block: Block) -> None:
+    """Add [B, Hkv, nk, d] to the block's runs of ``total`` [B, Hkv, T, d]."""
+    done = 0
+    for start, stop in block.keys:
+        total[:, :, start:stop] += part[:, :, done : done + stop - start]
+        done += stop - start
+
+
+def _sorted(x: Tensor, plan: Plan) -> Tensor:
+    return x if plan.order is None else x.index_select(2, plan.order)
+
+
+def _unsorted(x: Tensor, plan: Plan) -> Tensor:
+    """Back to the caller's order of queries."""
+    if plan.order is None:
+        return x
+    result = torch.empty_like(x)
+    result[:, :, plan.order] = x
+    return result

@@ -1,0 +1,233 @@
+"""Attention over a packed tree: the boundary of groups, the shared prompt and any deeper sharing in one rule.
+
+    row i attends to row j exactly when  j <= i < subtree_end[j]
+
+Backends: `triton` (kernels for GPUs), `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16),
+`torch` (block by block, any device and dtype), `reference` (the whole mask, the oracle), and `flex` and `flash` for who
+has those; see docs/attention.md. None but the oracle computes T × T across groups or branches; on `cpu` and `torch` a
+group's attention comes out in the same bits alone and packed with others.
+
+What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
+separate ones) and additive biases (no model among the tested families trains with them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from types import ModuleType
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from tuna_kernels.attention import flash, flex, ops, reference
+from tuna_kernels.attention.triton import launches
+from tuna_kernels.dispatch import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
+from tuna_kernels.errors import CannotServe
+from tuna_kernels.head.logprobs import should_validate
+
+__all__ = ["tree_attention"]
+
+_AUTOGRAD: dict[str, ModuleType] = {"reference": reference, "flex": flex}
+"""Backends that PyTorch differentiates; the others are in `attention_ops.BACKENDS`."""
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    query_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of the rows of a packed tree to their ancestors and themselves.
+
+    Args:
+        q: [B, Hq, Tq, d] float queries. The B trees are the same; Hq is a multiple of Hkv (query head h reads
+            key head ``h // (Hq / Hkv)``).
+        k: [B, Hkv, T, d] keys of all T packed rows, dtype and device of q.
+        v: [B, Hkv, T, dv] values.
+        subtree_end: [T] int64, one past the last row of the subtree below row j (`PackedTree.subtree_end`).
+        query_rows: [Tq] int64 packed row of each query, in any order; default: all rows (Tq = T).
+        position_ids: [T] int64 depth of each row; needed with ``window``.
+        window: w >= 1: see row j only where ``0 <= depth_i - depth_j < w`` too. Depth, not packed rows: a
+            branch measures its distance along its own sequence. A row always sees itself.
+        scale: factor on the scores; default ``1 / sqrt(d)``.
+        softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
+        sinks: [Hq] float, one learned logit per query head that stands in the denominator of all its rows and
+            carries no value (GPT-OSS), differentiable; neither scaled nor capped; -inf: none.
+        return_lse: also the log-sum-exp of the scores, sink included, differentiable.
+        backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"triton"` on CUDA or `"cpu"`
+            on CPU where they serve the inputs, else `"torch"`), one of those, `"reference"`, `"flex"` (PyTorch's
+            FlexAttention) or `"flash"` (flash-attn).
+
+    Returns:
+        out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
+        ``return_lse`` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable in q, k, v and sinks: once,
+        in reverse mode; backend ``"reference"`` as often and in whatever mode one likes.
+        Under autocast q, k and v are cast to its dtype first, as for PyTorch's own attention.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
+        IndexError: a query row outside [0, T).
+        TypeError: an argument that is no tensor of the right kind.
+        RuntimeError: a backend that cannot serve this call, with the reason.
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 3, 2)
+        >>> v = torch.tensor([[[[2.0], [4.0], [8.0]]]])  # a prompt of one token, two responses of one
+        >>> tree_attention(q, k, v, torch.tensor([3, 2, 3])).flatten().tolist()
+        [2.0, 3.0, 5.0]
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    _check_tensors(q, k, v)
+    _check_tree(k, q, subtree_end, query_rows, position_ids)
+    _check_settings(window, position_ids, softcap)
+    _check_sinks(sinks, q)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    chosen = _resolve(backend, q, k, v, query_rows)
+    if chosen in _AUTOGRAD:
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = _AUTOGRAD[chosen].tree_attention(
+                q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
+            )
+    else:
+        out, lse = ops.tree_attention(
+            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap, chosen, sinks
+        )
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has {x.ndim} dimensions, not the 4 of [batch, heads, rows, head size]")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}, not a floating dtype")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: they must agree")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k {list(k.shape)} does not fit q {list(q.shape)}: batch and head size must agree")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v {list(v.shape)} does not fit k {list(k.shape)}: only the head size may differ")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {k.shape[1]} of k and v")
+
+
+def _check_tree(
+    k: Tensor, q: Tensor, subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None
+) -> None:
+    total = k.shape[2]
+    lengths = {"subtree_end": total, "query_rows": q.shape[2], "position_ids": total}
+    given = {"subtree_end": subtree_end, "query_rows": query_rows, "position_ids": position_ids}
+    for name, x in given.items():
+        if x is None:
+            continue
+        if x.dtype != torch.int64:
+            raise TypeError(f"{name} is {x.dtype}, not torch.int64")
+        if x.shape != (lengths[name],):
+            raise ValueError(f"{name} has shape {list(x.shape)}, not [{lengths[name]}]")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must agree")
+    if query_rows is None and q.shape[2] != total:
+        raise ValueError(f"q has {q.shape[2]} rows and k {total}: say which rows the queries are by query_rows")
+
+
+def _check_settings(window: int | None, position_ids: Tensor | None, softcap: float | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} is below 1: a row sees at least itself")
+    if window is not None and position_ids is None:
+        raise ValueError("window needs position_ids, the depth of each row: packed rows are no distance")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap = {softcap} is not above 0")
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks is {sinks.dtype}, not a floating dtype")
+    if sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks has shape {list(sinks.shape)}, not [{q.shape[1]}], one for each head of q")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device}, q on {q.device}: they must agree")
+    readable = should_validate(None, sinks) and not is_functorch_wrapped_tensor(sinks)
+    if readable and bool((sinks == math.inf).any()):
+        head = int((sinks == math.inf).nonzero()[0])
+        raise ValueError(f"sinks[{head}] = inf: nothing else would be seen; it must be finite, or -inf for none")
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
+    known = ("auto", *_AUTOGRAD, *ops.BACKENDS)
+    if name not in known:
+        raise ValueError(f"{argument} = {name!r} is not one of {known}")
+
+
+def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
+    """The backend of a call; those that only attention has, or that look at more than dtypes, are judged here."""
+    asked, origin = backend, "backend"
+    if backend == "auto":
+        asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
+        if asked == "auto" and q.device.type == "cuda":
+            chosen = "torch" if launches.why_not(q, v) else "triton"
+            mention_unchecked(chosen, q.device)
+            return chosen
+    check_backend(asked, origin)
+    if asked not in ("triton", "flex", "flash"):
+        return resolve_backend(backend, q.device, q.dtype)
+    if asked == "triton":
+        reason = launches.why_not(q, v)
+    else:
+        reason = flex.why_not(q, k, v) if asked == "flex" else flash.why_not(q, v, query_rows)
+    if reason:
+        raise CannotServe(f"{origin} = {asked!r} cannot serve this call: {reason}")
+    return asked

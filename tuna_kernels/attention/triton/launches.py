@@ -1,0 +1,274 @@
+"""Tree attention in Triton kernels: the launches. The kernels are in `triton/attention_forward` and `_backward`, the
+block lists they walk in `attention_bounds`.
+
+Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, where the key
+blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on, nothing
+is copied. All results are the same bits every time, for the same GPU and configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tuna_kernels.attention.block_plan import check_values
+from tuna_kernels.attention.bounds import BlockMap, block_map
+from tuna_kernels.attention.torch import empty_outputs
+from tuna_kernels.attention.triton.config import candidates
+from tuna_kernels.gpu import availability, launch
+from tuna_kernels.gpu.static_case import Config
+
+Result = TypeVar("Result")
+MAX_SIZE = 256
+"""Largest head size: beyond it the accumulators of one program no longer fit its registers."""
+
+MAX_SPLITS = 16
+_MAKING_A_LIST = 24
+"""Bytes a pair of blocks takes while the lists are made: flags, sort keys and places, beyond the int32 that is kept."""
+
+_LOG2E = 1.4426950408889634
+
+
+def why_not(q: Tensor, v: Tensor) -> str:
+    """ "" if these inputs are served, else the reason why not."""
+    if reason := availability.supports(q.device, q.dtype):
+        return reason
+    for name, x in (("q and k", q), ("v", v)):
+        if x.shape[3] > MAX_SIZE:
+            return f"the head size of {name} is {x.shape[3]}, above {MAX_SIZE}"
+    if q.shape[3] == 0 or v.shape[3] == 0:
+        return "the head size is 0"
+    return ""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    query_rows: Tensor | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; out in q's dtype, laid out as [B, Tq, Hq, dv] in memory."""
+    from tuna_kernels.attention.triton.forward import forward_kernel
+
+    blocks = _map(subtree_end, query_rows, position_ids, window)
+    out, lse = empty_outputs(q, v)
+    if out.numel() == 0:
+        return out, lse
+
+    def run(config: Config) -> None:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        _launch(
+            forward_kernel,
+            (-(-q.shape[2] // block_m), q.shape[1], q.shape[0]),
+            config,
+            q.device,
+            (q, k, v, out, lse, *_arrays(blocks, block_m, block_n)),
+            (q.shape[2], k.shape[2], q.shape[1] // k.shape[1], -(-k.shape[2] // block_n), window or 0),
+            (q, k, v, out),
+            _score_factors(scale, softcap),
+            _flags(q, v, blocks, softcap),
+        )
+
+    _run_chosen("forward", q, v, blocks, softcap, run)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    query_rows: Tensor | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` in the dtypes of q, k and v."""
+    from tuna_kernels.attention.triton.backward import dkv_kernel, dq_kernel
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    blocks = _map(subtree_end, query_rows, position_ids, window)
+    batch, heads, queries, _ = q.shape
+    kv_heads, total = k.shape[1], k.shape[2]
+    delta = torch.empty_like(lse)
+    factors = (*_score_factors(scale, softcap), scale)
+    flags = _flags(q, v, blocks, softcap)
+
+    upstream_lse = delta if grad_lse is None else grad_lse
+
+    def run_dq(config: Config) -> None:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        _launch(
+            dq_kernel,
+            (-(-queries // block_m), heads, batch),
+            config,
+            q.device,
+            (q, k, v, out, grad_out, dq, lse, upstream_lse, delta, *_arrays(blocks, block_m, block_n)),
+            (queries, total, heads // kv_heads, -(-total // block_n), window or 0),
+            (q, k, v, out, grad_out, dq),
+            factors,
+            {**flags, "GRAD_LSE": grad_lse is not None},
+        )
+
+    def run_dkv(config: Config) -> list[Tensor]:
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        query_blocks, key_blocks = -(-queries // block_m), -(-total // block_n)
+        splits = _splits(key_blocks * kv_heads * batch, query_blocks, launch.device_of(q).processors)
+        parts = [x.unsqueeze(0) for x in (dk, dv)]
+        if splits > 1:
+            parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (dk, dv)]
+        _launch(
+            dkv_kernel,
+            (key_blocks, batch * kv_heads, splits),
+            config,
+            q.device,
+            (q, k, v, grad_out, *parts, lse, delta, *_arrays(blocks, block_m, block_n, of_keys=True)),
+            (queries, total, heads // kv_heads, kv_heads, query_blocks, window or 0),
+            (q, k, v, grad_out, *parts),
+            factors,
+            flags,
+        )
+        return parts
+
+    _run_chosen("dq", q, v, blocks, softcap, run_dq)
+    parts = _run_chosen("dkv", q, v, blocks, softcap, run_dkv)
+    if len(parts[0]) > 1:
+        dk.copy_(parts[0].sum(0))
+        dv.copy_(parts[1].sum(0))
+    return dq, dk, dv
+
+
+def workspace_bytes(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    rows: int,
+    size: int,
+    dtype: torch.dtype,
+    device: launch.Device,
+) -> int:
+    """Peak of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
+
+    Delta and an upstream of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
+    block lists, which the first layer makes and all others share. A bound for any configuration, tuned or not.
+    """
+    most, sums = {"forward": 0, "dq": 0, "dkv": 0}, 0
+    for kernel in most:
+        for config in candidates(kernel, device.capability, _padded(size), _products(dtype)):
+            query_blocks, key_blocks = -(-queries // config.blocks["BLOCK_M"]), -(-rows // config.blocks["BLOCK_N"])
+            most[kernel] = max(most[kernel], query_blocks * key_blocks)
+            splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.processors)
+            if kernel == "dkv" and splits > 1:
+                sums = max(sums, (2 * splits + 1) * 4 * batch * kv_heads * rows * size)
+    lists = 4 * sum(most.values()) + _MAKING_A_LIST * max(most.values())
+    return lists + 16 * rows + 24 * queries + 8 * batch * heads * queries + sums
+
+
+def _map(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> BlockMap:
+    check_values(subtree_end, query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
+    return block_map(subtree_end, query_rows, position_ids, window)
+
+
+def _arrays(blocks: BlockMap, block_m: int, block_n: int, *, of_keys: bool = False) -> tuple[Tensor, ...]:
+    lists = blocks.lists(block_m, block_n, of_keys=of_keys)
+    unused = blocks.end
+    optional = (unused if x is None else x for x in (blocks.rows, blocks.order, blocks.depth))
+    return (blocks.end, *optional, lists.index, lists.full, lists.live)
+
+
+def _score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(factor on products, cap) such that `base2_scores` gives log2(e) times the scores."""
+    return (scale * _LOG2E, 1.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+
+
+def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dict[str, Any]:
+    size, values = q.shape[3], v.shape[3]
+    return {
+        "D": size,
+        "DV": values,
+        "PAD_D": _padded(size),
+        "PAD_V": _padded(values),
+        "ROWS": blocks.rows is not None,
+        "WINDOW": blocks.window is not None,
+        "SOFTCAP": softcap is not None,
+        "UPCAST": availability.is_interpreted() and q.dtype == torch.bfloat16,
+        "PRECISION": _precision(),
+    }
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _products(dtype: torch.dtype) -> str:
+    """How matrices are multiplied, as `candidates` wants it."""
+    return _precision() if dtype == torch.float32 else "half"
+
+
+def _padded(size: int) -> int:
+    """Tiles are powers of two, and a matrix product takes at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _run_chosen(
+    kernel: str, q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None, run: Callable[[Config], Result]
+) -> Result:
+    """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
+    device = launch.device_of(q)
+    size = max(_padded(q.shape[3]), _padded(v.shape[3]))
+    configs = candidates(kernel, device.capability, size, _products(q.dtype), softcap=softcap is not None)
+    table = {launch.INTERPRETER: configs}
+    key = (q.dtype, size, _products(q.dtype), blocks.window is not None, softcap is not None)
+    return run(launch.choose(f"attention_{kernel}", table, device, key, run))
+
+
+def _splits(programs: int, query_blocks: int, processors: int) -> int:
+    """Over how many programs a key block is split: four programs for each of a GPU's places for two, if need be.
+
+    A prompt's key block may be seen by every query, and nothing shorter than its walk ends the kernel. With that many
+    programs the longest walk is about an even share of all work. The workspace is then bounded by the GPU, not by the
+    problem: some 8 programs per multiprocessor, each with its BLOCK_N rows of dK and dV.
+    """
+    return max(1, min(MAX_SPLITS, query_blocks, -(-8 * processors // programs)))
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    config: Config,
+    device: torch.device,
+    pointers: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    strided: tuple[Tensor, ...],
+    factors: tuple[float, ...],
+    flags: dict[str, Any],
+) -> None:
+    """All kernels take their arguments in this order."""
+    strides = [stride for x in strided for stride in x.stride()]
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        kernel[grid](
+            *pointers,
+            *sizes,
+            *strides,
+            *factors,
+            **flags,
+            **config.blocks,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )

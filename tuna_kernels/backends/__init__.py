@@ -1,1 +1,0 @@
-"""The computing rooms: every public function validates and shapes, a backend computes."""

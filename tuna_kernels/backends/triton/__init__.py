@@ -1,1 +1,0 @@
-"""Triton kernels for NVIDIA GPUs, one kernel per file."""

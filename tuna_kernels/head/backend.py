@@ -1,0 +1,33 @@
+"""What a backend of the LM head is: five functions. Slots, validation, ops and the loss are the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tuna_kernels.head import tiled, tiled_selective
+from tuna_kernels.head.tiled import ForwardResult, TileOps
+
+
+class HeadBackend(NamedTuple):
+    """Arguments and results are those of the functions of these names in ``tiled`` and ``selective``, less ``ops``."""
+
+    forward: Callable[..., ForwardResult]
+    backward: Callable[..., None]
+    unit_rows: Callable[..., Tensor]
+    selective_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    selective_backward: Callable[..., None]
+
+
+def tiled_backend(ops: TileOps) -> HeadBackend:
+    """The tile loop over a backend's tile operations."""
+    return HeadBackend(
+        partial(tiled.forward, ops),
+        partial(tiled.backward, ops),
+        tiled.unit_rows,
+        partial(tiled_selective.forward, ops),
+        partial(tiled_selective.backward, ops),
+    )

@@ -1,0 +1,192 @@
+"""Vocabulary-parallel heads: each rank of a process group holds an equal shard of the LM head's rows.
+
+Each rank computes log-sum-exp, entropy and, where it owns the target, the log-probability over its own shard, on any
+backend; two all-reduces of a few numbers a slot combine them. The combination's gradient needs no communication.
+
+Who reduces what, as Megatron-LM has it for its output layer:
+
+* Hidden states, targets and a LoRA's A are the same on every rank, and so must be the upstream gradient (the loss is
+  computed alike everywhere). Results are the same on every rank.
+* The gradient of hidden states (and of what they were made of, also through a LoRA's A) is a sum over the shards: it
+  is **all-reduced here**, in its own dtype, and complete on every rank. Do not reduce it again. With sequence
+  parallelism gather the hidden states first by an operation whose backward takes this rank's part, not one that sums.
+* The gradients of weight, bias and a LoRA's B are those of the rank's own shard: nothing to reduce within the group
+  (data-parallel groups reduce them as any other parameter).
+
+A vocabulary padded to a multiple of the ranks has its padding at the end: ``valid_vocab`` says how many entries count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tuna_kernels import derivatives
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary: entries ``start … start + size``, of which ``valid`` count."""
+
+    group: str
+    start: int
+    size: int
+    valid: int
+    vocabulary: int  # entries of all ranks that count
+
+    @classmethod
+    def of(cls, group: Any, size: int, valid_vocab: int | None) -> Shard:
+        """The shard of ``size`` rows of this rank in a ``ProcessGroup``, or the group of a name."""
+        group = resolve(group) if isinstance(group, str) else group
+        padded = size * group.size()
+        vocabulary = check_valid_vocab(valid_vocab, padded)
+        start = size * group.rank()
+        return cls(group.group_name, start, size, min(max(vocabulary - start, 0), size), vocabulary)
+
+    def local(self, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(targets within the shard, which are in it, which count); those of other shards become entry 0."""
+        counted = targets != ignore_index
+        here = targets - self.start
+        mine = counted & (here >= 0) & (here < self.valid)
+        return torch.where(mine, here, torch.where(counted, 0, ignore_index)), mine, counted
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    """The process group of a name (``ProcessGroup.group_name``); ops take names, so that they can be compiled."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def check_valid_vocab(valid_vocab: int | None, padded: int) -> int:
+    """The entries that count of ``padded``: all by default."""
+    if valid_vocab is None:
+        return padded
+    if not 0 < valid_vocab <= padded:
+        raise ValueError(f"valid_vocab = {valid_vocab} must be in 1 … {padded}, the rows of the head")
+    return valid_vocab
+
+
+@torch.library.custom_op("tuna_kernels::all_reduce_sum", mutates_args=())
+def all_reduce_sum(x: Tensor, group: str) -> Tensor:
+    """The sum of ``x`` over the ranks of a group, a new tensor."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=resolve(group))
+    return total
+
+
+@all_reduce_sum.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _Copy(torch.autograd.Function):
+    """Identity; the gradient is summed over the group."""
+
+    @staticmethod
+    def forward(x: Tensor, group: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed: Tensor = torch.ops.tuna_kernels.all_reduce_sum(gradients[0], ctx.group)
+        return summed, None
+
+
+def copy_to_group(x: Tensor, group: str) -> Tensor:
+    """``x``, the same on every rank, for use in a shard of each: its gradient is the sum of all ranks'."""
+    copied: Tensor = _Copy.apply(x, group)  # type: ignore[no-untyped-call]
+    return copied
+
+
+@torch.library.custom_op("tuna_kernels::combine_shards", mutates_args=())
+def combine_shards(
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    mine: Tensor,
+    counted: Tensor,
+    factor: float,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Over all shards, from each rank's own: ``(logprobs, lse, entropy, weight, above)``, [M] each.
+
+    The numbers come from ``state`` [3, M], the (chosen, maximum, log_sum) of `linear.forward` with its ``factor``,
+    which are exact for large logits too; ``logprobs`` and ``lse`` of the shard are there to be differentiated.
+    ``mine`` [M]: this rank owns the target; ``counted`` [M]: the slot is not ignored. A target that no rank or more
+    than one owns gives NaN. For the backward: the shard's ``weight`` in the softmax, and by how much its mean logit
+    lies ``above`` that of all shards (as ``entropy``, empty if that is).
+    """
+    ranks = resolve(group)
+    chosen, top, log_sum = state.double()
+    maximum = top.clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=ranks)
+    reference = torch.where(maximum == -torch.inf, 0, maximum)
+    of_shard = torch.where(top == -torch.inf, -torch.inf, factor * (top - reference) + log_sum)  # lse of the shard
+    share = torch.exp(of_shard)
+    parts = [share, torch.where(mine, chosen, 0), mine.double()]
+    mean = of_shard - entropy.double() if entropy.numel() else entropy.double()  # of the shard's logits
+    if entropy.numel():
+        parts.append(torch.where(share == 0, 0, share * mean))
+    sums = torch.stack(parts)
+    dist.all_reduce(sums, group=ranks)
+    log_total = sums[0].log()
+    logprob = torch.where(sums[2] == 1, factor * (sums[1] - maximum) - log_total, torch.nan)
+    whole_mean = sums[3] / sums[0] if entropy.numel() else mean
+
+    def finished(x: Tensor) -> Tensor:
+        return torch.where(counted, x, 0).to(lse.dtype) if x.numel() else x.to(lse.dtype, copy=True)
+
+    whole_entropy = log_total - whole_mean if entropy.numel() else mean
+    above = torch.where(share == 0, 0, mean - whole_mean) if entropy.numel() else mean
+    whole_lse = factor * maximum + log_total
+    a, b, c, d, e = (finished(x) for x in (logprob, whole_lse, whole_entropy, share / sums[0], above))
+    return a, b, c, d, e
+
+
+@combine_shards.register_fake
+def _(logprobs: Tensor, lse: Tensor, entropy: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like
+    return like(logprobs), like(lse), like(entropy), like(lse), like(entropy)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[4:6], *output[3:])
+
+
+def _gradients(
+    ctx: Any,
+    saved: Sequence[Any],
+    g: Tensor | None,
+    g_lse: Tensor | None,
+    g_entropy: Tensor | None,
+    *_: Tensor | None,
+) -> tuple[Any, ...]:
+    """No rank needs another's numbers."""
+    mine, counted, weight, above = saved
+    zero = torch.zeros_like(weight)
+    g = zero if g is None else torch.where(counted, g, 0)
+    g_lse = zero if g_lse is None else torch.where(counted, g_lse, 0)
+    of_chosen = torch.where(mine, g, 0)
+    of_lse = of_chosen + (g_lse - g) * weight
+    none = [None] * 5
+    if g_entropy is None or not above.numel():
+        return of_chosen, of_lse, None, *none
+    of_entropy = torch.where(counted, g_entropy, 0) * weight
+    return of_chosen, of_lse - of_entropy * above, of_entropy, *none
+
+
+_INSTEAD = 'gather the head and leave out process_group, with backend="reference"'
+derivatives.register(all_reduce_sum, instead=_INSTEAD)
+derivatives.register(combine_shards, setup_context=_save, backward=_gradients, instead=_INSTEAD)

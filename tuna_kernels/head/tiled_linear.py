@@ -1,0 +1,215 @@
+"""``linear_logprobs`` over the tile loop: slots in the caller's order in, gradients of the inputs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuna_kernels.head.backend import HeadBackend
+from tuna_kernels.head.reference import compute_dtype
+from tuna_kernels.head.slots import Slots
+from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
+from tuna_kernels.layout import dense_rows
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """The inputs of one call, as the ops take them.
+
+    Attributes:
+        hidden: [T, D]; weight: [V, D]; bias: [V]; low_rank_hidden: [T, r]; low_rank_weight: [V, r].
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_rank_hidden: Tensor | None
+    low_rank_weight: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def compute(self) -> torch.dtype:
+        given = (self.hidden, self.weight, self.bias, self.low_rank_hidden, self.low_rank_weight)
+        return compute_dtype(*(t.dtype for t in given if t is not None))
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(
+            dense_rows(self.hidden),
+            None if self.low_rank_hidden is None else dense_rows(self.low_rank_hidden),
+        )
+
+    @property
+    def head(self) -> Head:
+        bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
+        low = None if self.low_rank_weight is None else dense_rows(self.low_rank_weight)
+        return Head(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
+
+
+def forward(
+    backend: HeadBackend,
+    call: LinearCall,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    *,
+    want_entropy: bool,
+    want_unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D], state [3, M])``, zero for ignored slots."""
+    slots = Slots.build(targets, rows, ignore_index)
+    result = backend.forward(
+        call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
+    )
+
+    def per_slot(values: Tensor) -> Tensor:
+        out = torch.zeros(targets.numel(), dtype=call.compute, device=targets.device)
+        return out.index_copy_(0, slots.slots, values)
+
+    new = result.logprobs.new_zeros
+    entropy = new(0) if result.entropy is None else per_slot(result.entropy[slots.row_of])
+    unit = new(min(call.hidden.shape[0], targets.numel()) if want_unit else 0, call.hidden.shape[1])
+    if result.unit is not None:
+        unit[: slots.rows.numel()] = result.unit
+    state = state_of(slots, result, targets.numel())
+    return per_slot(result.logprobs), per_slot(result.lse[slots.row_of]), entropy, unit, state
+
+
+def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
+    """[3, M] (chosen, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the softmax,
+    where lse itself would be too coarse for large logits."""
+    values = torch.stack([result.chosen, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
+    return values.new_zeros(3, count).index_copy_(1, slots.slots, values)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward kept for the backward, all [M] in the caller's slot order, and what flows in.
+
+    ``entropy`` and ``unit`` may be empty (not kept); upstream gradients may be None (zero).
+    """
+
+    entropy: Tensor
+    unit: Tensor
+    state: Tensor  # [3, M], of forward
+    upstream: Tensor | None
+    upstream_lse: Tensor | None
+    upstream_entropy: Tensor | None
+
+
+def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, Tensor, RowGradient]:
+    """Drop the rows all of whose slots have zero upstream; give the coefficients of the rest.
+
+    Returns ``(smaller slots, places of their rows in the given slots, coefficients)``.
+    """
+
+    upstreams = (saved.upstream, saved.upstream_lse, saved.upstream_entropy)
+    # A compiled graph hands an empty gradient to an output that was not wanted and came back empty.
+    given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in upstreams]
+    active = torch.zeros(slots.slots.numel(), dtype=torch.bool, device=slots.slots.device)
+    for u in given:
+        if u is not None:
+            active |= u[slots.slots] != 0
+    slots, kept = slots.keep(active)
+    g, g_lse, g_entropy = (None if u is None else u[slots.slots] for u in given)
+    count = slots.slots.numel()
+    zero = torch.zeros(count, dtype=call.compute, device=active.device)
+    g = zero if g is None else g
+    first_slot = slots.slots[slots.offsets[:-1]]  # every slot of a row has the row's lse and entropy
+    softmax_weight = slots.row_sums((zero if g_lse is None else g_lse) - g)
+    maximum, log_sum = saved.state[1:, first_slot]
+    # A shard of the vocabulary may have no probability at all: nothing flows through its softmax, so p is to be 0.
+    is_void = (log_sum == -torch.inf) & (softmax_weight == 0)
+    maximum, log_sum = maximum.masked_fill(is_void, 0), log_sum.masked_fill(is_void, 0)
+    has_entropy = g_entropy is not None and bool((g_entropy != 0).any())
+    coefficients = RowGradient(
+        maximum=maximum,
+        log_sum=log_sum,
+        softmax_weight=softmax_weight,
+        entropy_weight=slots.row_sums(g_entropy) if has_entropy and g_entropy is not None else None,
+        entropy=saved.entropy[first_slot] if has_entropy else None,
+        slot_gradient=g,
+    )
+    return slots, kept, coefficients
+
+
+def _times_slope(coefficients: RowGradient, call: LinearCall, chosen: Tensor) -> RowGradient:
+    """The slots' gradients taken on from z to the product: times dz/dx at their targets, whose v is ``chosen`` [S]."""
+    gradient = coefficients.slot_gradient * call.logit_scale
+    if call.softcap is not None:
+        gradient = gradient * (1 - (chosen / call.softcap) ** 2)
+    return coefficients._replace(slot_gradient=gradient)
+
+
+def backward(
+    backend: HeadBackend,
+    call: LinearCall,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    saved: Saved,
+    needs: tuple[bool, bool, bool, bool, bool],
+    *,
+    filter_eps: float = 0.0,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed.
+
+    ``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty.
+    """
+    all_slots = Slots.build(targets, rows, ignore_index)
+    slots, kept, coefficients = row_gradient(all_slots, call, saved)
+    hidden, weight, bias, low_hidden, low_weight = needs
+    add = main_grad is not None
+
+    def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
+        """Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
+        beside a ``main_grad``, added to zeros in the compute type."""
+        if source is None or not wanted:
+            return call.hidden.new_empty(0)
+        if of_rows:
+            return source.new_zeros(source.shape)
+        return source.new_zeros(source.shape, dtype=call.compute) if add else source.new_empty(source.shape)
+
+    results = [
+        new(call.hidden, hidden, of_rows=True),
+        new(call.weight, weight and not add),
+        new(call.bias, bias),
+        new(call.low_rank_hidden, low_hidden, of_rows=True),
+        new(call.low_rank_weight, low_weight),
+    ]
+    if saved.unit.numel() and hidden and not any((weight, bias, low_hidden, low_weight)):
+        of_targets = _times_slope(coefficients, call, saved.state[0, slots.slots])
+        row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, of_targets)
+        low_rows = None
+    else:
+        count = slots.rows.numel()
+        row_grads = row_grads_like(call.hidden, count, call.compute) if hidden else None
+        low_rows = None
+        if low_hidden and call.low_rank_hidden is not None:
+            low_rows = row_grads_like(call.low_rank_hidden, count, call.compute)
+        into = Gradients(
+            rows=row_grads,
+            low_rank_rows=low_rows,
+            weight=main_grad if add and weight else results[1] if weight else None,
+            low_rank_weight=results[4] if low_weight else None,
+            bias=results[2] if bias else None,
+            accumulate=add,
+            filter_eps=filter_eps,
+        )
+        backend.backward(call.inputs, call.head, slots, call.compute, coefficients, into)
+    for result, grads in ((results[0], row_grads), (results[3], low_rows)):
+        if grads is not None:
+            result.index_copy_(0, slots.rows, grads.to(result.dtype))
+    if add:
+        results[2] = results[2] if call.bias is None else results[2].to(call.bias.dtype)
+        results[4] = results[4] if call.low_rank_weight is None else results[4].to(call.low_rank_weight.dtype)
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+def row_grads_like(source: Tensor, rows: int, compute: torch.dtype) -> Tensor:
+    """An uninitialised [rows, width of source] buffer in the compute type."""
+    return source.new_empty(rows, source.shape[1], dtype=compute)

@@ -1,0 +1,202 @@
+"""``linear_ranking_loss`` over the tile loop, a few groups at a time.
+
+Within a byte budget the logits of some groups are kept in one block; scores, loss, closed-form upstream and
+gradients of those groups all come from it: three products, as many as the textbook loss, without its memory. A
+group whose logits alone exceed the budget is recomputed instead (four products).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tuna_kernels.head.backend import HeadBackend
+from tuna_kernels.head.products import MIN_ROWS
+from tuna_kernels.head.slots import Slots
+from tuna_kernels.head.tiled import ForwardResult, Gradients
+from tuna_kernels.head.tiled_linear import LinearCall, Saved, row_gradient, row_grads_like, state_of
+from tuna_kernels.losses import LossCounts, Preset, preset_upstream, weighted
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tree's slots and candidates (see tree.PackedTree): offsets and ranks on the host."""
+
+    rows: Tensor  # [M]
+    targets: Tensor  # [M]
+    candidate_offsets: Tensor  # [C+1]
+    ranks: Tensor  # [C]
+    group_offsets: Tensor  # [G+1]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Everything the loss is made of besides scores and ranks."""
+
+    preset: Preset
+    margin: float
+    length_penalty: float
+    mle_weight: float
+    counts: LossCounts
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss parts (float64 scalars), per-candidate and per-slot results, and ready gradients (compute type or None)."""
+
+    ranking: Tensor
+    mle: Tensor
+    scores: Tensor  # [C]
+    logprobs: Tensor  # [M]
+    upstream: Tensor  # [M] dL/dlogprob
+    gradients: Gradients  # rows: [T, D], low_rank_rows: [T, r]
+
+    def total(self, mle_weight: float) -> Tensor:
+        return self.ranking + weighted(self.mle, mle_weight)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some neighbouring groups: candidates ``first:last``, slots ``start:stop``; kept or recomputed."""
+
+    groups: slice
+    candidates: slice
+    slots: slice
+    keep: bool
+
+
+def _parts(candidates: Candidates, vocabulary: int, itemsize: int, budget: int) -> Iterator[_Part]:
+    """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget.
+
+    Groups beyond the budget are recomputed, as many neighbours of them as there are at once: that takes no memory
+    that grows with them, and vocabulary-sized gradients are gone through once.
+    """
+    capacity = budget // max(1, itemsize * vocabulary)
+    group_offsets = candidates.group_offsets.tolist()
+    slot_offsets = candidates.candidate_offsets[candidates.group_offsets].tolist()
+    first, groups = 0, len(group_offsets) - 1
+
+    def fits(first: int, last: int) -> bool:
+        slots: int = slot_offsets[last] - slot_offsets[first]
+        return max(slots, MIN_ROWS) <= capacity
+
+    while first < groups:
+        last, keep = first + 1, fits(first, first + 1)
+        while last < groups and (fits(first, last + 1) if keep else not fits(last, last + 1)):
+            last += 1
+        slots = slice(slot_offsets[first], slot_offsets[last])
+        yield _Part(slice(first, last), slice(group_offsets[first], group_offsets[last]), slots, keep)
+        first = last
+
+
+def linear_ranking(
+    backend: HeadBackend,
+    call: LinearCall,
+    candidates: Candidates,
+    settings: LossSettings,
+    needs: tuple[bool, bool, bool, bool, bool],
+    logits_budget: int,
+) -> Result:
+    """Loss and gradients (for an upstream of 1) of all groups."""
+    compute, device = call.compute, call.hidden.device
+    slot_count = candidates.targets.numel()
+    logprobs = torch.zeros(slot_count, dtype=compute, device=device)
+    upstream = torch.zeros_like(logprobs)
+    scores = torch.zeros(candidates.ranks.numel(), dtype=compute, device=device)
+    ranking = torch.zeros((), dtype=torch.float64, device=device)
+    mle = torch.zeros_like(ranking)
+    gradients = _new_gradients(call, needs)
+    started = False
+    parts = list(_parts(candidates, call.weight.shape[0], compute.itemsize, logits_budget))
+    largest = max((p.slots.stop - p.slots.start for p in parts if p.keep), default=0)
+    keeps = largest > 0 and gradients.any
+    block = torch.empty(max(largest, MIN_ROWS) * call.weight.shape[0] if keeps else 0, dtype=compute, device=device)
+    inputs, head = call.inputs, call.head
+    for part in parts:
+        slots = Slots.build(candidates.targets[part.slots], candidates.rows[part.slots], ignore_index=-1)
+        rows = slots.rows.numel()
+        kept = block[: rows * head.vocabulary].view(rows, head.vocabulary) if part.keep and keeps else None
+        result = backend.forward(inputs, head, slots, compute, block=kept)
+        logprobs[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.logprobs)
+        of_part = preset_upstream(
+            logprobs[part.slots],
+            candidates.candidate_offsets[part.candidates.start : part.candidates.stop + 1] - part.slots.start,
+            candidates.ranks[part.candidates],
+            candidates.group_offsets[part.groups.start : part.groups.stop + 1] - part.candidates.start,
+            preset=settings.preset,
+            margin=settings.margin,
+            length_penalty=settings.length_penalty,
+            mle_weight=settings.mle_weight,
+            counts=settings.counts,
+        )
+        ranking += of_part.ranking
+        mle += of_part.mle
+        scores[part.candidates] = of_part.scores
+        upstream[part.slots] = of_part.upstream.to(compute)
+        if gradients.any:
+            saved = _saved(slots, result, upstream[part.slots])
+            started |= _add_gradients(backend, call, slots, saved, kept, replace(gradients, accumulate=started))
+    if not started:
+        for unwritten in (gradients.weight, gradients.low_rank_weight, gradients.bias):
+            if unwritten is not None:
+                unwritten.zero_()
+    return Result(ranking, mle, scores, logprobs, upstream, gradients)
+
+
+def _saved(slots: Slots, result: ForwardResult, upstream: Tensor) -> Saved:
+    empty = upstream.new_empty(0)
+    return Saved(empty, empty, state_of(slots, result, upstream.numel()), upstream, None, None)
+
+
+def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:
+    """In the compute type: parts of the batch are added up before anything is rounded. Those of rows are zeros, those
+    of the size of the vocabulary (weight, low-rank weight, bias) are written whole by the first part that has any."""
+
+    def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor | None:
+        if source is None or not wanted:
+            return None
+        make = torch.zeros if of_rows else torch.empty
+        return make(source.shape, dtype=call.compute, device=source.device)
+
+    hidden, weight, bias, low_hidden, low_weight = needs
+    return Gradients(
+        rows=new(call.hidden, hidden, of_rows=True),
+        low_rank_rows=new(call.low_rank_hidden, low_hidden, of_rows=True),
+        weight=new(call.weight, weight),
+        low_rank_weight=new(call.low_rank_weight, low_weight),
+        bias=new(call.bias, bias),
+    )
+
+
+def _add_gradients(
+    backend: HeadBackend, call: LinearCall, slots: Slots, saved: Saved, block: Tensor | None, total: Gradients
+) -> bool:
+    """Add one part's gradients, from its kept block or by recomputing its logits; whether it has any."""
+    every_row = slots.rows.numel()
+    slots, kept, coefficients = row_gradient(slots, call, saved)
+    count = slots.rows.numel()
+    if count == 0:
+        return False
+    of_part = replace(
+        total,
+        rows=None if total.rows is None else row_grads_like(total.rows, count, call.compute),
+        low_rank_rows=None if total.low_rank_rows is None else row_grads_like(total.low_rank_rows, count, call.compute),
+    )
+    block_rows = None if count == every_row else kept
+    backend.backward(
+        call.inputs,
+        call.head,
+        slots,
+        call.compute,
+        coefficients,
+        of_part,
+        block=block,
+        block_rows=block_rows,
+    )
+    for target, part in ((total.rows, of_part.rows), (total.low_rank_rows, of_part.low_rank_rows)):
+        if target is not None and part is not None:
+            target.index_add_(0, slots.rows, part)
+    return True

@@ -1,0 +1,364 @@
+"""Packed trees through any Hugging Face causal LM: scores and ranking losses of all candidates in one pass.
+
+    model = prepare_model(AutoModelForCausalLM.from_pretrained(...))
+    tree = pack_groups(groups)
+    loss = model_ranking_loss(model, tree).loss
+
+Only public seams are used: the two attention registries and the keywords of ``forward``; no class or module
+is patched. The backbone runs to its last hidden states, its LM head is never called: log-probabilities come
+from `linear_logprobs` with the head's weight, bias, scale, softcap and LoRA adapter, and no logits are held.
+
+Dropout outside attention (residual, LoRA in the trunk) stays as the model has it, and is drawn once for a
+shared token. Mixture-of-experts routers see every shared token once, so their auxiliary losses, which are not
+part of these scores, would count it once too.
+
+How far a score depends on what else is packed: the attention of a group comes out in the same bits, but the
+matrix products of the trunk take all T rows at once, and BLAS may choose another order of summation for
+another T. So the same group alone and in company agrees to rounding (about 1e-6 relative in float32), not to
+the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuna_kernels.attention.tree_attention import check_backend
+from tuna_kernels.head.logprobs import linear_logprobs
+from tuna_kernels.head.ranking_loss import RankingLossOutput, linear_ranking_loss
+from tuna_kernels.integrations.transformers import attention_hook, check, dense_mask
+from tuna_kernels.integrations.transformers.head import base_causal_lm, compute_device, read_head
+from tuna_kernels.integrations.transformers.ranking_model import Carrier, RankingModel, carrier
+from tuna_kernels.losses import Kind, LossCounts, Preset
+from tuna_kernels.scores import sequence_scores
+from tuna_kernels.tree import Group, PackedTree
+
+__all__ = ["GroupScores", "LossSettings", "RankingModel", "model_ranking_loss", "prepare_model", "score_groups"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_checked: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+_chosen_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class GroupScores:
+    """Differentiable scores of a tree's candidates.
+
+    Attributes:
+        scores: [C] ``sum(logprobs) / length ** length_penalty``, float32 (float64 for float64 models).
+        logprobs: [M] log-probability of every response token.
+        entropy: [M] entropy of the distribution each token was drawn from, or None where not asked for.
+    """
+
+    scores: Tensor
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def prepare_model(model: Model, *, attention: str | None = None) -> Model:
+    """Let a causal LM's attention take trees, for good, and return the same model.
+
+    It stays switched on because activation checkpointing computes layers again during backward, when a switch
+    that is turned back would silently compute something else. Calls without a tree go to the attention the model
+    came with, so forward and ``generate`` work as before. Calling it twice does nothing.
+
+    The model is checked once, and again when its forward, its head or hooks on them have changed: a tiny tree against
+    separate sequences through the model's own forward, about ten short forwards (docs/families.md).
+
+    Args:
+        model: a transformers causal LM, or one wrapped by peft.
+        attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None: the one chosen
+            before, at first `"auto"`.
+
+    Raises:
+        TypeError: not a transformers or peft model.
+        ValueError: an unknown ``attention``; a model this cannot serve: recurrent layers, chunked or bidirectional
+            masks, positions counted in rows, a head that is more than scaled, capped linear, a sharded head, or a
+            failed check. The model then has the attention it came with.
+    """
+    attention_hook.register()
+    base = base_causal_lm(model)
+    if attention is not None:
+        check_backend(attention, "attention")
+        _chosen_attention[base] = attention
+    _prepare(model, base)
+    return model
+
+
+def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
+    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    signature = check.signature(model, base, *([] if head is None else head.modules()))
+    if _is_switched_on(base) and _checked.get(base) == signature:
+        return
+    read_head(base, ahead=True)
+    if reason := check.why_not(base):
+        raise ValueError(f"{type(base).__name__} cannot run on a tree: {reason}")
+    before = _implementations(base)
+    try:
+        if not check.can_run(base):  # ZeRO-3 gathers weights in a wrapped call alone: it checks there
+            _switch(base)
+            return
+        with check.quiet(model), check.in_float32(model):
+            _check(model, base)
+    except Exception as error:
+        for config, name in before:
+            config._attn_implementation = name
+        if isinstance(error, ValueError):
+            raise
+        why = "it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else error
+        raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
+    _checked[base] = signature
+
+
+def _check(model: nn.Module, base: PreTrainedModel) -> None:
+    """Switch the model's attention and compare small trees with its own forward."""
+    own = [(config, _stock(config, name)) for config, name in _implementations(base)]
+
+    def stock(groups: list[Group]) -> tuple[Tensor, Tensor]:
+        for config, name in own:
+            config._attn_implementation = name
+        try:
+            return check.stock_logprobs(model, groups)
+        except Exception as error:
+            raise ValueError(f"{type(base).__name__} cannot be checked, for its own forward fails: {error}") from error
+        finally:
+            _switch(base)
+
+    try:
+        check.compare(base, stock, lambda tree: _score(base, tree, 1.0, False, "auto").logprobs)
+    except Exception as error:
+        for config, name in own:
+            config._attn_implementation = name
+        if why := check.convolution(base) or check.before_head(model, base, _backbone(base)):
+            raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
+        raise
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss and its kernels, as in `linear_ranking_loss`."""
+
+    kind: Kind = "tuna"
+    preset: Preset = "paper"
+    margin: float = 0.1
+    length_penalty: float = 1.0
+    mle_weight: float = 1.0
+    counts: LossCounts | None = None
+    logits_budget: int | None = None
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """`score_groups` as a request: (scores, logprobs) or (scores, logprobs, entropy)."""
+
+    tree: PackedTree
+    length_penalty: float
+    return_entropy: bool
+    backend: str
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        prepare_model(model)
+        options = (self.length_penalty, self.return_entropy, self.backend)
+        found = _score(base_causal_lm(model), self.tree, *options)
+        return (found.scores, found.logprobs, *([] if found.entropy is None else [found.entropy]))
+
+
+@dataclass(frozen=True, eq=False)
+class LossRequest:
+    """`model_ranking_loss` as a request: the fields of `RankingLossOutput`."""
+
+    tree: PackedTree
+    settings: LossSettings
+
+    def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
+        prepare_model(model)
+        base = base_causal_lm(model)
+        hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
+        head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
+        found = linear_ranking_loss(hidden, head.weight, tree, **vars(self.settings), **head.options())
+        return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
+
+
+def score_groups(
+    model: nn.Module | Carrier,
+    tree: PackedTree,
+    *,
+    length_penalty: float = 1.0,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> GroupScores:
+    """Scores of all candidates of a packed tree under a causal LM, in one pass, differentiable.
+
+    Args:
+        model: a transformers causal LM or one wrapped by peft, prepared by `prepare_model` if it is not yet; or a
+            `RankingModel`, or a wrapper (DDP, FSDP, DeepSpeed) around one.
+        tree: from `pack_groups`; moved to the model's device where it is elsewhere.
+        length_penalty: exponent of the length that a candidate's log-probability is divided by.
+        return_entropy: also the entropy at every response token.
+        backend: of the head (and `"reference"` of the attention too, unless `prepare_model` chose one).
+
+    Raises:
+        ValueError: an empty tree, or a model or setting that cannot be served (see `prepare_model`):
+            attention dropout in training mode, positions beyond the model's range.
+        IndexError: a token outside the vocabulary.
+    """
+    scores, logprobs, *entropy = carrier(model)(ScoreRequest(tree, length_penalty, return_entropy, backend))
+    return GroupScores(scores, logprobs, entropy[0] if entropy else None)
+
+
+def model_ranking_loss(
+    model: nn.Module | Carrier,
+    tree: PackedTree,
+    *,
+    kind: Kind = "tuna",
+    preset: Preset = "paper",
+    margin: float = 0.1,
+    length_penalty: float = 1.0,
+    mle_weight: float = 1.0,
+    counts: LossCounts | None = None,
+    logits_budget: int | None = None,
+    backend: str = "auto",
+) -> RankingLossOutput:
+    """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
+
+    Args:
+        model, tree, backend: as in `score_groups`.
+        kind, preset, margin, length_penalty, mle_weight, counts, logits_budget: as in `linear_ranking_loss`.
+
+    Raises:
+        As `score_groups` and `linear_ranking_loss`.
+    """
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    return RankingLossOutput(*carrier(model)(LossRequest(tree, settings)))
+
+
+def _score(
+    base: PreTrainedModel,
+    tree: PackedTree,
+    length_penalty: float,
+    return_entropy: bool,
+    backend: str,
+) -> GroupScores:
+    hidden, tree = _hidden_states(base, tree, backend)
+    head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
+    found = linear_logprobs(
+        hidden,
+        head.weight,
+        tree.targets,
+        rows=tree.rows,
+        return_entropy=return_entropy,
+        backend=backend,
+        **head.options(),
+    )
+    logprobs, entropy = found if isinstance(found, tuple) else (found, None)
+    scores = sequence_scores(logprobs, tree.candidate_offsets, length_penalty=length_penalty)
+    return GroupScores(scores, logprobs, entropy)
+
+
+def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tuple[Tensor, PackedTree]:
+    """Last hidden states [T, D] of the packed rows, and the tree on their device."""
+    if tree.num_tokens == 0:
+        raise ValueError("tree holds no groups: there is nothing to run the model on")
+    device = compute_device(base)
+    if tree.input_ids.device != device:
+        tree = tree.to(device)
+    tree_pass = attention_hook.TreePass(tree.subtree_end, tree.position_ids, attention_backend(base, backend))
+    hidden = run_backbone(base, tree.input_ids, tree_pass)
+    return hidden, tree.to(hidden.device) if hidden.device != device else tree
+
+
+def attention_backend(base: PreTrainedModel, backend: str) -> str:
+    """The model's choice of tree attention; where it made none, the oracle goes with the oracle of the head."""
+    chosen = _chosen_attention.get(base, "auto")
+    return "reference" if chosen == "auto" and backend == "reference" else chosen
+
+
+def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: attention_hook.TreePass) -> Tensor:
+    """Last hidden states [Tq, D] of the pass's rows, with tokens ``input_ids`` [Tq]."""
+    check.check_positions(base, lambda: tree_pass.longest)
+    check.check_embedding_noise(base)
+    rows = tree_pass.query_rows
+    positions = tree_pass.position_ids if rows is None else tree_pass.position_ids[rows]
+    if base.config.get_text_config()._attn_implementation == attention_hook.DENSE:
+        dense_mask.check_rows(base, len(tree_pass.position_ids))
+    backbone = _backbone(base)
+    keywords = {"position_ids": positions.unsqueeze(0)} if _takes_positions(backbone) else {}
+    with tree_pass.under_way():
+        # A mask of ones keeps transformers from guessing packed documents from positions that start again.
+        output = backbone(
+            input_ids=input_ids.unsqueeze(0),
+            attention_mask=torch.ones_like(input_ids).unsqueeze(0),
+            use_cache=False,
+            **keywords,
+        )
+    hidden: Tensor = output[0].squeeze(0)  # the last hidden state, in tuples and in model outputs alike
+    return hidden
+
+
+def _takes_positions(backbone: nn.Module) -> bool:
+    """Not where positions are biases of the attention (BLOOM, MPT)."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _backbone(base: PreTrainedModel) -> nn.Module:
+    """The model below its head."""
+    found = base.base_model
+    if found is base:  # a few families name another prefix than the attribute that holds their backbone
+        found = getattr(base, "model", base)
+    if found is base:
+        raise ValueError(f"{type(base).__name__} has no backbone apart from its head")
+    return found
+
+
+def _implementations(base: PreTrainedModel) -> list[tuple[Any, str]]:
+    """The configurations of a model and its parts, and what each says of attention."""
+    found: dict[int, Any] = {}
+    waiting = [module.config for module in base.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    return [(config, config._attn_implementation) for config in found.values()]
+
+
+def _stock(config: Any, name: str) -> str:
+    """What a model's own numbers come from: SDPA has no soft cap, and some releases of transformers leave it out."""
+    return "eager" if name == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None else name
+
+
+def _switch(base: PreTrainedModel) -> None:
+    """Let the model's attention, and that of its parts, take trees."""
+    dense = not _takes_attention_from_registry(base)
+    for config, name in _implementations(base):
+        if dense:
+            config._attn_implementation = attention_hook.DENSE
+        elif name not in _OURS:
+            eager = _stock(config, name) == "eager" or not type(base)._supports_sdpa
+            config._attn_implementation = attention_hook.EAGER if eager else attention_hook.SDPA
+    if dense:
+        dense_mask.hook_biases(_backbone(base))
+
+
+_OURS = (attention_hook.SDPA, attention_hook.EAGER, attention_hook.DENSE)
+
+
+def _takes_attention_from_registry(base: PreTrainedModel) -> bool:
+    kinds = {
+        kind for module in base.modules() for kind in type(module).__mro__ if not isinstance(module, PreTrainedModel)
+    }
+    return any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in kinds)
+
+
+def _is_switched_on(base: PreTrainedModel) -> bool:
+    return base.config.get_text_config()._attn_implementation in _OURS

@@ -1,0 +1,316 @@
+"""The ranking loss in two phases: the gradient of all k candidates in the memory of a few.
+
+    1. Score all candidates without a graph. The gradient of the loss with respect to every log-probability is a
+       closed form of the scores (`losses.preset_upstream`); the keys and values of each prompt are kept.
+    2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
+       values as constants; their gradients are summed in float32. Then once forward through the prompt, and
+       backward from that sum.
+
+The chain rule in another order: exact up to rounding. At no time is the graph of more than one pass alive. The
+price is one more forward, and the last prompt token once a pass (`_passes`).
+
+Scoring takes one forward while that is no more than `SCORING_ROWS` times the rows of the largest gradient pass, else
+several (`_Scoring`), or it would be what grows with k.
+
+Separable losses have been trained on shared prompts in this order (arXiv 2606.01143, arXiv 2602.00482); scoring
+first, for a loss that couples its candidates, is gradient caching (arXiv 2101.06983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from tuna_kernels.head.ranking_loss import RankingLossOutput, active_candidates, check_choices
+from tuna_kernels.integrations.transformers.models import LossSettings
+from tuna_kernels.integrations.transformers.ranking_model import Carrier, Request, carrier
+from tuna_kernels.integrations.transformers.two_phase.passes import Layout, TreeGroups, dummy_layout, prompt_layout
+from tuna_kernels.integrations.transformers.two_phase.requests import (
+    BranchPass,
+    KeepPass,
+    PromptPass,
+    why_not_two_phase,
+)
+from tuna_kernels.integrations.transformers.two_phase.shared_keys import PromptKeys
+from tuna_kernels.losses import Kind, LossCounts, Preset, PresetResult, preset_upstream
+from tuna_kernels.tree import PackedTree
+
+__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
+
+
+SCORING_ROWS = 4
+"""Rows scored at once, in those of the largest gradient pass. Without a graph a row holds one layer's temporaries, some
+10 hidden states in a Llama; forward and backward hold 22 and one for each layer, with checkpointing."""
+
+
+class Backward(Protocol):
+    """How a pass goes backward."""
+
+    def __call__(self, loss: Tensor, last: bool) -> None:
+        """Go backward from the scalar ``loss``; ``last``: no pass of this call comes after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TwoPhaseOutput(RankingLossOutput):
+    """As `RankingLossOutput`, all of it detached: the gradient is in the parameters already.
+
+    Attributes:
+        passes: forward and backward passes made, those that only keep ranks in step included.
+        skipped: candidates left out since no slot of theirs has a gradient.
+        rows_alive: packed rows of the largest pass: what `rows` of the one-pass graph are to be compared with.
+        shared_bytes: keys and values of prompts, and the sums of their gradients, at their most.
+    """
+
+    passes: int
+    skipped: int
+    rows_alive: int
+    shared_bytes: int
+
+
+def two_phase_ranking_loss(
+    model: nn.Module | Carrier,
+    tree: PackedTree,
+    *,
+    kind: Kind = "tuna",
+    preset: Preset = "paper",
+    margin: float = 0.1,
+    length_penalty: float = 1.0,
+    mle_weight: float = 1.0,
+    counts: LossCounts | None = None,
+    logits_budget: int | None = None,
+    backend: str = "auto",
+    candidates_per_pass: int = 1,
+    skip_inactive: bool = True,
+    scale: float = 1.0,
+    backward: Backward | None = None,
+    pass_context: Callable[[bool], AbstractContextManager[Any]] | None = None,
+    before_backward: Callable[[RankingLossOutput], None] | None = None,
+    most_passes: Callable[[int], int] | None = None,
+) -> TwoPhaseOutput:
+    """`model_ranking_loss` and its backward in one call, a few candidates at a time.
+
+    The gradients are added to the parameters' ``.grad`` (or go wherever ``backward`` takes them); do not call
+    ``loss.backward()``. Sharing beyond the prompt holds within a pass, however the tree was packed.
+
+    What an engine has to know: ``backward(loss, last)`` is called several times, each time on a scalar whose forward
+    just ran. It may multiply ``loss`` by any constant (loss scaling, accumulation), the same for all passes of
+    a call; gradients have to add up, and may be reduced over ranks where ``last`` says so. The value of ``loss`` is
+    not that of the ranking loss. Under DeepSpeed::
+
+        def backward(loss, last):
+            engine.set_gradient_accumulation_boundary(last and this_is_the_last_micro_batch)
+            engine.backward(loss)
+
+    Args:
+        model, tree, kind, preset, margin, length_penalty, mle_weight, counts: as in `model_ranking_loss`.
+        backend: as in `model_ranking_loss`.
+        logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
+        candidates_per_pass: candidates whose graph is alive at once, at least 1.
+        skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
+            ``released`` with an MLE term there are none.
+        scale: factor on the gradients, not on the loss returned; 0 makes only a pass that keeps ranks in step.
+        backward: default ``loss.backward()``.
+        pass_context: given whether a pass is the last, a context around its forward and backward. Under DDP:
+            ``lambda last: nullcontext() if last else model.no_sync()``.
+        before_backward: called once with the loss and its parts, before any gradient is made.
+        most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
+            fewer make up for it by passes of one token that weigh nothing. Called for the scoring passes, then for
+            the gradient passes. Default: `largest_over_ranks` where ``model`` is wrapped and torch.distributed is
+            initialised, else the number itself.
+
+    Raises:
+        ValueError: ``candidates_per_pass`` below 1; dropout in training mode (the phases would draw it apart);
+            reentrant activation checkpointing (its layers are no part of a graph); layers that share keys; or as
+            `model_ranking_loss`.
+        RuntimeError: gradients are switched off; or a second or forward-mode derivative, a transform of torch.func.
+    """
+    check_choices(kind, preset)
+    if candidates_per_pass < 1:
+        raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
+    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    if tree.num_tokens == 0:
+        raise ValueError("tree holds no groups: there is nothing to run the model on")
+    carry = carrier(model)
+    groups = TreeGroups(tree)
+    if most_passes is None:
+        most_passes = largest_over_ranks if carry is model else int
+    scoring = _Scoring(tree, groups, backend, SCORING_ROWS * groups.largest_pass(candidates_per_pass))
+    with torch.no_grad(), _nothing_random(tree):
+        logprobs = scoring.run(carry, most_passes(scoring.passes))
+    dual = forward_ad.unpack_dual(logprobs)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active() or dual.tangent is not None:
+        raise RuntimeError(
+            "two_phase_ranking_loss goes backward itself: no forward mode and no transform of torch.func; use "
+            'model_ranking_loss, for forward mode with backend="reference"'
+        )
+    tree = tree.to(logprobs.device)
+    result = _upstream(logprobs, tree, settings)
+    active = active_candidates(result.upstream, tree)
+    output = RankingLossOutput(
+        loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
+        ranking=result.ranking.to(logprobs.dtype),
+        mle=result.mle.to(logprobs.dtype),
+        scores=result.scores,
+        logprobs=logprobs,
+        active=active,
+    )
+    if before_backward is not None:
+        before_backward(output)
+    taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
+    schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
+    passes = most_passes(max(schedule.passes, 1))
+    upstream = result.upstream.to(logprobs.dtype) * scale
+    requests = schedule.requests(scoring.prompts, upstream, backend, passes)
+    for number, request in enumerate(requests, start=1):
+        last = number == passes
+        with pass_context(last) if pass_context else nullcontext():
+            (loss,) = carry(request)
+            (backward or _plain_backward)(loss, last)
+    return TwoPhaseOutput(
+        **vars(output),
+        passes=passes,
+        skipped=taken.count(False),
+        rows_alive=schedule.rows_alive,
+        shared_bytes=schedule.shared_bytes,
+    )
+
+
+def largest_over_ranks(number: int) -> int:
+    """The largest ``number`` of all ranks of the default process group; itself where there is none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+class _Scoring:
+    """The passes without a graph: in one where the tree has at most ``most_rows`` rows, else group by group the
+    prompt, then as many candidates at a time as fit."""
+
+    def __init__(self, tree: PackedTree, groups: TreeGroups, backend: str, most_rows: int) -> None:
+        self._groups, self._slots, self._backend = groups, tree.num_slots, backend
+        self._chunks: list[list[list[int]]] = []
+        self.prompts: list[PromptKeys] = []
+        self.passes = 1
+        if tree.num_tokens > most_rows:
+            self._chunks = [groups.chunks(g, most_rows) for g in range(len(groups))]
+            self.passes = sum(len(chunks) + (len(groups.prompt(g)) > 1) for g, chunks in enumerate(self._chunks))
+
+    def run(self, carry: Carrier, passes: int) -> Tensor:
+        """The log-probabilities [M] of all slots; leaves the prompts' keys in ``prompts``."""
+        logprobs: Tensor | None = None
+        for request in self.requests(passes):
+            (found,) = carry(request)
+            if logprobs is None:
+                logprobs = found.new_empty(self._slots)
+            slots = request.layout.slots.to(found.device)
+            logprobs[slots] = found[: len(slots)]  # the slot of a prompt alone has no place
+        assert logprobs is not None
+        return logprobs
+
+    def requests(self, passes: int) -> Iterator[KeepPass | BranchPass]:
+        """All passes in order, made up to ``passes`` by dummies. Each has to run before the next is asked for."""
+        groups = self._groups
+        if not self._chunks:
+            # the last prompt token is computed again by every pass: its keys are not shared
+            bounds = [(start, stop - 1) for start, stop in groups.prompt_rows]
+            yield (whole := KeepPass(groups.whole(), bounds, self._backend))
+            self.prompts = whole.prompts
+        for g, chunks in enumerate(self._chunks):
+            keys = PromptKeys()
+            if (shared := len(groups.prompt(g)) - 1) > 0:
+                yield (alone := KeepPass(prompt_layout(groups.prompt(g)), [(0, shared)], self._backend))
+                keys = alone.prompts[0]
+            self.prompts.append(keys)
+            for chunk in chunks:
+                yield BranchPass(groups.branches(g, chunk), keys, None, self._backend)
+        for _ in range(self.passes, passes):
+            yield KeepPass(dummy_layout(groups.prompt(0), groups.response(0)), [], self._backend)
+
+
+class _Schedule:
+    """The gradient passes of a tree, group by group: its candidates, then its prompt."""
+
+    def __init__(self, groups: TreeGroups, taken: list[bool], candidates_per_pass: int) -> None:
+        self._groups = groups
+        self._chunks: list[list[list[int]]] = []
+        self.passes = self.rows_alive = self.shared_bytes = 0
+        for g in range(len(groups)):
+            members = [c for c in groups.candidates(g) if taken[c]]
+            chunks = [members[i : i + candidates_per_pass] for i in range(0, len(members), candidates_per_pass)]
+            self._chunks.append(chunks)
+            self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
+
+    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
+        """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
+        self._count(prompts)
+        for g, chunks in enumerate(self._chunks):
+            keys = prompts[g]
+            for chunk in chunks:
+                layout = self._alive(self._groups.branches(g, chunk))
+                yield BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
+            self._count(prompts)
+            keys.kept.clear()
+            if chunks and len(self._groups.prompt(g)) > 1:
+                yield PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
+        dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
+        for _ in range(self.passes, passes):
+            yield PromptPass(self._alive(dummy), PromptKeys(), backend)
+
+    def _alive(self, layout: Layout) -> Layout:
+        self.rows_alive = max(self.rows_alive, len(layout.input_ids))
+        return layout
+
+    def _count(self, prompts: list[PromptKeys]) -> None:
+        self.shared_bytes = max(self.shared_bytes, sum(keys.nbytes() for keys in prompts))
+
+
+def _upstream(logprobs: Tensor, tree: PackedTree, settings: LossSettings) -> PresetResult:
+    return preset_upstream(
+        logprobs,
+        tree.candidate_offsets,
+        tree.ranks,
+        tree.group_offsets,
+        preset=settings.preset,
+        margin=settings.margin,
+        length_penalty=settings.length_penalty,
+        mle_weight=settings.mle_weight,
+        counts=settings.counts or tree.loss_counts(),
+    )
+
+
+def _plain_backward(loss: Tensor, last: bool) -> None:
+    torch.autograd.backward(loss)
+
+
+class _nothing_random:
+    """Refuses a scoring pass that drew random numbers: the gradient passes would draw others."""
+
+    def __init__(self, tree: PackedTree) -> None:
+        self._device = tree.input_ids.device
+
+    def _states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return states + ([torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self._before = self._states()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None and not all(map(torch.equal, self._before, self._states())):
+            raise ValueError(
+                "the model draws random numbers in its forward (dropout, layer drop or router noise in training "
+                "mode): scores and gradients would draw them apart; switch it off (model.eval() where a model draws at "
+                "rates of 0 too) or use the one-pass loss"
+            )
