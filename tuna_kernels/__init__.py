@@ -5,11 +5,13 @@ Needs torch and numpy only. Start at :func:`pack_groups` and :func:`linear_ranki
 """
 
 from tuna_kernels.attention.tree_attention import tree_attention
-from tuna_kernels.dispatch import available_backends, show_config
+from tuna_kernels.dispatch import available_backends
+from tuna_kernels.environment import show_config
 from tuna_kernels.head import ops
 from tuna_kernels.head.logprobs import linear_logprobs, selective_logprobs
 from tuna_kernels.head.ranking_loss import RankingLossOutput, linear_ranking_loss
-from tuna_kernels.losses import LossCounts, ranking_loss
+from tuna_kernels.loss_counts import LossCounts
+from tuna_kernels.losses import ranking_loss
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import Group, PackedTree, pack_groups, plan_rows, tree_tokens
 from tuna_kernels.workspace import workspace_bytes

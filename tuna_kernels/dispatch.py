@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 
 import torch
 
+from tuna_kernels import native
 from tuna_kernels.errors import CannotServe
-from tuna_kernels.gpu import availability
-from tuna_kernels.head import cpu as _cpu_backend
-from tuna_kernels.head.backend import HeadBackend, tiled_backend
-from tuna_kernels.head.torch import TorchTileOps
-from tuna_kernels.head.triton import slabs
+from tuna_kernels.gpu import availability, checked_cards
 from tuna_kernels.installation import warn_of_shadowing
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
@@ -25,7 +21,7 @@ def available_backends() -> dict[str, str]:
     >>> available_backends()["reference"]
     ''
     """
-    return {"reference": "", "torch": "", "cpu": _cpu_backend.WHY_NOT, "triton": availability.why_not()}
+    return {"reference": "", "torch": "", "cpu": native.WHY_NOT, "triton": availability.why_not()}
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -36,7 +32,7 @@ def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
         return ""
     if device.type != "cpu":
         return f"it computes on CPU tensors, the inputs are on {device}"
-    return _cpu_backend.supports(*dtypes)
+    return native.supports(*dtypes)
 
 
 def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -71,42 +67,4 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
 def mention_unchecked(backend: str, device: torch.device) -> None:
     """Say once that the kernels have not been checked on this kind of card (`tuna_kernels.self_check`)."""
     if backend == "triton" and torch.cuda.is_available() and not torch.compiler.is_compiling():
-        from tuna_kernels.self_check import warn_if_unchecked
-
-        warn_if_unchecked(device)
-
-
-def head_backend(backend: str) -> HeadBackend:
-    """What a resolved backend other than ``reference`` does with the LM head."""
-    if backend == "triton":
-        from tuna_kernels.head.triton import launches  # imports triton
-
-        return launches.BACKEND
-    return tiled_backend(_cpu_backend.NativeTileOps() if backend == "cpu" else TorchTileOps())
-
-
-def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
-    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
-    if backend != "triton":
-        return True
-    return slabs.unit_gradient_pays(width, *dtypes)
-
-
-def show_config() -> str:
-    """Versions, threads and backends as text, for bug reports."""
-    lines = [
-        f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}",
-        f"threads {torch.get_num_threads()}, float32 products: {torch.get_float32_matmul_precision()}",
-        f"{ENVIRONMENT_VARIABLE} = {os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}",
-    ]
-    if not _cpu_backend.WHY_NOT:
-        lines.append(
-            f"native code for {_cpu_backend.instruction_set().name} ({_cpu_backend.ISA_VARIABLE} may ask for less)"
-        )
-    lines += [f"{name} products: {whose}" for name, whose in _cpu_backend.products_chosen().items()]
-    lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        chosen = resolve_backend("auto", torch.device(device), torch.float32)
-        reason = why_not("triton" if device == "cuda" else "cpu", torch.device(device), torch.float32)
-        lines.append(f"auto on {device}: {chosen}" + (f" ({reason})" if reason else ""))
-    return "\n".join(lines)
+        checked_cards.warn_if_unchecked(device)

@@ -14,68 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from tuna_kernels.loss_counts import LossCounts, ranked_pairs
 
 Reduction = Literal["mean_groups", "mean_per_lag"]
 Kind = Literal["tuna"]
 Preset = Literal["paper", "released"]
 REDUCTION_OF: dict[Preset, Reduction] = {"paper": "mean_groups", "released": "mean_per_lag"}
-
-
-@dataclass(frozen=True)
-class LossCounts:
-    """What a loss is divided by, counted over the whole optimizer step (all ranks, all accumulation steps).
-
-    Counts add: ``a + b`` are the counts of two micro-batches together.
-
-    >>> LossCounts.from_ranks([0, 1, 1, 0, 1], [0, 3, 5], tokens=12)
-    LossCounts(groups=2, pairs_by_lag=(3,), tokens=12)
-
-    Attributes:
-        groups: number of groups, those without any pair included.
-        pairs_by_lag: ``pairs_by_lag[d - 1]`` pairs have a rank difference of ``d``.
-        tokens: response tokens (slots) of all candidates.
-    """
-
-    groups: int
-    pairs_by_lag: tuple[int, ...]
-    tokens: int
-
-    @classmethod
-    def from_ranks(
-        cls, ranks: npt.ArrayLike | Tensor, group_offsets: npt.ArrayLike | Tensor, tokens: int
-    ) -> LossCounts:
-        """Count the pairs of ``ranks`` [C] (0 = best, equal = tie) within the groups ``group_offsets`` [G+1]."""
-        ranks_ = torch.as_tensor(ranks, dtype=torch.int64)
-        offsets = torch.as_tensor(group_offsets, dtype=torch.int64)
-        better, worse = ranked_pairs(ranks_, offsets)
-        by_lag = torch.bincount(ranks_[worse] - ranks_[better], minlength=1)[1:]
-        return cls(groups=offsets.numel() - 1, pairs_by_lag=tuple(by_lag.tolist()), tokens=int(tokens))
-
-    def __add__(self, other: LossCounts) -> LossCounts:
-        if not isinstance(other, LossCounts):
-            return NotImplemented
-        longer, shorter = sorted((self.pairs_by_lag, other.pairs_by_lag), key=len, reverse=True)
-        shorter = shorter + (0,) * (len(longer) - len(shorter))
-        pairs = tuple(a + b for a, b in zip(longer, shorter, strict=True))
-        return LossCounts(self.groups + other.groups, pairs, self.tokens + other.tokens)
-
-
-def ranked_pairs(ranks: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs (better, worse) of candidates of one group with ``ranks[better] < ranks[worse]``.
-
-    Takes ``ranks`` [C] and ``group_offsets`` [G+1], int64; gives two int64 tensors [P] of candidate indices.
-    """
-    sizes = group_offsets.diff()
-    start = group_offsets[:-1].repeat_interleave(sizes)  # [C] first candidate of the candidate's group
-    partners = sizes.repeat_interleave(sizes)  # [C] size of the candidate's group
-    first = torch.arange(ranks.numel(), device=ranks.device).repeat_interleave(partners)
-    pair_start = partners.cumsum(0) - partners
-    second = torch.arange(first.numel(), device=ranks.device) - (pair_start - start).repeat_interleave(partners)
-    ordered = ranks[first] < ranks[second]
-    return first[ordered], second[ordered]
 
 
 def tuna_hinge(

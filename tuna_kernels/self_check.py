@@ -11,9 +11,6 @@ float32 rounding (docs/numerics.md).
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuna_kernels import user_cache
+from tuna_kernels.attention.tree_attention import tree_attention
+from tuna_kernels.gpu import checked_cards
+from tuna_kernels.head.logprobs import linear_logprobs, selective_logprobs
+from tuna_kernels.head.ranking_loss import linear_ranking_loss
 from tuna_kernels.tree import Group, pack_groups
 
-__all__ = ["Check", "passed", "run_checks", "warn_if_unchecked"]
+__all__ = ["Check", "run_checks"]
 
 FACTOR, UNITS = 4.0, 16.0
-CACHE = "self_check"
 Run = Callable[[torch.dtype, str], dict[str, Tensor]]
 
 
@@ -61,26 +60,7 @@ def run_checks(device: torch.device | str, backend: str = "triton", *, small: bo
         every &= check.passed
         yield check
     if every and device.type == "cuda":
-        _remember(_key(device, backend))
-
-
-def passed(device: torch.device, backend: str = "triton") -> bool:
-    """Whether all checks passed on this kind of card before, with these versions."""
-    return _key(device, backend) in _read()
-
-
-def warn_if_unchecked(device: torch.device, backend: str = "triton") -> None:
-    """Say, once a process and kind of card, that the kernels have not been checked there."""
-    _warn_once(_key(device, backend))
-
-
-@functools.cache
-def _warn_once(key: str) -> None:
-    if key not in _read():
-        warnings.warn(
-            f"the GPU kernels have not been checked on this card ({key}): `tuna info --self-check` does, in a minute",
-            stacklevel=4,
-        )
+        checked_cards.remember(device, backend)
 
 
 def _cases(device: torch.device, small: bool) -> Iterator[tuple[str, torch.dtype, Run]]:
@@ -134,8 +114,6 @@ class _Head:
         self.device, self.plain, self.frozen = device, plain, frozen
 
     def __call__(self, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from tuna_kernels.head.logprobs import linear_logprobs
-
         hidden = _as(_random(self.device, self.rows, self.width, seed=0), dtype).requires_grad_()
         weight = _as(_random(self.device, self.vocab, self.width, seed=1, scale=3 / self.width**0.5), dtype)
         bias = None if self.plain else _as(_random(self.device, self.vocab, seed=2), dtype).requires_grad_()
@@ -162,8 +140,6 @@ class _Head:
 
 def _selective(device: torch.device, small: bool) -> Run:
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from tuna_kernels.head.logprobs import selective_logprobs
-
         rows, vocab = (9, 301) if small else (200, 50257)
         logits = _as(_random(device, rows, vocab, seed=0, scale=3), dtype).requires_grad_()
         targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
@@ -192,8 +168,6 @@ def sample_groups(longest: int) -> list[Group]:
 
 def _ranking(device: torch.device, small: bool, budget: int | None) -> Run:
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from tuna_kernels.head.ranking_loss import linear_ranking_loss
-
         tree = pack_groups(sample_groups(12 if small else 70), device=device)
         width, vocab = (24, 133) if small else (264, 32003)
         hidden = _as(_random(device, tree.num_tokens, width, seed=0), dtype).requires_grad_()
@@ -208,8 +182,6 @@ def _ranking(device: torch.device, small: bool, budget: int | None) -> Run:
 
 def _attention(device: torch.device, size: int, *, window: int | None, softcap: float | None) -> Run:
     def run(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        from tuna_kernels.attention.tree_attention import tree_attention
-
         tree = pack_groups(sample_groups(40), device=device)
         shapes = ((4, 0), (2, 1), (2, 2))
         q, k, v = (_as(_random(device, 1, h, tree.num_tokens, size, seed=s), dtype).requires_grad_() for h, s in shapes)
@@ -227,26 +199,3 @@ def _attention(device: torch.device, size: int, *, window: int | None, softcap: 
         return parts | {f"gradient of {name}": g for name, g in zip("qkv", gradients, strict=True)}
 
     return run
-
-
-def _key(device: torch.device, backend: str) -> str:
-    import triton
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return f"{name}, {backend} {triton.__version__}, torch {torch.__version__}, tuna-kernels {_version()}"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("tuna-kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _read() -> list[str]:
-    content = user_cache.read(CACHE)
-    return content if isinstance(content, list) else []
-
-
-def _remember(key: str) -> None:
-    user_cache.write(CACHE, sorted({*_read(), key}))

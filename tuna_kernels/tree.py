@@ -20,15 +20,13 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
 from tuna_kernels.groups import FlatGroups, Group, IntArray, dense_ranks, flatten_groups, offsets
-
-if TYPE_CHECKING:
-    from tuna_kernels.losses import LossCounts
+from tuna_kernels.loss_counts import LossCounts
 
 __all__ = ["Group", "PackedTree", "Share", "pack_groups", "plan_rows", "tree_tokens"]
 
@@ -105,9 +103,6 @@ class PackedTree:
 
     def loss_counts(self) -> LossCounts:
         """What the losses divide by, counted on the host over this tree alone."""
-        # Here and not above: the layout stands below the losses and must import without them.
-        from tuna_kernels.losses import LossCounts
-
         return LossCounts.from_ranks(self.ranks_host, self.group_offsets_host, self.num_slots)
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from tuna_kernels.arguments import compute_dtype
 from tuna_kernels.attention.block_plan import MAX_ROWS
 from tuna_kernels.attention.triton import launches
 from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.gpu import launch
 from tuna_kernels.head import cpu as _cpu
 from tuna_kernels.head.products import MIN_ROWS
-from tuna_kernels.head.reference import compute_dtype
 from tuna_kernels.head.tiled import UNIT_SLOTS, TilePlan
 from tuna_kernels.head.tiled_selective import CHUNK_BYTES
 from tuna_kernels.head.triton import slabs

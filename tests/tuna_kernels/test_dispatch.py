@@ -94,7 +94,9 @@ def test_show_config_names_every_backend() -> None:
     assert all(f"backend {name}:" in text for name in tk.available_backends())
 
 
-@pytest.mark.parametrize("module", ["losses", "scores", "head.logprobs", "head.ranking_loss", "dispatch", "tree", "workspace"])
+@pytest.mark.parametrize(
+    "module", ["loss_counts", "losses", "scores", "head.logprobs", "head.ranking_loss", "dispatch", "tree", "workspace"]
+)
 def test_examples_in_docstrings(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"tuna_kernels.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tuna_kernels.tree
 from tests.tuna_kernels.oracles_tree import oracle_ranks, oracle_tree, plain, rule, sequences
-from tuna_kernels.losses import LossCounts
+from tuna_kernels.loss_counts import LossCounts
 from tuna_kernels.tree import Group, PackedTree, Share, pack_groups, plan_rows, tree_tokens
 
 SHARES: tuple[Share, ...] = ("tree", "prompt", "none")

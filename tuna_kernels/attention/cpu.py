@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tuna_kernels.attention.block_plan import check_rows, check_subtree_end
 from tuna_kernels.attention.torch import empty_outputs
-from tuna_kernels.head.cpu import ELEMENTS, address, instruction_set, native
+from tuna_kernels.native import ELEMENTS, address, instruction_set, native
 
 
 def forward(

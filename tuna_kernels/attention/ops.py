@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tuna_kernels import derivatives
+from tuna_kernels.arguments import dense_rows
 from tuna_kernels.attention import cpu as attention_cpu
 from tuna_kernels.attention import flash
 from tuna_kernels.attention import torch as attention_torch
 from tuna_kernels.attention.sinks import beside_sinks, sinks_gradient
 from tuna_kernels.attention.triton import launches
-from tuna_kernels.layout import dense_rows
 
 BACKENDS: dict[str, ModuleType] = {
     "torch": attention_torch,

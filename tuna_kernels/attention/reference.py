@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tuna_kernels.arguments import compute_dtype
 from tuna_kernels.attention.block_plan import check_values
-from tuna_kernels.head.reference import compute_dtype
 
 
 def visible(

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tuna_kernels.arguments import compute_dtype
 from tuna_kernels.attention.block_plan import Block, Plan, plan_for
 from tuna_kernels.attention.blocks import Upstream, choose
-from tuna_kernels.head.reference import compute_dtype
 
 
 def forward(

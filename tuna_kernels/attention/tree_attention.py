@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from tuna_kernels.arguments import should_validate
 from tuna_kernels.attention import flash, flex, ops, reference
 from tuna_kernels.attention.triton import launches
 from tuna_kernels.dispatch import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
 from tuna_kernels.errors import CannotServe
-from tuna_kernels.head.logprobs import should_validate
 
 __all__ = ["tree_attention"]
 

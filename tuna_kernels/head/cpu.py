@@ -5,7 +5,6 @@ Addresses, strides and a thread count cross the border; the extension knows noth
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,29 +14,9 @@ from tuna_kernels.head.product_choice import BLAS, OWN, Choice, Run, choose
 from tuna_kernels.head.products import Multiply, Products, TorchMultiply
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import Head, RowGradient, SoftmaxState, Tile
-from tuna_kernels.installation import why_no_extension
+from tuna_kernels.native import ELEMENTS, WHY_NOT, address, instruction_set, native
 
-try:
-    from tuna_kernels import _cpu  # type: ignore[attr-defined]
-
-    WHY_NOT = ""
-except ImportError as error:
-    _cpu = None
-    WHY_NOT = why_no_extension(error)
-
-ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
 NAMES = {OWN: "our own", BLAS: "the BLAS's"}
-
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""How csrc/cpu/element.h numbers the types it takes."""
-
-
-def supports(*dtypes: torch.dtype) -> str:
-    """ "" if the native code takes these types, else the reason why not."""
-    if WHY_NOT:
-        return WHY_NOT
-    bad = [str(d) for d in dtypes if d not in ELEMENTS]
-    return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -53,7 +32,7 @@ def has_products(hidden: torch.dtype, weight: torch.dtype | None = None) -> bool
 
 def product_choice_of(dtype: torch.dtype) -> Choice | None:
     """Whose products of this type are taken (float32, or bfloat16 as it is); None where there are none of our own."""
-    if WHY_NOT or not _cpu.has_products(instruction_set()) or dtype != _product_type(dtype, dtype):
+    if WHY_NOT or not native().has_products(instruction_set()) or dtype != _product_type(dtype, dtype):
         return None
 
     def products(multiply: Multiply) -> Run:
@@ -79,7 +58,7 @@ def products_chosen() -> dict[str, str]:
 
 def _product_type(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
     """The type in which our own products of such operands would be taken."""
-    packs = not WHY_NOT and instruction_set() == _cpu.InstructionSet.avx512_bf16
+    packs = not WHY_NOT and instruction_set() == native().InstructionSet.avx512_bf16
     return torch.bfloat16 if packs and hidden == weight == torch.bfloat16 else torch.float32
 
 
@@ -101,29 +80,6 @@ def _three_products(multiply: Multiply, dtype: torch.dtype) -> Run:
     return run
 
 
-def instruction_set() -> Any:
-    """Which copy of the native code runs: the best for this processor, or a lesser one that the environment asks for.
-
-    Raises:
-        ValueError: TUNA_KERNELS_CPU_ISA is no instruction set.
-    """
-    best, sets = _cpu.best_instruction_set(), _cpu.InstructionSet.__members__
-    asked = os.environ.get(ISA_VARIABLE, best.name)
-    if asked not in sets:
-        raise ValueError(f"{ISA_VARIABLE} = {asked!r} is not one of {tuple(sets)}")
-    return min(best, sets[asked], key=int)
-
-
-def native() -> Any:
-    """The extension. Only for inputs that `supports` takes."""
-    return _cpu
-
-
-def address(tensor: Tensor | None) -> int:
-    """Of the first element, 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class NativeTileOps:
     """See :class:`tuna_kernels.head.tiled.TileOps`."""
 
@@ -131,7 +87,7 @@ class NativeTileOps:
         if out.dtype != torch.float32 and index is not None:  # bfloat16 that stays so
             torch.index_select(source, 0, index, out=out)
             return
-        _cpu.load_rows(
+        native().load_rows(
             destination=out.data_ptr(),
             destination_stride=out.stride(0),
             source=source.data_ptr(),
@@ -144,7 +100,7 @@ class NativeTileOps:
         )
 
     def softmax(self, tile: Tile, head: Head, state: SoftmaxState) -> None:
-        _cpu.softmax_tile(
+        native().softmax_tile(
             _native_tile(tile, head.logit_scale, head.softcap),
             maximum=state.maximum.data_ptr(),
             sum=state.sum.data_ptr(),
@@ -155,7 +111,7 @@ class NativeTileOps:
         )
 
     def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
-        _cpu.gradient_tile(
+        native().gradient_tile(
             _native_tile(tile, head.logit_scale, head.softcap),
             maximum=gradient.maximum.data_ptr(),
             log_sum=gradient.log_sum.data_ptr(),
@@ -168,7 +124,7 @@ class NativeTileOps:
         )
 
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
-        _cpu.scale_rows(
+        native().scale_rows(
             x=x.data_ptr(),
             stride=x.stride(0),
             factor=factor.data_ptr(),
@@ -195,7 +151,7 @@ class _NativeMultiply:
 
     def __init__(self, *, as_it_is: bool) -> None:
         self.rows = torch.bfloat16 if as_it_is else torch.float32
-        best, sets = instruction_set(), _cpu.InstructionSet
+        best, sets = instruction_set(), native().InstructionSet
         self._set = best if as_it_is or best != sets.avx512_bf16 else sets.avx512
         self._scratch: Tensor | None = None
 
@@ -203,7 +159,7 @@ class _NativeMultiply:
         rows, inner = left.shape
         is_read_in_place = self.rows == torch.float32 and not _is_transposed(left)
         scratch = None if is_read_in_place else self._buffer(rows, inner)
-        _cpu.multiply_matrices(
+        native().multiply_matrices(
             c=out.data_ptr(),
             stride=out.stride(0),
             rows=rows,
@@ -218,7 +174,7 @@ class _NativeMultiply:
         )
 
     def _buffer(self, rows: int, inner: int) -> Tensor:
-        size = _cpu.product_scratch(rows, inner)
+        size = native().product_scratch(rows, inner)
         if self._scratch is None or self._scratch.numel() < size:
             self._scratch = None  # freed before there is a larger one
             self._scratch = torch.empty(size)
@@ -232,7 +188,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 def _native_matrix(matrix: Tensor) -> Any:
     """Rows, or columns, may lie anywhere, but their entries are neighbours."""
     transposed = _is_transposed(matrix)
-    return _cpu.Matrix(
+    return native().Matrix(
         data=matrix.data_ptr(),
         element=ELEMENTS[matrix.dtype],
         stride=matrix.stride(1 if transposed else 0),
@@ -241,7 +197,7 @@ def _native_matrix(matrix: Tensor) -> Any:
 
 
 def _native_tile(tile: Tile, scale: float, softcap: float | None) -> Any:
-    return _cpu.Tile(
+    return native().Tile(
         x=tile.logits.data_ptr(),
         stride=tile.logits.stride(0),
         rows=tile.logits.shape[0],

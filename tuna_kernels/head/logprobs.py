@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from tuna_kernels.dispatch import resolve_backend, unit_gradient_pays
+from tuna_kernels.arguments import compute_dtype, dense_rows, should_validate
+from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.errors import CannotServe
 from tuna_kernels.head import parallel, reference
-from tuna_kernels.head.reference import compute_dtype
-from tuna_kernels.layout import dense_rows
+from tuna_kernels.head.backend import unit_gradient_pays
 
 # What logits are multiplied with or divided by, so that neither it nor its reciprocal leaves float32's normal numbers.
 SMALLEST, LARGEST = 1e-37, 1e37
@@ -374,13 +373,6 @@ def check_index(name: str, index: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be 1-D, got {list(index.shape)}")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device}, hidden on {device}")
-
-
-def should_validate(validate: bool | None, tensor: Tensor) -> bool:
-    """Whether to look at values: never inside a compiled graph, nor where a fake tensor has none."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
-        return False
-    return tensor.device.type == "cpu" if validate is None else validate
 
 
 def check_range(name: str, index: Tensor, limit: int, what: str, ignore_index: int | None = None) -> None:

@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from tuna_kernels import derivatives
-from tuna_kernels.dispatch import head_backend
+from tuna_kernels.arguments import compute_dtype, dense_rows
 from tuna_kernels.head import tiled_linear, tiled_ranking
-from tuna_kernels.head.reference import compute_dtype
+from tuna_kernels.head.backend import head_backend
 from tuna_kernels.head.tiled_linear import LinearCall, Saved
 from tuna_kernels.head.tiled_ranking import Candidates, LossSettings
-from tuna_kernels.layout import dense_rows
-from tuna_kernels.losses import LossCounts, Preset, Reduction, tuna_hinge
+from tuna_kernels.loss_counts import LossCounts
+from tuna_kernels.losses import Preset, Reduction, tuna_hinge
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,20 +8,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from tuna_kernels.arguments import compute_dtype, should_validate
 from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.head import reference
-from tuna_kernels.head.logprobs import check_head, check_index, check_range, low_rank_pair, should_validate
-from tuna_kernels.head.reference import compute_dtype
-from tuna_kernels.losses import (
-    REDUCTION_OF,
-    Kind,
-    LossCounts,
-    Preset,
-    first_best,
-    preset_upstream,
-    ranking_loss,
-    weighted,
-)
+from tuna_kernels.head.logprobs import check_head, check_index, check_range, low_rank_pair
+from tuna_kernels.loss_counts import LossCounts
+from tuna_kernels.losses import REDUCTION_OF, Kind, Preset, first_best, preset_upstream, ranking_loss, weighted
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import PackedTree
 

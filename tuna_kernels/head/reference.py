@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any input is float64, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+from tuna_kernels.arguments import compute_dtype
 
 
 def linear_logprobs(

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuna_kernels.arguments import compute_dtype, dense_rows
 from tuna_kernels.head.backend import HeadBackend
-from tuna_kernels.head.reference import compute_dtype
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
-from tuna_kernels.layout import dense_rows
 
 
 @dataclass(frozen=True)

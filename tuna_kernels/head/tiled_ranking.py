@@ -18,7 +18,8 @@ from tuna_kernels.head.products import MIN_ROWS
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients
 from tuna_kernels.head.tiled_linear import LinearCall, Saved, row_gradient, row_grads_like, state_of
-from tuna_kernels.losses import LossCounts, Preset, preset_upstream, weighted
+from tuna_kernels.loss_counts import LossCounts
+from tuna_kernels.losses import Preset, preset_upstream, weighted
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.fuzz.kernels.drawing import HALF, floats, integers, laid_out
 from tests.fuzz.kernels.laws import FACTOR, UNITS, Results, run, same_bits, within_bounds
 from tuna_kernels import available_backends, linear_logprobs
-from tuna_kernels.head.cpu import ISA_VARIABLE, multiplies
+from tuna_kernels.head.cpu import multiplies
+from tuna_kernels.native import ISA_VARIABLE
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -21,7 +21,7 @@ from tests.fuzz.kernels.head import (
 )
 from tests.fuzz.kernels.laws import run, same_bits, within_bounds
 from tuna_kernels import PackedTree, linear_ranking_loss, pack_groups
-from tuna_kernels.losses import ranked_pairs
+from tuna_kernels.loss_counts import ranked_pairs
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tuna.compare.memory_meter import allocator_peak
 from tuna_kernels import available_backends
 from tuna_kernels.attention import cpu as attention_cpu
 from tuna_kernels.attention.tree_attention import tree_attention
-from tuna_kernels.head.cpu import native
+from tuna_kernels.native import native
 from tuna_kernels.tree import Group, PackedTree, pack_groups
 
 pytestmark = pytest.mark.skipif(bool(available_backends()["cpu"]), reason=available_backends()["cpu"])

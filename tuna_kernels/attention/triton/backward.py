@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tuna_kernels.attention.triton.tiles import base2_scores, dot, key_block, load_rows, query_block, visible
-from tuna_kernels.head.triton.tiles import LOG2_E
+from tuna_kernels.gpu.device_math import LOG2_E
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tuna_kernels.attention.triton.tiles import base2_scores, dot, key_block, load_rows, query_block, visible
-from tuna_kernels.head.triton.tiles import LN_2
+from tuna_kernels.gpu.device_math import LN_2
 
 
 @triton.jit

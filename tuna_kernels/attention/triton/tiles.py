@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.head.triton.tiles import tanh
+from tuna_kernels.gpu.device_math import tanh
 
 
 @triton.jit

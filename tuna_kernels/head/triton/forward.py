@@ -22,13 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tuna_kernels.gpu import launch
+from tuna_kernels.gpu.device_math import LN_2, LOG2_E
 from tuna_kernels.gpu.static_case import ARCHITECTURES, Config, StaticCase
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Head, Inputs
 from tuna_kernels.head.triton.products import HALF, in_kernel, product_type
 from tuna_kernels.head.triton.tiles import (
-    LN_2,
-    LOG2_E,
     add_product,
     merge_softmax,
     program_tile,

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tuna_kernels.gpu.device_math import LOG2_E
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
@@ -24,7 +25,6 @@ from tuna_kernels.head.triton.gradient import launch_gradient
 from tuna_kernels.head.triton.logits import launch_logits_forward, launch_logits_gradient, splits_of
 from tuna_kernels.head.triton.products import multiply, product_type
 from tuna_kernels.head.triton.slabs import slab_columns
-from tuna_kernels.head.triton.tiles import LOG2_E
 from tuna_kernels.head.triton.unit import unit_rows
 
 

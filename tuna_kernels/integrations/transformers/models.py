@@ -36,7 +36,8 @@ from tuna_kernels.head.ranking_loss import RankingLossOutput, linear_ranking_los
 from tuna_kernels.integrations.transformers import attention_hook, check, dense_mask
 from tuna_kernels.integrations.transformers.head import base_causal_lm, compute_device, read_head
 from tuna_kernels.integrations.transformers.ranking_model import Carrier, RankingModel, carrier
-from tuna_kernels.losses import Kind, LossCounts, Preset
+from tuna_kernels.loss_counts import LossCounts
+from tuna_kernels.losses import Kind, Preset
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import Group, PackedTree
 

@@ -38,7 +38,8 @@ from tuna_kernels.integrations.transformers.two_phase.requests import (
     why_not_two_phase,
 )
 from tuna_kernels.integrations.transformers.two_phase.shared_keys import PromptKeys
-from tuna_kernels.losses import Kind, LossCounts, Preset, PresetResult, preset_upstream
+from tuna_kernels.loss_counts import LossCounts
+from tuna_kernels.losses import Kind, Preset, PresetResult, preset_upstream
 from tuna_kernels.tree import PackedTree
 
 __all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
