@@ -32,13 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
-from tuna.data.files import replacing
+from tuna.data.instructions import Instruction
 from tuna.gather.api.calls import PaidSettings, run_jobs, run_paid
 from tuna.gather.api.endpoint import EndpointSettings
 from tuna.gather.api.journal import Journal
-from tuna.gather.responses import Instruction
 from tuna.gather.teacher import Sampling, generate_responses
-from tuna.train.curves import write_json
+from tuna.system.writing import replacing, write_json
 
 CONCURRENCY = (1, 8, 64)
 ARMS = ("socket", "client", "tuna")

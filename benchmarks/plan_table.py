@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tuna.data.files import replacing
 from tuna.plan.cards import find_card
 from tuna.plan.comparison import brief
 from tuna.plan.picture import NAMES, draw_bars
@@ -26,7 +25,7 @@ from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
 from tuna.plan.states import Optimizer, Sharding
 from tuna.plan.workload import METHODS, Method, Workload
-from tuna.train.curves import write_json
+from tuna.system.writing import replacing, write_json
 
 MODELS = ("llama-7b", "llama3-8b")
 CARDS = ("rtx3090", "rtx5090", "a100-40", "a6000", "a100-80")

@@ -21,9 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import describe_machine
 from benchmarks.step import ARMS, read_batches
 from tuna.compare.side_by_side import LossSettings, Stepper, Way, count_tokens
-from tuna.data.files import replacing
 from tuna.models.loading import SMOLLM2, load_model
-from tuna.train.curves import write_json
+from tuna.system.writing import replacing, write_json
 from tuna_kernels import Group, pack_groups
 
 PARTS = ("products of the trunk", "attention", "head and loss", "optimizer", "norms, rotary, activations, rest")

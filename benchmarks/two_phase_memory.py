@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuna.compare.baseline import naive_step_loss
 from tuna.compare.memory_meter import allocator_peak
-from tuna.data.files import replacing
+from tuna.system.writing import replacing
 from tuna.train.memory_mode import ActivationModel
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, two_phase_ranking_loss

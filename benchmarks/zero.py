@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tuna.train.curves import write_json
+from tuna.system.writing import write_json
 
 LIMIT = 1e-6
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tuna.gather.responses import Instruction, ResponseSet
+    from tuna.data.instructions import Instruction
+    from tuna.gather.responses import ResponseSet
     from tuna.gather.teacher import Sampling
 
 __all__ = ["generate", "read_wanted"]
@@ -141,7 +142,7 @@ def read_wanted(
     """
     from rich.text import Text
 
-    from tuna.gather.responses import read_instructions
+    from tuna.data.instructions import read_instructions
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")

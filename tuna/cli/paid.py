@@ -229,7 +229,7 @@ class PaidRun:
             typer.Exit: something was set aside, or the run ended early.
         """
         from tuna.data.files import write_rows
-        from tuna.train.curves import write_json
+        from tuna.system.writing import write_json
 
         failed = self.folder / "failed.jsonl"
         if outcome.failed:

@@ -232,7 +232,7 @@ def _table(title: str, rows: list[Row]) -> Any:
 
 def _write(rows: list[Row], title: str, json_file: Path | None, picture: Path | None) -> None:
     from tuna.plan.picture import NAMES, draw_plans
-    from tuna.train.curves import write_json
+    from tuna.system.writing import write_json
 
     if json_file is not None:
         write_json(json_file, {"title": title, "methods": [row.summary() for row in rows]})

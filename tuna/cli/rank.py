@@ -51,7 +51,7 @@ def rank(
     from tuna.data.files import write_rows
     from tuna.gather.likelihood import RankingRules, rank_responses, ranking_figures
     from tuna.gather.responses import read_responses
-    from tuna.train.curves import write_json
+    from tuna.system.writing import write_json
     from tuna.train.outputs import check_files
 
     check_files({"output": output, "json": json_file}, {"data": data})

@@ -19,6 +19,7 @@ RecipeFile = Annotated[Path, typer.Argument(help="The recipe, in YAML; see docs/
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: RecipeFile,
     set_: SetFlag = None,
     until: Annotated[str | None, typer.Option(help="Stop after the step of this name.")] = None,
@@ -34,7 +35,7 @@ def run(
 
     console = Terminal()
     found = read_recipe(recipe, _variables(set_))
-    steps = plan(found, recipe.resolve().parent)
+    steps = plan(found, recipe.resolve().parent, context.find_root().command)
     names = [step.step.name for step in steps]
     if until is not None and until not in names:
         raise ValueError(f"until = {until!r} is no step; the steps are {', '.join(names)}")
@@ -57,14 +58,14 @@ def run(
 
 
 @app.command()
-def show(recipe: RecipeFile, set_: SetFlag = None) -> None:
+def show(context: typer.Context, recipe: RecipeFile, set_: SetFlag = None) -> None:
     """List the steps, which of them are done, and the commands they stand for. Runs nothing."""
     from rich.table import Table
 
     from tuna.cli.terminal import Terminal
     from tuna.recipe.steps import plan, read_recipe
 
-    steps = plan(read_recipe(recipe, _variables(set_)), recipe.resolve().parent)
+    steps = plan(read_recipe(recipe, _variables(set_)), recipe.resolve().parent, context.find_root().command)
     table = Table("step", "done", "command", title=str(recipe), title_justify="left")
     for step in steps:
         table.add_row(step.step.name, "yes" if step.done else "no", step.command_line())

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tuna.gather.responses import Instruction, ResponseSet
+    from tuna.data.instructions import Instruction
+    from tuna.gather.responses import ResponseSet
     from tuna.gather.student import Diversity, LocalSampling
 
 __all__ = ["sample"]
@@ -167,11 +168,11 @@ def _local(
 
     from tuna.cli.bar import progress_bar
     from tuna.cli.next import say_next
-    from tuna.data.files import content_hash
     from tuna.data.templates import saved_template, unused_chat_template
     from tuna.gather.api.journal import Journal
     from tuna.gather.student import sample_locally
     from tuna.models.loading import load_model
+    from tuna.system.writing import content_hash
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # A student trained again under the same name is another student.
@@ -234,7 +235,7 @@ def _write(console: Console, output: Path, sets: list[ResponseSet], diversity: D
 
     from tuna.gather.diversity import diversity_figures
     from tuna.gather.responses import write_responses
-    from tuna.train.curves import write_json
+    from tuna.system.writing import write_json
 
     if not sets:
         return

@@ -53,7 +53,7 @@ def score(
     from tuna.data.tokenization import tokenize_records
     from tuna.models.loading import load_model, place_for
     from tuna.score.scoring import per_record
-    from tuna.train.curves import write_json
+    from tuna.system.writing import write_json
     from tuna.train.outputs import check_files
 
     if dtype not in ("float32", "bfloat16", "float16"):

@@ -33,9 +33,10 @@ from tuna.models.adapters import merged
 from tuna.models.loading import SMOLLM2, cache_folder, load_model
 from tuna.score.metrics import ranking_metrics
 from tuna.system.locks import hold
+from tuna.system.writing import write_json
 from tuna.train.checkpoints import CheckpointError
 from tuna.train.config import TunaConfig
-from tuna.train.curves import plot_log, write_json
+from tuna.train.curves import plot_log
 from tuna.train.distributed import launched
 from tuna.train.export import merged_from
 from tuna.train.group_data import tokenized

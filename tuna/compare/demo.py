@@ -27,8 +27,8 @@ from tuna.data.split import hold_out
 from tuna.data.tokenization import TokenizedGroup, tokenize_records
 from tuna.data.vocabulary import check_vocabulary
 from tuna.models.loading import SMOLLM2, TINY, load_model
+from tuna.system.writing import write_json
 from tuna.train.config import TunaConfig
-from tuna.train.curves import write_json
 from tuna.train.trainer import TunaTrainer
 from tuna_kernels import Group
 from tuna_kernels.losses import Preset

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from tuna.data.files import replacing
+from tuna.system.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,16 +6,16 @@ comes as `Unreadable`, so that the rest of the file still can.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-__all__ = ["Rows", "Unreadable", "content_hash", "open_rows", "replacing", "write_rows"]
+from tuna.system.writing import replacing
+
+__all__ = ["Rows", "Unreadable", "open_rows", "write_rows"]
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8 text
@@ -78,42 +78,6 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], par
             file.write((json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n").encode())
         else:
             file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
-
-
-def content_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256, in hexadecimal, of a file's bytes, or of a folder's files and their names.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-    parts = hashlib.sha256()
-    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-        parts.update(f"{file_path.relative_to(path).as_posix()}\0{content_hash(file_path)}\n".encode())
-    return parts.hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all went well, and leaves no trace when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: a rename is atomic only within one file system.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            yield file
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
-        draft.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            draft.unlink()
 
 
 def _open_path(path: Path) -> Rows:

@@ -18,8 +18,8 @@ from typing import Any
 
 from tuna.data.files import Unreadable, open_rows
 from tuna.data.formats import convert_row, detect_format
+from tuna.data.instructions import instruction_fields
 from tuna.data.records import Record
-from tuna.gather.responses import instruction_fields
 
 __all__ = ["hold_out", "prompt_key", "rows_to_split", "split_records"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuna.data.chat import Answer, ChatTemplate
-from tuna.data.files import replacing
 from tuna.data.records import Record
+from tuna.system.writing import replacing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from tuna.data.instructions import Instruction
 from tuna.data.records import Record
 from tuna.gather.api.answers import parse_choices, stored_choices
 from tuna.gather.api.calls import PaidCalls, Request, Unfinished
 from tuna.gather.api.endpoint import CallFailed, EndpointRefused
 from tuna.gather.api.journal import content_key
 from tuna.gather.judge_answer.judgement import ASPECTS, MOST, Judgement, Unparsable, parse_judgement
-from tuna.gather.responses import Instruction
 from tuna.gather.teacher import with_extra
 
 __all__ = ["Candidates", "Judge", "JudgeSettings", "Verdict"]

@@ -1,41 +1,23 @@
-"""Instructions, and the responses gathered for them: what `tuna generate` and `tuna sample` write.
-
-Instructions are read from the shapes they come in:
-
-| shape | prompt | id | reference response |
-|---|---|---|---|
-| plain | `prompt` (text) or `messages` | `id` | `reference` |
-| Alpaca, Tuna as released | `instruction`, then `input` on the next line | `id` | `output` if it is one text |
-| self-instruct seed tasks | `instruction`, then the `input` of the first of `instances` | `id` | its `output` |
-| Vicuna and MT-bench questions | the first of `turns`, or `question` or `text` | `question_id` | `reference` |
-
-What stands beside a prompt goes with it, or is refused (`data.prompts`). Responses that a row has besides are not read.
-"""
+"""Responses gathered for instructions: what `tuna generate` and `tuna sample` write."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tuna.data.files import Unreadable, open_rows, write_rows
+from tuna.data.files import write_rows
+from tuna.data.instructions import Instruction, present_fields, read_items
 from tuna.data.prompts import prompt_of
-from tuna.data.records import Message, OnBad, Problem, Record, Text, settle_problems
+from tuna.data.records import OnBad, Problem, Text
 from tuna.gather.api.answers import LEAST, ROUNDING
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "ENDS",
-    "Instruction",
     "Response",
     "ResponseSet",
-    "instruction_fields",
-    "read_instructions",
     "read_responses",
     "write_responses",
 ]
@@ -43,39 +25,6 @@ __all__ = [
 Logprob: TypeAlias = Annotated[float, Field(le=ROUNDING, gt=LEAST, allow_inf_nan=False)]
 # Finish reasons of a response that ended by itself, as endpoints name them.
 ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed"})
-
-
-class Instruction(BaseModel):
-    """A prompt without responses, but perhaps with a reference.
-
-    Attributes:
-        id: unique name within its file.
-        prompt: as text; exactly one of `prompt` and `messages` is given.
-        messages: as turns of a conversation, the last of them not the assistant's.
-        reference: the response the dataset came with, or None.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    id: Text = Field(min_length=1)
-    prompt: Text | None = None
-    messages: list[Message] | None = None
-    reference: Text | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Instruction:
-        Record(id=self.id, prompt=self.prompt, messages=self.messages, responses=[""])  # the same rules
-        return self
-
-    def turns(self) -> list[dict[str, str]]:
-        """The prompt as messages of a chat endpoint."""
-        if self.messages is None:
-            return [{"role": "user", "content": self.prompt or ""}]
-        return [message.model_dump() for message in self.messages]
-
-    def last_turn(self) -> str:
-        """The text to respond to: the prompt, or the content of the last message."""
-        return self.turns()[-1]["content"]
 
 
 class Response(BaseModel):
@@ -129,29 +78,11 @@ class ResponseSet(Instruction):
     scored_by: str | None = None
 
 
-def read_instructions(
-    source: str | os.PathLike[str] | Iterable[Any], *, on_bad: OnBad = "fail"
-) -> tuple[list[Instruction], list[Problem]]:
-    """Read instructions of any shape above, also several in one file.
-
-    Those without an id are named after file and place; an id seen before is a problem of the later one.
-
-    Returns:
-        The instructions in order, and the problems of those left out (with ``on_bad="skip"``).
-
-    Raises:
-        FileNotFoundError: no such file.
-        BadRecords: with ``on_bad="fail"``, some cannot be used.
-        ValueError: unknown kind of file.
-    """
-    return _read(source, Instruction, instruction_fields, on_bad)
-
-
 def read_responses(
     source: str | os.PathLike[str] | Iterable[Any], *, on_bad: OnBad = "fail"
 ) -> tuple[list[ResponseSet], list[Problem]]:
     """Read what `write_responses` wrote; ``responses`` may also be plain texts. Raises as `read_instructions`."""
-    return _read(source, ResponseSet, _response_fields, on_bad)
+    return read_items(source, ResponseSet, _response_fields, on_bad)
 
 
 def write_responses(path: str | os.PathLike[str], sets: Iterable[ResponseSet]) -> None:
@@ -159,87 +90,8 @@ def write_responses(path: str | os.PathLike[str], sets: Iterable[ResponseSet]) -
     write_rows(path, (item.model_dump(exclude_none=True) for item in sets))
 
 
-def _read(source: Any, kind: Any, fields_of: Any, on_bad: OnBad) -> tuple[list[Any], list[Problem]]:
-    settle_problems((), on_bad)
-    rows = open_rows(source)
-    stem = Path(rows.name).stem or "instruction"
-    items: list[Any] = []
-    problems: list[Problem] = []
-    places: dict[str, int] = {}
-    for place, row in rows.items:
-        item = _parse(row, kind, fields_of, f"{stem}-{place}")
-        if not isinstance(item, str) and item.id in places:
-            item = f"id {item.id!r} stands already at {rows.unit} {places[item.id]}"
-        if isinstance(item, str):
-            problems.append(Problem(rows.name, place, item, rows.unit))
-        else:
-            places[item.id] = place
-            items.append(item)
-    settle_problems(problems, on_bad)
-    return items, problems
-
-
-def _parse(row: Any, kind: Any, fields_of: Any, made_id: str) -> Any:
-    """The item, or in plain words why there is none."""
-    try:
-        return row if isinstance(row, kind) else kind.model_validate({"id": made_id, **fields_of(row)})
-    except ValidationError as error:
-        return _plain(error)
-    except ValueError as error:
-        return str(error)
-
-
-def _plain(error: ValidationError) -> str:
-    details = error.errors()[:3]
-    parts = []
-    for detail in details:
-        field = ".".join(map(str, detail["loc"]))
-        parts.append(f"{field} {detail['msg'].removeprefix('Value error, ')}".strip())
-    return "; ".join(parts)
-
-
-def _present(row: Any) -> dict[str, Any]:
-    if isinstance(row, Unreadable):
-        raise ValueError(row.reason)
-    if not isinstance(row, Mapping):
-        raise ValueError("must be an object with named fields")
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def instruction_fields(row: Any) -> dict[str, Any]:
-    """A row of any shape above as fields of an `Instruction`; raises `ValueError` in plain words."""
-    present = _present(row)
-    fields: dict[str, Any] = {}
-    given = present.get("id", present.get("question_id"))
-    if given is not None:
-        fields["id"] = str(given) if isinstance(given, int) else given
-    if any(key in present for key in ("messages", "prompt")):
-        return {**fields, **prompt_of(present), "reference": present.get("reference")}
-    if "instruction" in present:
-        return {**fields, **_from_instruction(present)}
-    turns = present.get("turns")
-    question = turns[0] if isinstance(turns, list) and turns else present.get("question", present.get("text"))
-    if question is None:
-        keys = ", ".join(map(str, present)) or "none"
-        raise ValueError(f"there is no prompt, messages, instruction, turns, question or text (fields: {keys})")
-    if isinstance(turns, list) and len(turns) > 1:
-        logger.warning("%s: the first of %d turns is asked, the others need its answer", fields.get("id"), len(turns))
-    reference = present.get("reference")
-    if isinstance(turns, list) and isinstance(reference, list) and reference:
-        reference = reference[0]  # one a turn
-    return {**fields, **prompt_of({**present, "question": question}), "reference": reference}
-
-
-def _from_instruction(row: Mapping[str, Any]) -> dict[str, Any]:
-    instances = row.get("instances")
-    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], Mapping) else {}
-    output = row.get("output", first.get("output", row.get("reference")))
-    prompt = prompt_of({"input": first.get("input"), **row})
-    return {**prompt, "reference": output if isinstance(output, str) else None}
-
-
 def _response_fields(row: Any) -> dict[str, Any]:
-    present = _present(row)
+    present = present_fields(row)
     responses = present.get("responses")
     if isinstance(responses, list):
         responses = [{"text": item} if isinstance(item, str) else item for item in responses]

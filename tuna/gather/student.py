@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuna.data.chat import ChatTemplate
+from tuna.data.instructions import Instruction
 from tuna.data.records import Record
 from tuna.data.templates import Renderer
 from tuna.data.tokenization import encode_prompts
@@ -24,7 +25,7 @@ from tuna.gather.api.budget import Usage
 from tuna.gather.api.calls import PaidCalls
 from tuna.gather.api.journal import Journal, content_key
 from tuna.gather.diversity import worst_pair
-from tuna.gather.responses import Instruction, Response, ResponseSet
+from tuna.gather.responses import Response, ResponseSet
 from tuna.gather.teacher import Sampling as EndpointSampling
 from tuna.gather.teacher import generate_responses
 from tuna.models import decoding

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tuna.data.instructions import Instruction
 from tuna.data.records import Record
 from tuna.data.templates import render_prompt
 from tuna.gather.api.answers import MISSING, parse_choices, stored_choices
 from tuna.gather.api.calls import PaidCalls, Request, request_key
 from tuna.gather.api.endpoint import Api, CallFailed, EndpointRefused
-from tuna.gather.responses import Instruction, Response, ResponseSet
+from tuna.gather.responses import Response, ResponseSet
 
 __all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "probe_logprobs", "with_extra"]
 

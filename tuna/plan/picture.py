@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuna.data.files import replacing
 from tuna.plan.planner import GIB, Plan
+from tuna.system.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

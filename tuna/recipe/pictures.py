@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tuna.data.files import replacing
+from tuna.system.writing import replacing
 
 __all__ = ["accuracy_picture", "histogram_picture", "training_picture"]
 

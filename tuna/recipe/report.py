@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from tuna.data.files import open_rows, replacing
+from tuna.data.files import open_rows
 from tuna.gather.responses import ENDS
 from tuna.recipe.pictures import accuracy_picture, histogram_picture, training_picture
 from tuna.recipe.steps import PlannedStep, Recipe
+from tuna.system.writing import replacing
 
 __all__ = ["write_report"]
 

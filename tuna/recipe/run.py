@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from tuna.recipe.steps import PlannedServer, PlannedStep
 from tuna.system import lifeline
 from tuna.system.locks import FolderInUse, hold
-from tuna.train.curves import write_json
+from tuna.system.writing import write_json
 
 __all__ = ["StepFailed", "run_steps"]
 

@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tuna.data.files import content_hash
 from tuna.gather.api.journal import content_key
 from tuna.system.settings_text import read_settings_file
+from tuna.system.writing import content_hash
 
 __all__ = ["KINDS", "Kind", "PlannedServer", "PlannedStep", "Recipe", "Server", "Step", "plan", "read_recipe"]
 
@@ -246,12 +246,13 @@ class PlannedStep:
         return shlex.join(["tuna", *self.arguments])
 
 
-def plan(recipe: Recipe, base: Path) -> list[PlannedStep]:
+def plan(recipe: Recipe, base: Path, tuna: Any) -> list[PlannedStep]:
     """Every step with its key, folder and arguments; nothing is run or written.
 
     Args:
         recipe: the recipe.
         base: folder that relative paths start from: that of the recipe's file.
+        tuna: the command `tuna`, as click has it; it says which flags there are and reads their values.
 
     Raises:
         ValueError: a flag that the command does not have, or a value it does not take.
@@ -276,25 +277,31 @@ def plan(recipe: Recipe, base: Path) -> list[PlannedStep]:
         key = content_key(content)
         folder = root / f"{step.name}-{key[:10]}"
         known: dict[str, str] = {name: str(path) for name, path in products.items()}
-        running = [_planned_server(name, server, known, base) for name, server in servers.items()]
+        running = [_planned_server(name, server, known, base, tuna) for name, server in servers.items()]
         known |= {server.name: server.url for server in running}
         options = {name: _resolved(value, known, base) for name, value in step.options.items()}
         outputs = {name: str(folder / place if place else folder) for name, place in KINDS[step.run].outputs.items()}
         kind = KINDS[step.run]
         source = [str(options.pop(name)) for name in kind.positional if name in options]
-        arguments = [*kind.words, *_arguments(kind.words, options | outputs, step.name), *kind.more, *source]
-        _check(kind.words, arguments[len(kind.words) :], step.name)
+        arguments = [
+            *kind.words,
+            *_arguments(_command(tuna, kind.words), kind.words, options | outputs, step.name),
+            *kind.more,
+            *source,
+        ]
+        _check(_command(tuna, kind.words), kind.words, arguments[len(kind.words) :], step.name)
         product = folder / kind.product if kind.product else folder
         planned.append(PlannedStep(step, key, folder, product, arguments, running))
         products[step.name], keys[step.name] = product, key
     return planned
 
 
-def _planned_server(name: str, server: Server, known: Mapping[str, str], base: Path) -> PlannedServer:
+def _planned_server(name: str, server: Server, known: Mapping[str, str], base: Path, tuna: Any) -> PlannedServer:
     options = {key.replace("_", "-"): _resolved(value, known, base) for key, value in server.options.items()}
     fixed = {"model": _resolved(server.model, known, base), "port": server.port}
-    flags = _arguments(("serve",), options | fixed, f"server {name}")
-    _check(("serve",), flags, f"server {name}")
+    command = _command(tuna, ("serve",))
+    flags = _arguments(command, ("serve",), options | fixed, f"server {name}")
+    _check(command, ("serve",), flags, f"server {name}")
     arguments = ["serve", *flags, "--quiet", "--with-stdin"]
     return PlannedServer(name, f"http://127.0.0.1:{server.port}/v1", arguments)
 
@@ -346,9 +353,9 @@ def _existing(value: str, base: Path) -> Path | None:
     return path.resolve() if path.exists() else None
 
 
-def _arguments(words: tuple[str, ...], options: Mapping[str, Any], owner: str) -> list[str]:
+def _arguments(command: Any, words: tuple[str, ...], options: Mapping[str, Any], owner: str) -> list[str]:
     """Options as command-line arguments, checked against the flags the command has."""
-    flags = _flags(words)
+    flags = {flag for item in command.params for flag in (*item.opts, *item.secondary_opts)}
     arguments: list[str] = []
     for name, value in options.items():
         if f"--{name}" not in flags:
@@ -364,13 +371,8 @@ def _arguments(words: tuple[str, ...], options: Mapping[str, Any], owner: str) -
     return arguments
 
 
-def _flags(words: tuple[str, ...]) -> set[str]:
-    return {flag for item in _command(words).params for flag in (*item.opts, *item.secondary_opts)}
-
-
-def _check(words: tuple[str, ...], arguments: Sequence[str], owner: str) -> None:
+def _check(command: Any, words: tuple[str, ...], arguments: Sequence[str], owner: str) -> None:
     """Let the command read its arguments, without running it."""
-    command = _command(words)
     try:
         command.make_context(" ".join(words), list(arguments))
     except Exception as error:
@@ -379,12 +381,9 @@ def _check(words: tuple[str, ...], arguments: Sequence[str], owner: str) -> None
         raise ValueError(f"step {owner!r}: tuna {' '.join(words)}: {error.format_message()}") from error
 
 
-def _command(words: tuple[str, ...]) -> Any:
-    import typer.main
-
-    from tuna.cli import app
-
-    command: Any = typer.main.get_command(app)
+def _command(tuna: Any, words: tuple[str, ...]) -> Any:
+    """The command of these words; ValueError where there is none."""
+    command = tuna
     for word in words:
         command = command.commands.get(word)
         if command is None:

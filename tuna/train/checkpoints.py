@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from tuna.system import lifeline
+from tuna.system.writing import write_json
 from tuna.train import manifest
-from tuna.train.curves import write_json
 
 logger = logging.getLogger(__name__)
 

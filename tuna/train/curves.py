@@ -1,33 +1,14 @@
-"""What a run leaves behind besides the model: its figures as JSON, its curves as a picture."""
+"""The curves of a training run, as a picture."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuna.data.files import replacing
+from tuna.system.writing import replacing
 
 Log = Sequence[Mapping[str, float]]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically; numbers that are not finite become null, which JSON can hold."""
-    with replacing(path) as file:
-        file.write((json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n").encode())
-
-
-def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite replaced by None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 def plot_log(path: Path, log: Log) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tuna.data.files import replacing
-from tuna.train.curves import finite
+from tuna.system.writing import finite, replacing
 
 LOG_FILE = "log.jsonl"
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tuna.data.files import content_hash, replacing
+from tuna.system.writing import content_hash, replacing
 
 __all__ = ["fault", "files_in", "read", "write"]
 

@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from tuna.data.formats import FORMATS
+from tuna.data.instructions import read_instructions
 from tuna.data.records import BadRecords, Message, Record, read_records
-from tuna.gather.responses import read_instructions, read_responses
+from tuna.gather.responses import read_responses
 
 SYSTEM, USER = {"role": "system", "content": "In French."}, {"role": "user", "content": "fruit?"}
 EARLIER = [{"role": "user", "content": "2"}, {"role": "assistant", "content": "4"}]

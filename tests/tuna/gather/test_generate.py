@@ -20,10 +20,11 @@ import torch
 from tests.fuzz import endpoint
 from tests.tuna.gather.commands import FAST, invoke, killed_and_resumed, rows
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
+from tuna.data.instructions import read_instructions
 from tuna.gather.api.answers import parse_choices
 from tuna.gather.api.endpoint import UnusableAnswer
 from tuna.gather.local_scores import score_responses
-from tuna.gather.responses import Response, ResponseSet, read_instructions, read_responses
+from tuna.gather.responses import Response, ResponseSet, read_responses
 from tuna.gather.teacher import NoLogprobs
 from tuna.models.loading import load_model
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from tests.tuna.serve.live_server import live_server
 from tuna.cli import app
+from tuna.data.instructions import Instruction
 from tuna.gather.api.journal import Journal
 from tuna.gather.diversity import diversity_figures, pair_rouge, worst_pair
-from tuna.gather.responses import Instruction, Response, ResponseSet, read_responses
+from tuna.gather.responses import Response, ResponseSet, read_responses
 from tuna.gather.student import Diversity, LocalSampling, diverse, sample_locally
 from tuna.models.loading import tiny_model
 

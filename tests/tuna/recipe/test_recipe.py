@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from tests.tuna.gather.misbehaving import Misbehaving
 from tuna.cli import app
-from tuna.data.files import content_hash
 from tuna.data.records import read_records
 from tuna.data.split import hold_out
 from tuna.gather.responses import Response, ResponseSet, write_responses
 from tuna.recipe.run import StepFailed, run_steps
 from tuna.recipe.steps import PlannedStep, plan, read_recipe
+from tuna.system.writing import content_hash
 
+TUNA = get_command(app)
 REPOSITORY = Path(__file__).resolve().parents[3]
 RANK: dict[str, Any] = {"name": "ranked", "run": "rank", "options": {"data": "responses.jsonl"}}
 SPLIT: dict[str, Any] = {"name": "parts", "run": "split", "options": {"source": "${ranked}", "fraction": "${share}"}}
@@ -60,7 +62,7 @@ def written(folder: Path, *steps: dict[str, Any], **more: Any) -> Path:
 
 
 def planned(folder: Path, *steps: dict[str, Any], variables: Any = None, **more: Any) -> list[PlannedStep]:
-    return plan(read_recipe(written(folder, *steps, **more), variables), folder)
+    return plan(read_recipe(written(folder, *steps, **more), variables), folder, TUNA)
 
 
 def ran(steps: list[PlannedStep]) -> list[str]:
@@ -238,7 +240,7 @@ def test_every_recipe_of_the_repository_can_be_planned() -> None:
     recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
-        assert plan(read_recipe(path), path.parent)
+        assert plan(read_recipe(path), path.parent, TUNA)
 
 
 def test_held_out_ids_are_chosen_by_themselves() -> None:
@@ -328,7 +330,7 @@ def test_the_whole_recipe_runs_and_survives_being_killed(tmp_path: Path) -> None
             output = process.communicate(timeout=800)[0].decode()
             assert process.returncode == 0, output
             assert set(judge.paid.values()) == {1}  # every judgement was paid for once
-        found = {step.step.name: step for step in plan(read_recipe(path), folder)}
+        found = {step.step.name: step for step in plan(read_recipe(path), folder, TUNA)}
         assert all(step.done for step in found.values())
         results.append([read_records(found[name].product).records for name in ("ranked", "judged")])
         report = (folder / "out" / "report.md").read_text()

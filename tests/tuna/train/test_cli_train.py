@@ -20,8 +20,9 @@ from tuna.cli.settings import RunSettings, merge_settings
 from tuna.compare.baseline import naive_step_loss
 from tuna.data.records import read_records
 from tuna.data.tokenization import tokenize_records
+from tuna.system.writing import write_json
 from tuna.train.checkpoints import CheckpointError
-from tuna.train.curves import plot_log, write_json
+from tuna.train.curves import plot_log
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "tuna" / "data" / "examples" / "ranked_demo.jsonl"
 SMALL = ["--model", "tiny", "--data", str(EXAMPLES), "--max-length", "128", "--template", "alpaca"]

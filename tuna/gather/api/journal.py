@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from tuna.gather.api.bodies import clean_text, parse_json
 from tuna.gather.api.budget import Usage
-from tuna.train.curves import write_json
+from tuna.system.writing import write_json
 
 __all__ = ["FolderInUse", "Journal", "OtherParameters", "content_key"]
 

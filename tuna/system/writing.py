@@ -1,0 +1,67 @@
+"""Files that are written whole or not at all, and what a file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["content_hash", "finite", "replacing", "write_json"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when all went well, and leaves no trace when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target: a rename is atomic only within one file system.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            yield file
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
+        draft.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            draft.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, atomically; numbers that are not finite become null, which JSON can hold."""
+    with replacing(path) as file:
+        file.write((json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite replaced by None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256, in hexadecimal, of a file's bytes, or of a folder's files and their names.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    parts = hashlib.sha256()
+    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
+        parts.update(f"{file_path.relative_to(path).as_posix()}\0{content_hash(file_path)}\n".encode())
+    return parts.hexdigest()
