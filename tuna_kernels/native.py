@@ -6,6 +6,7 @@ Addresses, strides and a thread count cross the border; the extension knows noth
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor
 
 from tuna_kernels.installation import why_no_extension
 
+_cpu: Any = None
 try:
-    from tuna_kernels import _cpu  # type: ignore[attr-defined]
-
+    _cpu = import_module("tuna_kernels._cpu")
     WHY_NOT = ""
 except ImportError as error:
-    _cpu = None
     WHY_NOT = why_no_extension(error)
 
 ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"

@@ -16,11 +16,12 @@ from tuna_kernels.attention.block_plan import MAX_ROWS
 from tuna_kernels.attention.triton import launches
 from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.gpu import launch
-from tuna_kernels.head import cpu as _cpu
+from tuna_kernels.head import cpu
 from tuna_kernels.head.products import MIN_ROWS
 from tuna_kernels.head.tiled import UNIT_SLOTS, TilePlan
 from tuna_kernels.head.tiled_selective import CHUNK_BYTES
 from tuna_kernels.head.triton import slabs
+from tuna_kernels.native import native
 
 __all__ = ["workspace_bytes"]
 
@@ -127,13 +128,13 @@ def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
     ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
     """
     compute, width, plan = compute_dtype(dtype), shape["width"], _plan(shape, dtype)
-    is_native = backend == "cpu" and _cpu.has_products(dtype)
+    is_native = backend == "cpu" and cpu.has_products(dtype)
     weights = 0 if dtype == compute else 1 if is_native else 2
     rows, columns = plan.chunk(shape["rows"]), min(plan.columns, shape["vocabulary"])
     packed = 0
     if is_native:
-        scratch = _cpu.native().product_scratch
-        packed = max(scratch(columns, rows), scratch(rows, columns) if _cpu.multiplies(dtype) else 0)
+        scratch = native().product_scratch
+        packed = max(scratch(columns, rows), scratch(rows, columns) if cpu.multiplies(dtype) else 0)
     entries = (1 + more) * rows * plan.columns + width * (rows + weights * columns) + packed
     return compute.itemsize * entries
 

@@ -16,6 +16,7 @@ from tuna.plan.workload import share_of
 from tuna_kernels import Group, PackedTree, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss
 from tuna_kernels.integrations.transformers.ranking_model import Request
+from tuna_kernels.integrations.transformers.shared_keys import PromptKeys
 from tuna_kernels.integrations.transformers.two_phase.loss import (
     SCORING_ROWS,
     _Schedule,
@@ -24,7 +25,6 @@ from tuna_kernels.integrations.transformers.two_phase.loss import (
 )
 from tuna_kernels.integrations.transformers.two_phase.passes import TreeGroups
 from tuna_kernels.integrations.transformers.two_phase.requests import BranchPass, KeepPass
-from tuna_kernels.integrations.transformers.two_phase.shared_keys import PromptKeys
 
 __all__ = ["make_trainable", "prepared_step"]
 

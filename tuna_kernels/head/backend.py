@@ -6,14 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tuna_kernels.head import tiled, tiled_selective
-from tuna_kernels.head.cpu import NativeTileOps
 from tuna_kernels.head.tiled import ForwardResult, TileOps
-from tuna_kernels.head.torch import TorchTileOps
-from tuna_kernels.head.triton import slabs
 
 
 class HeadBackend(NamedTuple):
@@ -35,19 +31,3 @@ def tiled_backend(ops: TileOps) -> HeadBackend:
         partial(tiled_selective.forward, ops),
         partial(tiled_selective.backward, ops),
     )
-
-
-def head_backend(backend: str) -> HeadBackend:
-    """What a resolved backend other than ``reference`` does with the LM head."""
-    if backend == "triton":
-        from tuna_kernels.head.triton import launches  # imports triton
-
-        return launches.BACKEND
-    return tiled_backend(NativeTileOps() if backend == "cpu" else TorchTileOps())
-
-
-def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
-    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
-    if backend != "triton":
-        return True
-    return slabs.unit_gradient_pays(width, *dtypes)

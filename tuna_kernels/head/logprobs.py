@@ -11,7 +11,7 @@ from tuna_kernels.arguments import compute_dtype, dense_rows, should_validate
 from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.errors import CannotServe
 from tuna_kernels.head import parallel, reference
-from tuna_kernels.head.backend import unit_gradient_pays
+from tuna_kernels.head.backends import unit_gradient_pays
 
 # What logits are multiplied with or divided by, so that neither it nor its reciprocal leaves float32's normal numbers.
 SMALLEST, LARGEST = 1e-37, 1e37

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from tuna_kernels import derivatives
 from tuna_kernels.arguments import compute_dtype, dense_rows
 from tuna_kernels.head import tiled_linear, tiled_ranking
-from tuna_kernels.head.backend import head_backend
+from tuna_kernels.head.backends import head_backend
 from tuna_kernels.head.tiled_linear import LinearCall, Saved
 from tuna_kernels.head.tiled_ranking import Candidates, LossSettings
 from tuna_kernels.loss_counts import LossCounts

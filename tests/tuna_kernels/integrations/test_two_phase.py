@@ -22,9 +22,13 @@ from tests.tuna_kernels.integrations.tiny_models import (
     bound,
     tiny,
 )
-from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, two_phase_ranking_loss
+from tuna_kernels.integrations.transformers import (
+    model_ranking_loss,
+    prepare_model,
+    shared_keys,
+    two_phase_ranking_loss,
+)
 from tuna_kernels.integrations.transformers.two_phase import loss as two_phase
-from tuna_kernels.integrations.transformers.two_phase import shared_keys
 from tuna_kernels.integrations.transformers.two_phase.passes import TreeGroups
 from tuna_kernels.tree import Group, Share, pack_groups
 

@@ -29,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from tuna_kernels.attention.tree_attention import tree_attention
 from tuna_kernels.integrations.transformers import row_numbers
-from tuna_kernels.integrations.transformers.two_phase.shared_keys import KeyRole
+from tuna_kernels.integrations.transformers.shared_keys import KeyRole
 
 SDPA, EAGER, DENSE = "tuna_tree", "tuna_tree_eager", "tuna_tree_dense"
 """What the implementation is called in a model's configuration: ordinary calls go to SDPA; to the eager function of

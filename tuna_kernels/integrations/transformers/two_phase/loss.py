@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from tuna_kernels.head.ranking_loss import RankingLossOutput, active_candidates, check_choices
 from tuna_kernels.integrations.transformers.models import LossSettings
 from tuna_kernels.integrations.transformers.ranking_model import Carrier, Request, carrier
+from tuna_kernels.integrations.transformers.shared_keys import PromptKeys
 from tuna_kernels.integrations.transformers.two_phase.passes import Layout, TreeGroups, dummy_layout, prompt_layout
 from tuna_kernels.integrations.transformers.two_phase.requests import (
     BranchPass,
@@ -37,7 +38,6 @@ from tuna_kernels.integrations.transformers.two_phase.requests import (
     PromptPass,
     why_not_two_phase,
 )
-from tuna_kernels.integrations.transformers.two_phase.shared_keys import PromptKeys
 from tuna_kernels.loss_counts import LossCounts
 from tuna_kernels.losses import Kind, Preset, PresetResult, preset_upstream
 from tuna_kernels.tree import PackedTree

@@ -18,14 +18,14 @@ from tuna_kernels.head.logprobs import linear_logprobs
 from tuna_kernels.integrations.transformers.attention_hook import DENSE, OWN_ATTENTION, TreePass
 from tuna_kernels.integrations.transformers.head import base_causal_lm, compute_device, read_head
 from tuna_kernels.integrations.transformers.models import attention_backend, prepare_model, run_backbone
-from tuna_kernels.integrations.transformers.two_phase.passes import Layout
-from tuna_kernels.integrations.transformers.two_phase.shared_keys import (
+from tuna_kernels.integrations.transformers.shared_keys import (
     AttendToPrompt,
     CollectRoots,
     KeepPrompts,
     KeyRole,
     PromptKeys,
 )
+from tuna_kernels.integrations.transformers.two_phase.passes import Layout
 
 __all__ = ["BranchPass", "KeepPass", "PromptPass", "why_not_two_phase"]
 
