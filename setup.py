@@ -13,8 +13,9 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Pybind11Extension(
     "tuna_kernels._cpu",
-    sorted(glob("csrc/cpu/*.cpp")),
-    depends=sorted(glob("csrc/cpu/*.h")),
+    sorted(glob("csrc/cpu/**/*.cpp", recursive=True)),
+    include_dirs=["csrc/cpu"],
+    depends=sorted(glob("csrc/cpu/**/*.h", recursive=True)),
     cxx_std=17,
 )
 CPU.optional = True  # setuptools goes on without it when the build fails

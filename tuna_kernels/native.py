@@ -23,7 +23,7 @@ except ImportError as error:
 
 ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""How csrc/cpu/element.h numbers the types it takes."""
+"""How csrc/cpu/common/element.h numbers the types it takes."""
 
 
 def supports(*dtypes: torch.dtype) -> str:

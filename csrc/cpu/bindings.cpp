@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "products.h"
-#include "tiles.h"
+#include "head/products.h"
+#include "head/tiles.h"
 
 namespace py = pybind11;
 
@@ -31,7 +31,7 @@ struct TileArguments {
 void bind_attention(py::module_& m);  // attention_bindings.cpp
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "What tuna_kernels' cpu backend computes: tiles of logits (csrc/cpu/tiles.h), matrix products (products.h), "
+  m.doc() = "What tuna_kernels' cpu backend computes: tiles of logits (csrc/cpu/head/tiles.h), matrix products (products.h), "
             "tree attention (attention.h)";
 
   py::class_<TileArguments>(m, "Tile")

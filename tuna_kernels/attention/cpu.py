@@ -1,4 +1,4 @@
-"""Attention over a packed tree in C++ (csrc/cpu/attention*): float32 arithmetic on float32, bfloat16 and float16.
+"""Attention over a packed tree in C++ (csrc/cpu/attention): float32 arithmetic on float32, bfloat16 and float16.
 
 Addresses, strides and a thread count cross the border. The native code plans its blocks itself, from the tree alone,
 in a time that is small beside the work, so that nothing is kept between calls.

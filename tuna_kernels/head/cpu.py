@@ -141,7 +141,7 @@ class NativeTileOps:
 
 
 class _NativeMultiply:
-    """See :class:`tuna_kernels.head.products.Multiply` and csrc/cpu/products.h.
+    """See :class:`tuna_kernels.head.products.Multiply` and csrc/cpu/head/products.h.
 
     ``as_it_is``: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
     logits not at all. Otherwise everything is float32.

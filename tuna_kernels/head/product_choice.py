@@ -1,4 +1,4 @@
-"""Whose matrix products the `cpu` backend takes: those of csrc/cpu/products.h or the BLAS's, the quicker here.
+"""Whose matrix products the `cpu` backend takes: those of csrc/cpu/head/products.h or the BLAS's, the quicker here.
 
 The instruction set does not tell which: a processor with AMX has units that only a BLAS uses. So both are timed, at the
 first use on a processor, in some milliseconds. Bits differ between the two, so the choice is remembered in the user's

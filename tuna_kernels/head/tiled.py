@@ -71,7 +71,7 @@ class SoftmaxState(NamedTuple):
 
 
 class RowGradient(NamedTuple):
-    """What turns logits into their gradient, for R rows and S slots (see csrc/cpu/tiles.h)."""
+    """What turns logits into their gradient, for R rows and S slots (see csrc/cpu/head/tiles.h)."""
 
     maximum: Tensor  # [R] of v
     log_sum: Tensor  # [R] log-sum-exp less the largest z

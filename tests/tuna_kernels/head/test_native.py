@@ -49,7 +49,7 @@ def test_exp_is_within_a_unit_in_the_last_place() -> None:
 MEASURE = """
 #include <cmath>
 #include <cstdio>
-#include "vector_math.h"
+#include "common/vector_math.h"
 int main() {
   double exp_error = 0, tanh_error = 0;
   for (int i = 0; i <= 1000000; i++) {

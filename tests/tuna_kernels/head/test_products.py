@@ -1,4 +1,4 @@
-"""The products of the tile loop (csrc/cpu/products.h): float64 up to float32 sums, and a row's bits its own."""
+"""The products of the tile loop (csrc/cpu/head/products.h): float64 up to float32 sums, and a row's bits its own."""
 
 from __future__ import annotations
 

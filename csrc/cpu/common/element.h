@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
 namespace tuna {
 

@@ -1,6 +1,6 @@
-#include "instruction_sets.h"
+#include "common/instruction_sets.h"
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
 namespace tuna {
 

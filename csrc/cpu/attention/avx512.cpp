@@ -4,11 +4,11 @@
 #include <cstring>
 #include <limits>
 
-#include "attention_sets.h"
+#include "attention/sets.h"
 
 #if TUNA_HAS_X86_SETS
 #pragma GCC target("arch=x86-64-v4")
 #define TUNA_ISA avx512
 #define TUNA_LANES 16
-#include "attention_kernel.h"
+#include "attention/kernel.h"
 #endif

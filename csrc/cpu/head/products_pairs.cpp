@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "products_sets.h"
+#include "head/products_sets.h"
 
 #if TUNA_HAS_X86_SETS
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
@@ -12,5 +12,5 @@
 #define TUNA_ISA avx512_bf16
 #define TUNA_LANES 16
 #define TUNA_PAIRS
-#include "products_kernel.h"
+#include "head/products_kernel.h"
 #endif

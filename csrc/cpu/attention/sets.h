@@ -1,8 +1,8 @@
-// The copies of attention_kernel.h, one per instruction set.
+// The copies of kernel.h, one per instruction set.
 #pragma once
 
-#include "attention.h"
-#include "vector_math.h"
+#include "attention/attention.h"
+#include "common/vector_math.h"
 
 // As TUNA_CLONES (vector_math.h); but these are files of their own, since a register block must know its width.
 #define TUNA_DECLARE_SET(name)                                                                          \

@@ -15,8 +15,8 @@
 #include <omp.h>
 #endif
 
-#include "attention_buffers.h"
-#include "matmul.h"
+#include "attention/buffers.h"
+#include "common/matmul.h"
 
 namespace tuna::TUNA_ISA {
 

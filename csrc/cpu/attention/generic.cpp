@@ -1,6 +1,6 @@
 // Tree attention for any processor: vectors of four floats (SSE, Neon), or whatever the compiler makes of them.
-#include "attention_sets.h"
+#include "attention/sets.h"
 
 #define TUNA_ISA generic
 #define TUNA_LANES 4
-#include "attention_kernel.h"
+#include "attention/kernel.h"

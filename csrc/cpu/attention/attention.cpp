@@ -1,7 +1,7 @@
-#include "attention.h"
+#include "attention/attention.h"
 
-#include "attention_buffers.h"
-#include "attention_sets.h"
+#include "attention/buffers.h"
+#include "attention/sets.h"
 
 namespace tuna {
 

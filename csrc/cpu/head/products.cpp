@@ -1,8 +1,8 @@
-#include "products.h"
+#include "head/products.h"
 
 #include <stdexcept>
 
-#include "products_sets.h"
+#include "head/products_sets.h"
 
 namespace tuna {
 

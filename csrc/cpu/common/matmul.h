@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
 namespace tuna::TUNA_ISA {
 

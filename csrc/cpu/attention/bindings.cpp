@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-#include "attention.h"
-#include "attention_plan.h"
+#include "attention/attention.h"
+#include "attention/plan.h"
 
 namespace py = pybind11;
 

@@ -1,9 +1,9 @@
-#include "tiles.h"
+#include "head/tiles.h"
 
 #include <limits>
 #include <vector>
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
 namespace tuna {
 namespace {

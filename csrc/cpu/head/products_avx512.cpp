@@ -3,11 +3,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "products_sets.h"
+#include "head/products_sets.h"
 
 #if TUNA_HAS_X86_SETS
 #pragma GCC target("arch=x86-64-v4")
 #define TUNA_ISA avx512
 #define TUNA_LANES 16
-#include "products_kernel.h"
+#include "head/products_kernel.h"
 #endif

@@ -1,8 +1,8 @@
 // The copies of products_kernel.h, one per instruction set.
 #pragma once
 
-#include "products.h"
-#include "vector_math.h"
+#include "head/products.h"
+#include "common/vector_math.h"
 
 #if TUNA_HAS_X86_SETS
 #define TUNA_DECLARE_SET(name)                                                            \

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "element.h"
-#include "instruction_sets.h"
+#include "common/element.h"
+#include "common/instruction_sets.h"
 
 namespace tuna {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "element.h"
-#include "instruction_sets.h"
+#include "common/element.h"
+#include "common/instruction_sets.h"
 
 namespace tuna {
 

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "products_pack.h"
+#include "head/products_pack.h"
 
 namespace tuna::TUNA_ISA {
 

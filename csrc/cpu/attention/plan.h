@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention.h"
+#include "attention/attention.h"
 
 namespace tuna {
 

@@ -3,11 +3,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "products_sets.h"
+#include "head/products_sets.h"
 
 #if TUNA_HAS_X86_SETS
 #pragma GCC target("arch=x86-64-v3")
 #define TUNA_ISA avx2
 #define TUNA_LANES 8
-#include "products_kernel.h"
+#include "head/products_kernel.h"
 #endif

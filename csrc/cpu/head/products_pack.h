@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "matmul.h"
-#include "products.h"
+#include "common/matmul.h"
+#include "head/products.h"
 
 namespace tuna::TUNA_ISA {
 

@@ -4,11 +4,11 @@
 #include <cstring>
 #include <limits>
 
-#include "attention_sets.h"
+#include "attention/sets.h"
 
 #if TUNA_HAS_X86_SETS
 #pragma GCC target("arch=x86-64-v3")
 #define TUNA_ISA avx2
 #define TUNA_LANES 8
-#include "attention_kernel.h"
+#include "attention/kernel.h"
 #endif
