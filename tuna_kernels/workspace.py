@@ -149,7 +149,7 @@ def _logits_tile(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:
-    """One block (see `attention_plan`): at most MAX_ROWS queries of all heads, and the longest path of keys.
+    """One block (see `attention.block_plan`): at most MAX_ROWS queries of all heads, and the longest path of keys.
 
     Scores and their gradient; queries, outputs and gradients of the block; keys, values, their gradients and the
     runs they are joined from. Half precision sums dK and dV of all rows in float32.

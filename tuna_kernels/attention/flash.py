@@ -1,6 +1,6 @@
 """Tree attention through flash-attn's variable-length kernels.
 
-A tree is a few batches of plain sequences (`attention_segments`). Each part gives (out_p, lse_p), merged exactly:
+A tree is a few batches of plain sequences (`segments`). Each part gives (out_p, lse_p), merged exactly:
 
     lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 

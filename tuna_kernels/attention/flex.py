@@ -2,7 +2,7 @@
 
 Compiled on CUDA, once for all lengths; on CPU it runs uncompiled, as the dense formula, forward only (PyTorch has no
 backward there). Plain autograd: gradients of out and lse are FlexAttention's own. The block lists come from the same
-bounds as the Triton kernels' (`attention_bounds`), not from evaluating the mask T × T.
+bounds as the Triton kernels' (`bounds`), not from evaluating the mask T × T.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Registration of tree attention with `torch.library`: op, fake implementation, autograd. No arithmetic here.
 
-A backend is a module with `forward` and `backward` of the signatures in `attention_torch`; `reference` and `flex`
+A backend is a module with `forward` and `backward` of the signatures in `attention.torch`; `reference` and `flex`
 are plain autograd and have no op.
 """
 

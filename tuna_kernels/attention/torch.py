@@ -1,6 +1,6 @@
 """Attention over a packed tree, block by block, in torch operations on any device.
 
-The plan (`attention_plan`) says which keys a block needs, a route (`attention_blocks`) computes the block. All
+The plan (`block_plan`) says which keys a block needs, a route (`blocks`) computes the block. All
 that is kept for the backward is q, k, v, out and lse; keys and values are gathered run by run and never kept.
 Half-precision blocks are converted to float32 (on CPUs without bfloat16 units its matrix product is several times
 slower, and the softmax wants float32 anyway), and dK and dV are summed in float32. The runs of a block do not

@@ -31,7 +31,7 @@ from tuna_kernels.errors import CannotServe
 __all__ = ["tree_attention"]
 
 _AUTOGRAD: dict[str, ModuleType] = {"reference": reference, "flex": flex}
-"""Backends that PyTorch differentiates; the others are in `attention_ops.BACKENDS`."""
+"""Backends that PyTorch differentiates; the others are in `attention.ops.BACKENDS`."""
 
 
 @overload

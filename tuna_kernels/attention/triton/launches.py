@@ -1,5 +1,5 @@
 """Tree attention in Triton kernels: the launches. The kernels are in `triton/attention_forward` and `_backward`, the
-block lists they walk in `attention_bounds`.
+block lists they walk in `attention.bounds`.
 
 Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, where the key
 blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on, nothing

@@ -9,7 +9,7 @@ has it. Nothing is kept on the model.
 Calls without a tree (ordinary forwards, generation) go to the attention the model came with: transformers' own SDPA,
 or the eager function of the model's own file, as the name of the implementation says.
 
-A model whose attention is not in the registry gets the tree as a dense mask (`_dense`).
+A model whose attention is not in the registry gets the tree as a dense mask (`dense_mask`).
 """
 
 from __future__ import annotations

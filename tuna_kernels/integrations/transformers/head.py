@@ -4,7 +4,7 @@
 
 Which configuration value scales the logits, and whether it multiplies or divides, differs between families
 that even share its name; the table below is from reading transformers 5.23. A family that does something else
-with its logits is caught by the self-check (`_selfcheck`).
+with its logits is caught by the self-check (`check`).
 """
 
 from __future__ import annotations

@@ -120,4 +120,4 @@ def _temperature(module: Any, positions: Tensor) -> Tensor:
 
 
 CORRECTED = frozenset({"Llama4TextAttention", "BloomModel", "MptModel"})
-"""Modules that count rows, for which `corrected` or `_dense` makes up."""
+"""Modules that count rows, for which `corrected` or `dense_mask` makes up."""

@@ -7,7 +7,7 @@
        backward from that sum.
 
 The chain rule in another order: exact up to rounding. At no time is the graph of more than one pass alive. The
-price is one more forward, and the last prompt token once a pass (`_passes`).
+price is one more forward, and the last prompt token once a pass (`passes`).
 
 Scoring takes one forward while that is no more than `SCORING_ROWS` times the rows of the largest gradient pass, else
 several (`_Scoring`), or it would be what grows with k.
