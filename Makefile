@@ -37,6 +37,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(STAMP)
 	for program in kernels attention sharing growth step endpoint; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -21,17 +21,35 @@ def bench(
     program: Annotated[str, typer.Argument(help="Which program; without one they are listed.")] = "",
 ) -> None:
     """Measure ours beside its peers on this machine: kernels, attention, sharing, a whole step."""
-    found = {name: spec.origin for name in PROGRAMS if (spec := find_spec(f"benchmarks.{name}")) and spec.origin}
+    found = _programs()
     if program in ("", "-h", "--help"):
         typer.echo("tuna bench PROGRAM [options]; `tuna bench PROGRAM --help` shows its options\n")
-        for name, origin in found.items():
-            typer.echo(f"  {name:<10} {_summary(Path(origin))}")
+        for name, path in found.items():
+            typer.echo(f"  {name:<10} {_summary(path)}")
         return
     if program not in found:
         raise ValueError(f"program {program!r} is not one of {', '.join(found)}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(import_module(f"benchmarks.{program}").main)
     app(args=context.args, prog_name=f"tuna bench {program}")
+
+
+def _programs() -> dict[str, Path]:
+    """Each program and its file.
+
+    Raises:
+        ValueError: this installation is without the repository, where they are.
+    """
+    repository = Path(__file__).resolve().parents[2]
+    found = {name: path for name in PROGRAMS if (path := repository / "benchmarks" / f"{name}.py").is_file()}
+    if not found:
+        raise ValueError(
+            "the benchmarks are not part of the installed package: clone the repository and install it with "
+            "pip install --editable '.[bench]'"
+        )
+    if str(repository) not in sys.path:
+        sys.path.append(str(repository))
+    return found
 
 
 def _summary(source: Path) -> str:

@@ -1,8 +1,10 @@
 """`tuna bench` lists the programs, hands options on, and refuses what is none."""
 
+from pathlib import Path
+
 import pytest
 
-from tuna.cli import main
+from tuna.cli import bench, main
 
 
 def run(*words: str) -> int:
@@ -22,6 +24,14 @@ def test_options_reach_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sharing", "--help") == 0
     assert "--ratio" in capsys.readouterr().out
     assert run("sharing", "--width", "65") == 2
+
+
+def test_an_installation_without_the_repository_says_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "tuna" / "cli" / "bench.py"))
+    assert run() == 2
+    assert "clone the repository" in capsys.readouterr().err
 
 
 def test_an_unknown_program_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
