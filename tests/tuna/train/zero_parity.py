@@ -1,6 +1,6 @@
 """DeepSpeed parity: every case of `tests.tuna.train.zero_cases` on two ranks against one process without DeepSpeed.
 
-    python -m benchmarks.zero --output benchmarks/results
+    python -m tests.tuna.train.zero_parity --output benchmarks/results
 
 Writes ``zero.json`` and ``zero.md``: the largest difference of a weight after each case's steps, and of a loss. It
 measures agreement, not speed.
