@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tuna.bodies import clean_text, parse_json, short
 from tuna.loose_json import FoundObject, find_objects
 from tuna.orders import EVERYONE, REVERSED, Tiers, Unparsable, candidate_number, order_in_text, tiers_of
-from tuna.quotations import is_quoted
+from tuna.quotations import is_quoted, without_tagged
 from tuna.reasoning import split_reasoning
 
 __all__ = ["ASPECTS", "MOST_CHARACTERS", "Judgement", "Unparsable", "parse_judgement"]
@@ -103,9 +103,9 @@ def _answer(text: str) -> str:
         text = clean_text(value)  # JSON within a JSON text
     elif not isinstance(value, dict):
         thinking, text = split_reasoning(text, anywhere=True)
-        text = text.strip()
-        if not text and thinking:
+        if not text.strip() and thinking:
             raise Unparsable("the answer was cut off within its reasoning, or holds nothing else")
+        text = without_tagged(text).strip()
     if not text:
         raise Unparsable("the answer is empty")
     if len(text) > MOST_CHARACTERS:
