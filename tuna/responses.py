@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tuna.answers import LEAST, ROUNDING
 from tuna.files import Unreadable, open_rows, write_rows
-from tuna.prompts import prompt_of
+from tuna.prompts import check_answer, prompt_of
 from tuna.records import Message, OnBad, Problem, Record, Text, settle_problems
 
 logger = logging.getLogger(__name__)
@@ -224,6 +224,9 @@ def instruction_fields(row: Any) -> dict[str, Any]:
         raise ValueError(f"there is no prompt, messages, instruction, turns, question or text (fields: {keys})")
     if isinstance(turns, list) and len(turns) > 1:
         logger.warning("%s: the first of %d turns is asked, the others need its answer", fields.get("id"), len(turns))
+    other = present.get("text", question)
+    if other != question and isinstance(other, str) and other.strip():
+        raise ValueError("fields 'question' and 'text' both hold a prompt, and they disagree: keep the one to be asked")
     reference = present.get("reference")
     if isinstance(turns, list) and isinstance(reference, list) and reference:
         reference = reference[0]  # one a turn
@@ -242,10 +245,13 @@ def _response_fields(row: Any) -> dict[str, Any]:
     present = _present(row)
     responses = present.get("responses")
     if isinstance(responses, list):
+        for number, item in enumerate(responses):
+            if isinstance(item, Mapping):
+                check_answer(item, f"responses[{number}]", reasoning=True)
         responses = [{"text": item} if isinstance(item, str) else item for item in responses]
     given = present.get("id")
     named = {} if given is None else {"id": str(given) if isinstance(given, int) else given}
-    asked = prompt_of(present, ("prompt",))
+    asked = prompt_of(present)
     others = {key: value for key, value in present.items() if key not in ("prompt", "messages")}
     fields = {**others, **asked, **named, "responses": responses}
     return fields if given is not None else {key: value for key, value in fields.items() if key != "id"}
