@@ -107,7 +107,7 @@ def _answer(text: str) -> str:
             raise Unparsable("the answer was cut off within its reasoning, or holds nothing else")
         text = without_tagged(text).strip()
     if not text:
-        raise Unparsable("the answer is empty")
+        raise Unparsable("the answer is empty, or holds nothing but quotations")
     if len(text) > MOST_CHARACTERS:
         raise Unparsable(f"the answer has {len(text):,} characters; read are up to {MOST_CHARACTERS:,}")
     return text
