@@ -42,7 +42,10 @@ __all__ = [
 
 Logprob: TypeAlias = Annotated[float, Field(le=ROUNDING, gt=LEAST, allow_inf_nan=False)]
 # Finish reasons of a response that ended by itself, as endpoints name them.
-ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed"})
+ENDS = frozenset({
+    "", "stop", "stopped", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete",
+    "completed", "finished", "finish_reason_stop",
+})  # fmt: skip
 
 
 class Instruction(BaseModel):
