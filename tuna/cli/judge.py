@@ -108,7 +108,9 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
     from tuna.gather.responses import read_responses
 
     first = next((row for _, row in open_rows(source).items if isinstance(row, dict)), {})
-    if "scores" not in first and "ranks" not in first and "responses" in first:
+    given = first.get("responses")
+    ranked = isinstance(given, list) and any(isinstance(item, dict) and "rank" in item for item in given)
+    if given is not None and not ranked and "scores" not in first and "ranks" not in first:
         sets, problems = read_responses(source, on_bad=on_bad)
         items = [
             Candidates(id=x.id, prompt=x.prompt, messages=x.messages, responses=[r.text for r in x.responses])

@@ -60,14 +60,16 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._shown: set[tuple[str, ...]] = set()  # orders of roles that are rendered whole
 
     def prompt(self, turns: Turns, name: str) -> str:
         """The conversation up to where the assistant's turn begins; ``name`` is that of the record, for errors."""
         text = self._render(turns, name, generation=True)
         shown = _squeezed(text)
         for place, turn in enumerate(turns):
-            if turn["role"] in ("system", "developer", "user") and _squeezed(turn["content"]) not in shown:
+            if _squeezed(turn["content"]) not in shown:
                 self._check_shown(turns, place, name)
+        self._check_roles(turns, name)
         return text
 
     def answers(self, turns: Turns, prompt: str, responses: Sequence[str], name: str) -> list[Answer]:
@@ -181,6 +183,22 @@ class ChatTemplate:
                 f"{name}: the chat template leaves out messages[{place}], the turn of {turns[place]['role']!r}: "
                 "put its text into a turn that the template shows"
             )
+
+    def _check_roles(self, turns: Turns, name: str) -> None:
+        """A turn of a role that the template knows nothing of may vanish, though its text stands elsewhere too."""
+        roles = tuple(turn["role"] for turn in turns)
+        if roles in self._shown:
+            return
+        probes = [{"role": role, "content": f"{QUESTION} {place}."} for place, role in enumerate(roles)]
+        try:
+            text = self._render(probes, name, generation=True)
+        except ValueError:
+            text = ""  # one that looks into its turns
+        if f"{QUESTION} " in text:
+            for place, probe in enumerate(probes):
+                if probe["content"] not in text:
+                    self._check_shown(turns, place, name)
+        self._shown.add(roles)
 
     def _render(self, turns: Turns, name: str, *, generation: bool) -> str:
         template: Any = self.tokenizer.apply_chat_template

@@ -18,11 +18,11 @@ responses, scores, turns or a prompt is refused where the shape was recognised r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from tuna.data.prompts import prompt_of, turns_of
+from tuna.data.prompts import check_answer, prompt_of, turns_of
 from tuna.data.unread import check_all_read
 
 __all__ = ["FORMATS", "Format", "convert_row", "detect_format", "known_formats"]
@@ -160,7 +160,7 @@ def _check_order(row: Row) -> None:
     for key, value in row.items():
         words = str(key).lower().replace("-", "_").replace(".", "_").split("_")
         for side in ("chosen", "rejected"):
-            if side in words and isinstance(value, int | float) and not isinstance(value, bool):
+            if side in words and _is_number(value):
                 scores.setdefault("_".join(word for word in words if word != side), {})[side] = value
     for name, sides in scores.items():
         rated = any(word in name for word in ("score", "rating", "reward"))
@@ -181,6 +181,7 @@ def _from_ranked_answers(row: Row) -> Fields:
     for i, answer in enumerate(answers):
         if not isinstance(answer, Mapping):
             raise ValueError(f"{key}[{i}] must be an object {{answer, rank}}, not {_kind(answer)}")
+        check_answer(answer, f"{key}[{i}]")
         text = next((answer[k] for k in ("answer", "response", "text") if answer.get(k) is not None), None)
         if text is None:
             raise ValueError(f"{key}[{i}] has no field 'answer'")
@@ -188,7 +189,26 @@ def _from_ranked_answers(row: Row) -> Fields:
             raise ValueError(f"{key}[{i}] has no field 'rank'")
         texts.append(text)
         ranks.append(answer["rank"])
+    _check_scores(answers, key)
     return {**fields, "responses": texts, "ranks": ranks}
+
+
+def _check_scores(answers: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Scores beside ranks must not say the opposite."""
+    for name in ("score", "rating", "reward"):
+        rated = [(i, answer) for i, answer in enumerate(answers) if _is_number(answer.get(name))]
+        for i, one in rated:
+            for j, other in rated:
+                ranked = _is_number(one["rank"]) and _is_number(other["rank"])
+                if ranked and one["rank"] < other["rank"] and one[name] < other[name]:
+                    raise ValueError(
+                        f"{key}[{i}] has the better rank and the lower {name} ({one[name]:g}) than {key}[{j}] "
+                        f"({other[name]:g}): which one is better?"
+                    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _last_turn(answer: Any, name: str) -> tuple[list[Fields], Any]:

@@ -149,6 +149,9 @@ def instruction_fields(row: Any) -> dict[str, Any]:
         raise ValueError(f"there is no prompt, messages, instruction, turns, question or text (fields: {keys})")
     if isinstance(turns, list) and len(turns) > 1:
         logger.warning("%s: the first of %d turns is asked, the others need its answer", fields.get("id"), len(turns))
+    other = present.get("text", question)
+    if other != question and isinstance(other, str) and other.strip():
+        raise ValueError("fields 'question' and 'text' both hold a prompt, and they disagree: keep the one to be asked")
     reference = present.get("reference")
     if isinstance(turns, list) and isinstance(reference, list) and reference:
         reference = reference[0]  # one a turn

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 __all__ = [
+    "check_answer",
     "check_carried",
     "check_turn",
     "check_unread_prompt",
@@ -25,7 +26,9 @@ Row: TypeAlias = Mapping[str, Any]
 Fields: TypeAlias = dict[str, Any]
 
 PROMPT_KEYS = ("prompt", "question", "instruction", "query")
-SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+SYSTEM_KEYS = (
+    "system", "system_prompt", "system_message", "system_instruction", "system_text", "sys_prompt", "systemPrompt"
+)  # fmt: skip
 USED = (*PROMPT_KEYS, *SYSTEM_KEYS, "messages", "input", "history")
 """Fields that `prompt_of` reads, or compares with what it reads."""
 
@@ -33,9 +36,11 @@ PLAIN = 24  # characters from which on a text that stands inside another one is 
 
 NOT_CARRIED = (
     "tools", "functions", "tool_calls", "function_call", "tool_choice", "chat_template_kwargs", "documents",
-    "image", "images", "video", "videos", "audio", "audios", "context", "contexts",
+    "image", "images", "video", "videos", "audio", "audios", "context", "contexts", "document", "passage", "passages",
+    "article", "articles", "background", "suffix",
 )  # fmt: skip
 """Fields of a row that change what the model is shown and that a record has no place for."""
+REASONING = ("reasoning_content", "reasoning", "thinking", "thoughts")
 TURN_NOTES = frozenset({
     "id", "uuid", "turn", "index", "turn_id", "turn_identifier", "timestamp", "created", "created_at", "model", "lang",
     "language", "source", "country", "hashed_ip", "header", "state", "openai_id", "token_counter", "end_turn",
@@ -135,6 +140,24 @@ def check_carried(row: Row) -> None:
             raise ValueError(
                 f"field {key!r} cannot be carried into a record: render it into the text of the prompt "
                 "(template = 'none'), or remove it"
+            )
+
+
+def check_answer(answer: Row, name: str, *, reasoning: bool = False) -> None:
+    """Refuse an answer given as an object that holds more than its text: a tool call, an image, reasoning apart.
+
+    Args:
+        answer: the object.
+        name: what it is called in the error.
+        reasoning: whether `reasoning` is read.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for key in (*NOT_CARRIED, *REASONING):
+        if not is_empty(answer.get(key)) and not (reasoning and key == "reasoning"):
+            raise ValueError(
+                f"{name} holds {key!r}, which a record cannot carry: render it into the text, or remove it"
             )
 
 

@@ -27,7 +27,8 @@ SCORES = frozenset({
     "judgment", "judgments",
 })  # fmt: skip
 PROMPTS = frozenset({
-    "prompt", "prompts", "question", "instruction", "query", "conversation", "conversations", "dialogue", "dialog",
+    "prompt", "prompts", "question", "questions", "instruction", "instructions", "query", "conversation",
+    "conversations", "dialogue", "dialog", "turns", "system",
 })  # fmt: skip
 NOTES = frozenset({
     "id", "ids", "idx", "index", "model", "models", "source", "sources", "name", "names", "type", "types", "length",
@@ -74,8 +75,9 @@ def _kind(name: str, value: Any) -> str | None:
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
     described = bool(words) and words[-1] in NOTES
     answers = not described and not ANSWERS.isdisjoint(words)
+    asked = not described and not PROMPTS.isdisjoint(words)
     if isinstance(value, str):
-        return "a text" if answers or (not described and not PROMPTS.isdisjoint(words)) else None
+        return "a text" if answers or asked else None
     if isinstance(value, Mapping):
         texts = list(_texts(value))
         return "an object with text" if texts and ("role" in value or answers) else None
@@ -87,7 +89,7 @@ def _kind(name: str, value: Any) -> str | None:
     if any(isinstance(item, Mapping | list | tuple) for item in value):
         return f"{len(value)} objects with text" if texts else None
     long = len(texts) > 1 and any(len(text.split()) >= SENTENCE for text in texts)
-    return f"{len(value)} texts" if texts and (answers or (long and not described)) else None
+    return f"{len(value)} texts" if texts and (answers or asked or (long and not described)) else None
 
 
 def _texts(value: Any) -> Iterator[str]:

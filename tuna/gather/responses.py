@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuna.data.files import write_rows
 from tuna.data.instructions import Instruction, present_fields, read_items
-from tuna.data.prompts import prompt_of
+from tuna.data.prompts import check_answer, prompt_of
 from tuna.data.records import OnBad, Problem, Text
 from tuna.gather.api.answers import LEAST, ROUNDING
 
@@ -24,7 +24,10 @@ __all__ = [
 
 Logprob: TypeAlias = Annotated[float, Field(le=ROUNDING, gt=LEAST, allow_inf_nan=False)]
 # Finish reasons of a response that ended by itself, as endpoints name them.
-ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed"})
+ENDS = frozenset({
+    "", "stop", "stopped", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete",
+    "completed", "finished", "finish_reason_stop",
+})  # fmt: skip
 
 
 class Response(BaseModel):
@@ -94,10 +97,13 @@ def _response_fields(row: Any) -> dict[str, Any]:
     present = present_fields(row)
     responses = present.get("responses")
     if isinstance(responses, list):
+        for number, item in enumerate(responses):
+            if isinstance(item, Mapping):
+                check_answer(item, f"responses[{number}]", reasoning=True)
         responses = [{"text": item} if isinstance(item, str) else item for item in responses]
     given = present.get("id")
     named = {} if given is None else {"id": str(given) if isinstance(given, int) else given}
-    asked = prompt_of(present, ("prompt",))
+    asked = prompt_of(present)
     others = {key: value for key, value in present.items() if key not in ("prompt", "messages")}
     fields = {**others, **asked, **named, "responses": responses}
     return fields if given is not None else {key: value for key, value in fields.items() if key != "id"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +20,11 @@ __all__ = ["NoLogprobs", "Sampling", "generate_responses", "parse_choices", "pro
 
 
 PROBED = 4  # tokens of the probe
+_MANY = re.compile(
+    r"['\"`]n['\"`]|\bn ?(?:[>=]|must|should|is|greater)|"
+    r"\b(?:multiple|several|single|only one)\b.{0,20}\b(?:choice|completion)",
+    re.IGNORECASE,
+)  # words of an endpoint that answers one choice a request
 
 
 class NoLogprobs(ValueError):
@@ -182,7 +188,7 @@ async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, 
     except EndpointRefused:
         raise
     except CallFailed as error:
-        if n == 1 or "n" in sampling.extra or error.status not in (400, 422, 501):
+        if n == 1 or "n" in sampling.extra or not _refuses_many(error):
             raise
         refused = error
     try:
@@ -193,6 +199,13 @@ async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, 
         raise refused from None  # it was not the number of choices
     calls.endpoint.single_choice = True
     return answer
+
+
+def _refuses_many(error: CallFailed) -> bool:
+    """Whether the number of choices may be what an endpoint refuses."""
+    if error.status in (400, 413, 422, 501):
+        return True
+    return error.status is not None and _MANY.search(str(error)) is not None
 
 
 async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
@@ -213,7 +226,8 @@ async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
         request = sampling.probe(most)
         parse = parse_choices(request.api, logprobs=False, probe=True)
         try:
-            answer = await calls.ask(request.api, request.body, parse, stored=stored_choices(logprobs=False))
+            stored = stored_choices(logprobs=False)
+            answer = await calls.ask(request.api, request.body, parse, stored=stored, probe=True)
         except EndpointRefused:
             raise
         except CallFailed as error:

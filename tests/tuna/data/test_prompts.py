@@ -107,6 +107,10 @@ def test_the_conversation_of_a_pair_and_its_prompt_are_joined(
         ({"messages": [USER, said("", tool_calls=CALL), {"role": "tool", "content": "22 C"}], "responses": ["22"]}, r"messages\[1\] holds 'tool_calls'"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}], "responses": ["22"]}, "'tool_call_id'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "responses": ["a"]}, "a part that is no text"),
+        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1, "tool_calls": CALL}, {"answer": "b", "rank": 2}]}, r"answers\[0\] holds 'tool_calls'"),
+        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2, "reasoning_content": "hm"}]}, r"answers\[1\] holds 'reasoning_content'"),
+        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1, "score": 0.1}, {"answer": "b", "rank": 2, "score": 0.9}]}, "which one is better"),
+        ({"prompt": "p", "passage": "It says so.", **PAIR}, "'passage' cannot be carried"),
         ({"prompt": "p", **PAIR, "score_chosen": 1.0, "score_rejected": 2.0}, "which one is better"),
     ],
 )  # fmt: skip
@@ -124,6 +128,7 @@ def test_what_has_no_one_meaning_is_named(row: dict[str, Any], reason: str) -> N
         ({"conversations": [{"from": "human", "value": "an earlier talk"}]}, ["conversations"]),
         ({"others": ["a text of more words than tags have", "another"]}, ["others"]),
         ({"allCompletions": ["Poire"]}, ["allCompletions"]),
+        ({"turns": ["fruit?", "and another?"]}, ["turns"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", ["preference", "tuna"])
@@ -181,11 +186,15 @@ def test_instructions_and_responses_are_read_alike() -> None:
         {"prompt": "p", "tools": ["x"]},
         {"prompt": "p", "messages": [USER]},
         {"turns": ["p"], "images": ["x"]},
+        {"question": "p", "text": "what the question is about"},
     ):
         with pytest.raises(BadRecords):
             read_instructions([row])
-    (found,), _ = read_responses([{"prompt": "fruit?", "system": "In French.", "responses": ["Pomme"]}])
-    assert found.turns() == [SYSTEM, USER]
+    for row in ({"prompt": "fruit?", "system": "In French."}, {"question": "fruit?", "systemPrompt": "In French."}):
+        (found,), _ = read_responses([{**row, "responses": ["Pomme"]}])
+        assert found.turns() == [SYSTEM, USER]
+    with pytest.raises(BadRecords, match=r"responses\[0\] holds 'tool_calls'"):
+        read_responses([{"prompt": "fruit?", "responses": [{"text": "", "tool_calls": CALL}]}])
 
 
 def test_turns_that_are_not_asked_are_told(caplog: pytest.LogCaptureFixture) -> None:

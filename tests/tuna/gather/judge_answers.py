@@ -148,6 +148,42 @@ REFUSED: list[Case] = [
 
 # Thinking and quotations are no verdict
 APART: list[Case] = [
+    *(
+        (f"a draft within {opening}", 2, f'{opening}{{"ranking": [[1], [2]]}} or the other way', "within its reasoning")
+        for opening in (
+            "<reflection>",
+            "<analysis>",
+            "<think >",
+            "<seed:think>",
+            "◁think▷",
+            "<|begin_of_thought|>",
+            "[THINK]",
+            "<|channel|>analysis<|message|>",
+        )
+    ),
+    (
+        "channels",
+        2,
+        '<|channel|>analysis<|message|>{"ranking": [[1], [2]]}<|end|><|start|>assistant'
+        '<|channel|>final<|message|>{"ranking": [[2], [1]]}<|return|>',
+        [[2], [1]],
+    ),
+    ("thinking in triangles", 2, "◁think▷Ranking: 1 > 2◁/think▷Ranking: 2 > 1", [[2], [1]]),
+    (
+        "a candidate between its tags",
+        2,
+        '<candidate-0a1b number="2">\n{"ranking": [[2], [1]]}\n</candidate-0a1b>',
+        "but quotations",
+    ),
+    (
+        "a candidate between its tags, then the verdict",
+        2,
+        '<candidate number="2">\nRanking: 2 > 1\n</candidate>\nRanking: 1 > 2',
+        [[1], [2]],
+    ),
+    ("between quotation tags", 2, "<quote>\nRanking: 2 > 1\n</quote>\nRanking: 1 > 2", [[1], [2]]),
+    ("the text of a candidate", 2, 'The text of candidate 2 is: {"ranking": [[2], [1]]}', "no ranking"),
+    ("between triple quotation marks", 2, 'Look:\n"""\nRanking: 2 > 1\n"""\nRanking: 1 > 2', [[1], [2]]),
     ("thinking never closed", 2, '<think>Perhaps {"ranking": [[1],[2]]}, but', "cut off within its reasoning"),
     ("thinking without an answer", 2, 'First {"ranking": [[1],[2]]}. No.</think>', "holds nothing else"),
     ("thinking opened in the prompt", 2, "Final ranking: 1 > 2\nNo.\n</think>\nRanking: 2 > 1", [[2], [1]]),
@@ -231,6 +267,41 @@ MEANT: list[Case] = [
     ("infinity", 2, '{"ranking": [1e999, 1]}', "no candidate"),
     ("half a pair of surrogates", 2, '{"reference": "\\ud83d", "ranking": [2, 1]}', [[2], [1]]),
     ("too long", 2, "Ranking: 2 > 1\n" + "and so on " * 20_000, "characters"),
+    ("bottom to top", 2, "Ranking, bottom to top: 1, 2", [[2], [1]]),
+    ("bad to good", 2, "Ranking (bad to good): 1, 2", [[2], [1]]),
+    ("worse to better", 2, "Ranking (worse to better): 1, 2", [[2], [1]]),
+    ("poor to excellent, before JSON", 2, 'From poor to excellent:\n{"ranking": [[1], [2]]}', "not plain"),
+    ("the sign says it already", 2, "Worst to best: 1 < 2", [[2], [1]]),
+    ("an arrow is no sign", 2, "Worst to best: 1 -> 2", [[2], [1]]),
+    ("the sign against the heading", 2, "Ranking (worst to best): 1 > 2", "different ways"),
+    ("the sign against the best first", 2, "Ranking (best to worst): 1 < 2", "different ways"),
+    *(
+        (
+            f"{name} against the order",
+            2,
+            f'{{"ranking": [{{"candidate": 1, {low}}}, {{"candidate": 2, {high}}}]}}',
+            "order of their",
+        )
+        for name, low, high in (
+            ("another mark", '"overall_score": 2', '"overall_score": 9'),
+            ("a mark of ten", '"score": "2/10"', '"score": "9/10"'),
+            ("a mark of another name", '"usefulness": 2', '"usefulness": 9'),
+            ("sub-scores", '"correctness": 1, "clarity": 2', '"correctness": 5, "clarity": 5'),
+        )
+    ),
+    (
+        "a rank of another name",
+        2,
+        '{"ranking": [{"candidate": 1, "overall_rank": 2}, {"candidate": 2, "overall_rank": 1}]}',
+        [[2], [1]],
+    ),
+    (
+        "marks that are mixed",
+        2,
+        '{"ranking": [{"candidate": 2, "depth": 3, "size": 9}, {"candidate": 1, "depth": 4, "size": 5}]}',
+        [[2], [1]],
+    ),
+    ("numbered objects", 2, '{"ranking": [{"number": 1, "candidate": 2}, {"number": 2, "candidate": 1}]}', [[2], [1]]),
 ]
 
 CASES: list[Case] = [*WHOLE, *CUT, *TEXT, *REFUSED, *APART, *MEANT]

@@ -83,6 +83,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("an error with status 200", {"error": {"message": "busy", "code": "overloaded"}}, r"busy \(overloaded\)"),
     ("a filter", chat(None, None, "content_filter"), "filter withheld"),
     ("a tool call", chat(None, None, "tool_calls", tool_calls=[{}]), "calls a tool"),
+    ("a tool call beside an empty text", chat("", [("a", -1)], tool_calls=[{"id": "x"}]), "calls a tool"),
+    ("reasoning only, and an end", chat("<think>hm", [("hm", -1)], "stop"), 'no text .finish_reason "stop"'),
     ("a picture", chat([{"type": "image_url"}], None), "no text"),
     ("an object", chat({}, None), "no text"),
 ]
@@ -115,6 +117,11 @@ def test_bytes_that_are_parts_of_characters() -> None:
     reply = chat("né", [])
     reply["choices"][0]["logprobs"] = {"content": [before, *content]}
     assert read(reply)["logprobs"] == [-1.0] * 3
+
+
+def test_a_text_before_a_tool_call_is_cut_by_it() -> None:
+    choice = read(chat("I look it up.", None, "stop", tool_calls=[{"id": "x"}]), logprobs=False)
+    assert choice["text"] == "I look it up." and choice["finish_reason"] == "tool_calls"
 
 
 def test_usable_choices_are_kept_and_the_others_told() -> None:

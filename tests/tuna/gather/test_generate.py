@@ -148,6 +148,40 @@ def test_an_endpoint_that_refuses_n_is_asked_one_at_a_time(tmp_path: Path) -> No
         assert sum(server.paid.values()) == paid
 
 
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (413, "n too large"),
+        (501, "no"),
+        (500, "n > 1 is not implemented"),
+        (405, "only one completion choice"),
+        (200, "n must be 1"),
+    ],
+)
+def test_n_is_refused_in_many_ways(status: int, words: str, tmp_path: Path) -> None:
+    refused = Fault(status, body=json.dumps({"error": {"message": words}}))
+    with Misbehaving(lambda count, body: refused if body.get("n", 1) > 1 else None) as server:
+        result = generate(server, tmp_path, "--concurrency", "1", "--max-attempts", "1", count=1)
+        assert result.exit_code == 0, result.output
+    assert len(rows(tmp_path / "run" / "responses.jsonl")[0]["responses"]) == 4
+
+
+@pytest.mark.parametrize("status", [403, 404, 401])
+def test_a_run_that_ends_early_keeps_what_the_journal_answers(status: int, tmp_path: Path) -> None:
+    """The first record is refused for itself, or the key is not taken any more: the others were paid for."""
+    down = False
+
+    def script(count: int, body: dict[str, Any]) -> Fault | None:
+        return Fault(status if down else 400) if "0 + 0" in json.dumps(body) else None
+
+    with Misbehaving(script) as server:
+        assert generate(server, tmp_path, "--concurrency", "1", count=4).exit_code == 1
+        down = True
+        result = generate(server, tmp_path, "--concurrency", "1", count=4)
+        assert result.exit_code == (3 if status == 401 else 1), result.output
+    assert [row["id"] for row in rows(tmp_path / "run" / "responses.jsonl")] == ["q1", "q2", "q3"]
+
+
 def each(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Fault:
     return Fault(answer=lambda good: {**good, "choices": [change(choice) for choice in good["choices"]]})
 
@@ -287,8 +321,8 @@ def test_an_endpoint_without_logprobs_is_told_before_anything_is_paid(way: str, 
         assert server.calls == 1
         assert isinstance(refused.exception, ValueError)
         assert "--score-with" in str(refused.exception) and "--no-logprobs" in str(refused.exception)
-        assert invoke("generate", *common, "--output", str(tmp_path / "b"), "--no-logprobs").exit_code == 0
-        assert "logprob_mean" not in rows(tmp_path / "b" / "responses.jsonl")[0]["responses"][0]
+        assert invoke("generate", *common, "--output", str(tmp_path / "a"), "--no-logprobs").exit_code == 0
+        assert "logprob_mean" not in rows(tmp_path / "a" / "responses.jsonl")[0]["responses"][0]
         scored = invoke("generate", *common, "--output", str(tmp_path / "c"), "--score-with", "tiny")
         assert scored.exit_code == 0, scored.output
     sets, _ = read_responses(tmp_path / "c" / "responses.jsonl")

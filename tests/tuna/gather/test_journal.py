@@ -95,6 +95,19 @@ def test_a_folder_without_answers_takes_other_parameters(tmp_path: Path) -> None
         pass
 
 
+def test_a_probe_binds_a_folder_to_nothing_and_counts_once(tmp_path: Path) -> None:
+    key = content_key("probe")
+    with Journal(tmp_path, "generate", {"model": "a"}) as journal:
+        asyncio.run(journal.add(key, "no log-probabilities", Usage(1, 1), probe=True))
+    with Journal(tmp_path, "generate", {"model": "a"}) as journal:
+        assert journal.get(key) == "no log-probabilities" and journal.calls == 1
+    with Journal(tmp_path, "generate", {"model": "a", "base_url": "another"}) as journal:
+        assert journal.get(key) is None and journal.calls == 1, "another endpoint is probed again"
+    filed(tmp_path, "generate", {"model": "b"})
+    with pytest.raises(OtherParameters), Journal(tmp_path, "generate", {"model": "a"}):
+        pass
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"parameters": 3}'])
 def test_a_manifest_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
     filed(tmp_path, "generate", {})

@@ -36,6 +36,8 @@ ECHOES = [
     SECRET, SECRET.upper(), SECRET[:14], SECRET[9:], f"{SECRET[:7]}****{SECRET[-4:]}", f"{SECRET[:3]}...{SECRET[-4:]}",
     base64.b64encode(SECRET.encode()).decode(), base64.b64encode(f"Bearer {SECRET}".encode()).decode(),
     base64.b64encode(f"user:{SECRET}".encode()).decode(), SECRET.encode().hex(), "x" * 290 + SECRET, repr(f"'{SECRET}"),
+    f"{SECRET[:8]}********{SECRET[-4:]}", " ".join(SECRET), SECRET[:12] + "\n" + SECRET[12:], "\u200b".join(SECRET),
+    "".join(f"\\u{ord(char):04x}" for char in SECRET), str(list(SECRET.encode())), SECRET.encode().hex(":"),
 ]  # fmt: skip
 
 
@@ -69,11 +71,12 @@ def test_a_word_that_serves_as_key_may_stand_in_an_answer(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "key", ["sk-a\nb", "sk-a\rb", "Bearer sk-ab", "sk\u2011ab", "sk-a\tb", "sk-a\x00b"[:4] + "\x7f"]
+    "key",
+    ['"sk-abc"', "'sk-abc'", "sk-a\nb", "sk-a\rb", "Bearer sk-ab", "sk\u2011ab", "sk-a\tb", "sk-a\x00b"[:4] + "\x7f"],
 )
 def test_what_cannot_be_a_key_is_refused_before_anything_is_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
-    with pytest.raises(ValueError, match=r"\$MY_KEY holds") as raised:
+    with pytest.raises(ValueError, match=r"\$MY_KEY (holds|stands in)") as raised:
         EndpointSettings("http://localhost:1/v1", "MY_KEY")
     assert "sk" not in str(raised.value)
     with pytest.raises(ValueError, match="not the key"):
@@ -120,6 +123,13 @@ REMEDIES = [
     (400, '{"message": "maximum context length is 10 tokens"}', "", "maximum context.*--max-tokens"),
     (400, '{"error": {"message": "\'max_tokens\' is not supported, use \'max_completion_tokens\'"}}', "", "--extra"),
     (400, '{"detail": [{"msg": "temperature: unsupported value"}]}', "", """--extra '{"temperature": null}'"""),
+    (
+        422,
+        '{"detail": [{"loc": ["body", "n"], "msg": "extra fields not permitted"}]}',
+        "",
+        """body.n: .*--extra '{"n": null}'""",
+    ),
+    (400, '{"error": "Unrecognized request argument supplied: logprobs"}', "", """--extra '{"logprobs": null}'"""),
     (400, "<html><h1>Bad  Gateway</h1></html>", "", "Bad Gateway"),
     (400, '{"error":' * 900 + "1" + "}" * 900, "", "status 400"),
 ]

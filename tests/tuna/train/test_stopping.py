@@ -135,14 +135,14 @@ def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
 
 PARENT = """
 import subprocess, sys, time
-from tuna import lifeline
+from tuna.system import lifeline
 child = lifeline.start([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
 print(child.pid, child.stdout.readline(), flush=True)
 time.sleep(60)
 """
 CHILD = """
 import time
-from tuna import lifeline
+from tuna.system import lifeline
 lifeline.watch_parent()
 print("up", flush=True)
 time.sleep(60)

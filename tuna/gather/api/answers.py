@@ -114,8 +114,11 @@ def _choice(api: Api, choice: Mapping[str, Any], usage: Mapping[str, Any], probe
     thinking, text = split_reasoning(clean_text(given or ""))
     thinking = clean_text(thought) or thinking
     hidden = _reasoning_tokens(usage)
-    if (given is None or (not text.strip() and (thinking or hidden) and reason == "length")) and not probe:
+    calls = bool(message.get("tool_calls") or message.get("function_call"))
+    if (given is None or (not text.strip() and (thinking or hidden or calls))) and not probe:
         raise _no_text(message, reason, bool(thinking or hidden))
+    if calls and reason in (None, "stop"):
+        reason = "tool_calls"  # the text is not all of the answer
     values, missing = _logprobs(choice.get("logprobs"), text, bool(thinking or hidden), refused)
     tokens = None if values is None else len(values)
     if tokens is None and (total := _count(usage.get("completion_tokens"))) is not None:

@@ -11,7 +11,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -95,11 +95,13 @@ class PaidCalls:
         found: calls answered by the journal.
         made: calls answered by the endpoint.
         passed_over: answers of the journal that are of no use, and were asked for again.
+        closed: nothing is asked any more; what the journal answers is answered.
     """
 
     def __init__(self, endpoint: Endpoint, journal: Journal, budget: Budget) -> None:
         self.endpoint, self.journal, self.budget = endpoint, journal, budget
         self.found = self.made = self.passed_over = 0
+        self.closed = False
         self._asking: dict[str, asyncio.Lock] = {}
 
     async def ask(
@@ -111,6 +113,7 @@ class PaidCalls:
         stored: Callable[[Any], Any] = lambda answer: answer,
         draw: int = 0,
         omit: Sequence[str] = (),
+        probe: bool = False,
     ) -> Any:
         """The answer to a request, from the journal or else from the endpoint.
 
@@ -121,6 +124,7 @@ class PaidCalls:
             stored: reads what ``parse`` made out of the journal, or raises `UnusableAnswer`: then it is asked again.
             draw: which draw of the same request this is: a sampled answer may be wanted more than once.
             omit: fields of ``body`` that do not change what is asked for (how to wrap the answer, say).
+            probe: the answer says what the endpoint can do, and is no part of a result.
 
         Raises:
             CallFailed: the call was given up.
@@ -139,11 +143,13 @@ class PaidCalls:
                     else:
                         self.found += 1
                         return answer
-                return await self._pay(key, api, body, parse)
+                if self.closed:
+                    raise CallFailed("it is not in the journal, and the run has ended")
+                return await self._pay(key, api, body, parse, probe)
             finally:
                 self._asking.pop(key, None)
 
-    async def _pay(self, key: str, api: Api, body: Mapping[str, Any], parse: Callable[[Any], Any]) -> Any:
+    async def _pay(self, key: str, api: Api, body: Mapping[str, Any], parse: Callable[[Any], Any], probe: bool) -> Any:
         worst, reserved = worst_usage(api, body), False
 
         async def before() -> None:
@@ -170,7 +176,7 @@ class PaidCalls:
             settle(used)
         finally:
             settle(worst)  # cancelled in flight: it may be billed
-        await self.journal.add(key, answer, used)
+        await self.journal.add(key, answer, used, probe=probe)
         self.made += 1
         return answer
 
@@ -260,9 +266,12 @@ async def run_paid(
     prepare: Callable[[PaidCalls], Awaitable[None]] | None = None,
     on_done: Callable[[PaidCalls], None] = lambda calls: None,
 ) -> tuple[Outcome[R], PaidCalls]:
-    """`run_jobs` with an endpoint, a journal and a budget; ``prepare`` comes before the first job, and alone."""
+    """`run_jobs` with an endpoint, a journal and a budget; ``prepare`` comes before the first job, and alone.
+
+    Where the run ends early, the jobs left that the journal can answer are still done: an earlier run may have paid.
+    """
     budget = settings.budget(journal)
-    async with Endpoint(settings.endpoint) as endpoint:
+    async with Endpoint(settings.endpoint, answered=len(journal) > 0) as endpoint:
         calls = PaidCalls(endpoint, journal, budget)
         try:
             if prepare is not None:
@@ -272,6 +281,11 @@ async def run_paid(
         outcome = await run_jobs(
             jobs, lambda job: work(calls, job), concurrency=settings.concurrency, on_done=lambda: on_done(calls)
         )
+        if outcome.stopped is not None:
+            calls.closed = True
+            for index in set(range(len(jobs))) - outcome.results.keys() - outcome.failed.keys():
+                with suppress(CallFailed, Unfinished):
+                    outcome.results[index] = await work(calls, jobs[index])
         return outcome, calls
 
 

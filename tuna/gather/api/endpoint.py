@@ -168,19 +168,23 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
 class Endpoint:
     """A client with our patience. Use as an asynchronous context manager.
 
+    Args:
+        settings: where and how patiently to ask.
+        answered: whether it has answered an earlier run: then a 404 is one record's, and not the address's.
+
     Attributes:
         requests, retries, refused, waited: requests sent, those beyond the first of a call, answers of 429, and
             seconds spent waiting (summed over calls).
         single_choice: whether it turned out to refuse more than one choice a request.
     """
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(self, settings: EndpointSettings, *, answered: bool = False) -> None:
         self.settings = settings
         self.requests, self.retries, self.refused, self.waited = 0, 0, 0, 0.0
         self.single_choice = False
         self._key = api_key(settings.key_variable)
         self._redactor = Redactor(self._key)
-        self._answered = False  # whether any call has been: then the address is right
+        self._answered = answered  # whether any call has been: then the address is right
         self._clear_at = 0.0  # no request before this (loop time): a Retry-After holds for all
         self._next_slot = 0.0  # of the rate limit
 
@@ -300,7 +304,11 @@ class Endpoint:
             there = _same_host(url, target) if status in (307, 308) else None
             if there is None:
                 where = f" to {target}" if target else ""
-                advice = "it was not followed, for prompts go to the host of base_url only"
+                advice = (
+                    "It was not followed, for prompts go to the host of base_url only"
+                    if _same_host(url, target) is None
+                    else "Such a redirect would lose the prompt: give --base-url the address it leads to"
+                )
                 return Attempt(
                     self._said(f"status {status}: {url} redirects{where}", advice), False, status, again=False
                 )

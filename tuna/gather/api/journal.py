@@ -4,7 +4,7 @@
   done. A process killed at any point loses the calls in flight and nothing else; a torn last line is cut off. Any
   other line that is no entry is passed over, and told.
 * `manifest.json` holds the parameters that decide what the answers mean; it is written with the first entry. A folder
-  that holds answers takes one set of them; one without may be used with others.
+  that holds answers takes one set of them; one without, or with answers to probes alone, may be used with others.
 * `lock` is held by the process at work (and freed by the system when it dies).
 """
 
@@ -87,6 +87,7 @@ class Journal:
         self.calls, self.lost, self.spent = 0, 0, Usage(0, 0)
         self.notes: list[str] = []
         self._places: dict[str, _Place] = {}
+        self._probes: set[str] = set()
         self._pending: list[bytes] = []
         self._taken = self._written = 0  # entries handed in, entries on the disk
         self._broken: OSError | None = None
@@ -134,9 +135,13 @@ class Journal:
             return None
         return parse_json(os.pread(self._file.fileno(), place.length, place.offset), unique=False)["answer"]
 
-    async def add(self, key: str, answer: Any, usage: Usage) -> None:
-        """Write an answer down; returns when it is on the disk. Calls side by side share one fsync."""
-        await self._append({"key": key, "usage": [usage.input, usage.output], "answer": answer})
+    async def add(self, key: str, answer: Any, usage: Usage, *, probe: bool = False) -> None:
+        """Write an answer down; returns when it is on the disk. Calls side by side share one fsync.
+
+        That to a probe of the endpoint does not bind the folder to the parameters.
+        """
+        entry = {"key": key, "usage": [usage.input, usage.output], "answer": answer}
+        await self._append({**entry, "probe": True} if probe else entry)
 
     async def add_lost(self, key: str, reason: str, usage: Usage) -> None:
         """Write down a call that was, or may have been, paid for and brought nothing: the budget counts it."""
@@ -195,6 +200,8 @@ class Journal:
         self.spent = self.spent + (used or Usage(0, 0))
         if "answer" in entry:
             self._places[entry["key"]] = place
+            if entry.get("probe") is True:
+                self._probes.add(entry["key"])
         else:
             self.lost += 1
         return None if used is not None else "its tokens cannot be read and are counted as none"
@@ -232,9 +239,12 @@ class Journal:
         return file
 
     def _check_manifest(self) -> None:
-        if not self._places:
-            return  # nothing here that other parameters could be mixed with: the first entry claims the folder
         path = self.folder / MANIFEST
+        if self._places.keys() <= self._probes:
+            # Nothing here that other parameters could be mixed with: the first entry claims the folder.
+            if _read(path) != self.manifest:
+                self._places.clear()  # another endpoint is probed again
+            return
         self._claimed = True
         if not path.exists():
             raise OtherParameters(f"{self.folder} has a {JOURNAL} without {MANIFEST}; take another folder")
@@ -252,6 +262,14 @@ class Journal:
             rows = [f"  {name}: {_show(earlier, name)} there, {_show(now, name)} now" for name in names]
             head = f"{self.folder} holds a run with other parameters:"
             raise OtherParameters("\n".join([head, *rows, "Use those, or another folder."]))
+
+
+def _read(path: Path) -> Any:
+    """A JSON file, None where it is none."""
+    try:
+        return parse_json(path.read_bytes(), unique=False)
+    except (OSError, ValueError):
+        return None
 
 
 def _usage(value: Any) -> Usage | None:

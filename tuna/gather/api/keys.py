@@ -30,6 +30,10 @@ def api_key(variable: str) -> str:
     if not key:
         return NO_KEY
     place = next((place for place, char in enumerate(key, start=1) if not "!" <= char <= "~"), None)
+    if place is None and len(key) > 1 and key[0] == key[-1] and key[0] in "\"'`":
+        raise ValueError(
+            f"${variable} stands in quotation marks ({key[0]}), which are no part of a key: leave them out"
+        )
     if place is None:
         return key
     char = key[place - 1]
@@ -52,7 +56,11 @@ class Redactor:
         if key == NO_KEY or len(key) < 4:
             return
         forms = _forms(key)
-        self._whole = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), re.IGNORECASE)
+        patterns = [re.escape(form) for form in sorted(forms, key=len, reverse=True)]
+        if self._secret:
+            # Broken over lines, or with blanks between its characters.
+            patterns.append(r"[\s\u200b-\u200f\ufeff]{0,4}".join(map(re.escape, key)))
+        self._whole = re.compile("|".join(patterns), re.IGNORECASE)
         if self._secret:
             self._echo = re.compile(
                 rf"{re.escape(key[:3])}[\w-]{{0,12}}[*.…•]{{2,64}}[\w-]{{0,12}}"
@@ -65,7 +73,7 @@ class Redactor:
         if self._whole is None:
             return text
         text = self._whole.sub(MASK, text)
-        return text if self._echo is None else self._echo.sub(MASK, self._without_parts(text))
+        return text if self._echo is None else self._without_parts(self._echo.sub(MASK, text))
 
     def value(self, value: Any) -> Any:
         """A JSON value whose texts do not hold the whole key (an answer may hold what looks like a part of it)."""
@@ -100,8 +108,9 @@ def _forms(key: str) -> set[str]:
     """The key as it is, quoted for addresses, JSON, Python and HTML, and in base64 and hexadecimal digits."""
     content = key.encode()
     escaped = {json.dumps(key)[1:-1], repr(key)[1:-1], html.escape(key), json.dumps(key)[1:-1].replace("/", r"\/")}
-    quoted = {quote(key), quote(key, safe=""), quote_plus(key)}
-    encoded = {content.hex(), "".join(f"%{byte:02x}" for byte in content)}
+    quoted = {quote(key), quote(key, safe=""), quote_plus(key), quote(quote(key, safe=""), safe="")}
+    encoded = {content.hex(), content.hex(" "), content.hex(":"), str(list(content))[1:-1]}
+    encoded |= {"".join(before + f"{byte:02x}" for byte in content) for before in ("%", r"\x", r"\u00")}
     for before in range(3):  # base64 of a text that the key stands in depends on where it begins there
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             # Leave out the characters that bits of the neighbours are in.

@@ -21,6 +21,12 @@ _MAX_TOKENS = re.compile(r"max_tokens\W.{0,60}(?:not supported|unsupported|max_c
 _DEFAULT_ONLY = re.compile(
     r"\b(temperature|top_p|seed|stop|logprobs|n)\W.{0,80}(?:not support|unsupported)", re.IGNORECASE
 )
+_FIELDS = "temperature|top_p|seed|stop|logprobs|top_logprobs|response_format|max_tokens|n"
+_UNKNOWN_FIELD = re.compile(
+    rf"\b(?:unknown|unrecogni[sz]ed|unexpected|extra|additional|not permitted|not allowed)\b.{{0,80}}?\b({_FIELDS})\b|"
+    rf"\b({_FIELDS})\b\W.{{0,60}}\b(?:unknown|unrecogni[sz]ed|unexpected|extra fields?|not permitted|not allowed)\b",
+    re.IGNORECASE,
+)
 _MODEL = re.compile(r"\bmodel\b", re.IGNORECASE)
 
 
@@ -80,6 +86,9 @@ def error_message(value: Any, depth: int = 0) -> str:
     for name in ("error", "message", "msg", "detail", "errors"):
         words = error_message(value.get(name), depth + 1)
         if words:
+            place = value.get("loc")  # FastAPI's: ["body", "n"]
+            if isinstance(place, list) and place and all(isinstance(part, str | int) for part in place[:8]):
+                words = f"{'.'.join(map(str, place[:8]))}: {words}"
             code = value.get("code") if isinstance(value.get("code"), str) else value.get("type")
             return f"{words} ({code})" if isinstance(code, str) and name == "message" else words
     return ""
@@ -109,4 +118,6 @@ def remedy(status: int, words: str, url: str, settings: EndpointSettings) -> str
     if (found := _DEFAULT_ONLY.search(words)) is not None:
         name = found[1].lower()
         return f"""Try --extra '{{"{name}": {1 if name == "n" else "null"}}}'"""
+    if (unknown := _UNKNOWN_FIELD.search(words)) is not None:
+        return f"""Try --extra '{{"{(unknown[1] or unknown[2]).lower()}": null}}'"""
     return ""

@@ -28,7 +28,7 @@ from tuna.gather.judge_answer.orders import (
     order_in_text,
     tiers_of,
 )
-from tuna.gather.judge_answer.quotations import is_quoted
+from tuna.gather.judge_answer.quotations import is_quoted, without_tagged
 
 __all__ = ["ASPECTS", "MOST_CHARACTERS", "Judgement", "Unparsable", "parse_judgement"]
 
@@ -111,11 +111,11 @@ def _answer(text: str) -> str:
         text = clean_text(value)  # JSON within a JSON text
     elif not isinstance(value, dict):
         thinking, text = split_reasoning(text, anywhere=True)
-        text = text.strip()
-        if not text and thinking:
+        if not text.strip() and thinking:
             raise Unparsable("the answer was cut off within its reasoning, or holds nothing else")
+        text = without_tagged(text).strip()
     if not text:
-        raise Unparsable("the answer is empty")
+        raise Unparsable("the answer is empty, or holds nothing but quotations")
     if len(text) > MOST_CHARACTERS:
         raise Unparsable(f"the answer has {len(text):,} characters; read are up to {MOST_CHARACTERS:,}")
     return text

@@ -24,7 +24,11 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 LABEL = r"(?:candidate|response|answer|output|option|completion|assistant|model)"
 NUMBER = rf"(?:[0-9]{{1,4}}|{'|'.join(WORDS)})"
 RANKS = ("rank", "ranking", "position", "place", "placement", "tier", "level", "standing")
-SCORES = ("score", "total", "total_score", "points", "rating", "sum")
+SCORES = ("score", "total", "points", "rating", "sum", "grade", "quality", "average", "mean", "mark")
+NAMES = (
+    "candidate", "candidates", "members", "responses", "answers", "response", "answer", "number", "id", "index", "no"
+)  # fmt: skip
+"""Last words of fields that say which candidate an object is about, or count the objects."""
 MARKS = "*_`\"' \t"
 
 FLAGS = re.IGNORECASE | re.ASCII  # with Unicode, U+017F is an s and other scripts' digits are digits
@@ -43,12 +47,14 @@ _HEADING = re.compile(
 )
 _SEPARATOR = re.compile(r":|=|\bis\b", FLAGS)
 _WORST, _BEST = "(?:worst|weakest|poorest|lowest|least)", "(?:best|strongest|highest|most)"
+_WORSE = "(?:worst|weakest|poorest|lowest|least|worse|weaker|poorer|lower|low|bad|poor|bottom|last)"
+_BETTER = "(?:best|strongest|highest|most|better|stronger|higher|high|good|great|excellent|top|first)"
 _WAY = r"(?: \w+)?[ _-]{0,3}(?:to|->|=>|→|-)[ _-]{0,3}(?:the )?"
 REVERSED = re.compile(
-    rf"\b{_WORST}{_WAY}{_BEST}\b|\b{_WORST}(?: \w+)?(?: comes)? first\b|\b{_BEST}(?: \w+)?(?: comes)? last\b", FLAGS
+    rf"\b{_WORSE}{_WAY}{_BETTER}\b|\b{_WORST}(?: \w+)?(?: comes)? first\b|\b{_BEST}(?: \w+)?(?: comes)? last\b", FLAGS
 )
 _FORWARD = re.compile(
-    rf"\b{_BEST}{_WAY}{_WORST}\b|\b{_BEST}(?: \w+)?(?: comes)? first\b|\bfrom (?:the )?{_BEST}\b", FLAGS
+    rf"\b{_BETTER}{_WAY}{_WORSE}\b|\b{_BEST}(?: \w+)?(?: comes)? first\b|\bfrom (?:the )?{_BEST}\b", FLAGS
 )
 _FROM_WORST = re.compile(rf"\bfrom (?:the )?{_WORST}\b", FLAGS)
 _UNCLEAR = re.compile(r"\b(?:ascending|increasing|descending|decreasing|reversed?|inverted)\b", FLAGS)
@@ -61,6 +67,7 @@ _ORDINAL = re.compile(
     r"[:=-]{1,3}[*_]{0,3} ?(\S.*)",
     FLAGS,
 )
+_MARK = re.compile(r"\s{0,9}(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(?:/|%|out of|points?|$)", FLAGS)
 _ALL_TIED = re.compile(r"^(?:all|none)\b.*\b(?:tied?|equal(?:ly)?|the same)\b", FLAGS)
 
 
@@ -140,12 +147,14 @@ def _order_in_lines(lines: list[str]) -> Tiers:
     elsewhere = set(range(len(lines))) - {number for number, _ in headings}
     turned = any(REVERSED.search(lines[number][:MOST_LINE]) for number in elsewhere if lines[number])
     for number, (words, rest) in headings:
+        below = lines[number + 1 : number + 100]
         try:
-            tiers = _tiers_of_text(rest) if rest else _list_below(lines[number + 1 : number + 100])
+            tiers = _tiers_of_text(rest) if rest else _list_below(below)
         except Unparsable as error:
             problem = error
             continue
-        found.append(("final" in words, tiers[::-1] if _worst_first(words, turned) else tiers))
+        backward = _turned_round(words, rest or next(filter(str.strip, below), ""), turned)
+        found.append(("final" in words, tiers[::-1] if backward else tiers))
     if not found:
         ordinals = [] if turned else _ordinal_lines(lines)
         if ordinals:
@@ -171,13 +180,23 @@ def _heading(line: str) -> tuple[str, str] | None:
     return line[: ended.start()].lower(), line[ended.end() :].strip(MARKS)
 
 
-def _worst_first(words: str, turned: bool) -> bool:
-    """Whether a heading says so; ``turned``: whether the text around it does."""
+def _turned_round(words: str, order: str, turned: bool) -> bool:
+    """Whether an order stands the other way round than it was read, by the words of its heading.
+
+    Args:
+        words: of the heading.
+        order: the line that the order stands in. In `1 < 2` the sign says already which is better.
+        turned: whether the text around says that the worst comes first.
+    """
+    bare = re.sub(r"[-=]+>|<[-=]+", "", order)
+    sign = "<" if "<" in bare else ">" if ">" in bare else ""
     backward = (REVERSED.search(words) or _FROM_WORST.search(words)) is not None
     forward = _FORWARD.search(words) is not None
     if (backward and forward) or _UNCLEAR.search(words) or (turned and not backward and not forward):
         raise Unparsable("it is not plain whether the best or the worst comes first")
-    return backward
+    if (sign == ">" and backward) or (sign == "<" and forward):
+        raise Unparsable(f"the heading and {_short(order)} point different ways")
+    return backward and not sign
 
 
 def _tier(item: Any) -> list[int]:
@@ -263,15 +282,36 @@ def _ordinal_lines(lines: list[str]) -> Tiers:
 def _tiers_of_objects(items: list[Mapping[str, Any]]) -> Tiers:
     """An order of objects: by their ranks where they have some, else as they stand if no score says otherwise."""
     members = [_members(item) for item in items]
-    ranks = [next((item[name] for name in RANKS if name in item), None) for item in items]
+    ranks = [next((value for name, value in item.items() if _last_word(name) in RANKS), None) for item in items]
     if any(rank is not None for rank in ranks):
         return _by_rank([(n, rank) for numbers, rank in zip(members, ranks, strict=True) for n in numbers])
-    for name in SCORES:
-        scores = [item.get(name) for item in items]
-        numbers = [score for score in scores if isinstance(score, int | float) and not isinstance(score, bool)]
-        if numbers and (len(numbers) < len(items) or any(a < b for a, b in pairwise(numbers))):
+    names = {name: _last_word(name) for item in items for name in item}
+    falls = rises = ""
+    for name, word in names.items():
+        if word in NAMES:
+            continue
+        numbers = [number for item in items if (number := _number_of(item.get(name))) is not None]
+        going_up = any(a < b for a, b in pairwise(numbers))
+        if word in SCORES and numbers and (len(numbers) < len(items) or going_up):
             raise Unparsable(f"the ranking's objects are not in the order of their {name}")
+        rises = rises or (name if going_up else "")
+        falls = falls or (name if any(a > b for a, b in pairwise(numbers)) else "")
+    if rises and not falls:  # marks of any name that all say the opposite
+        raise Unparsable(f"the ranking's objects are in the opposite order of their {rises}")
     return members
+
+
+def _last_word(name: Any) -> str:
+    """`rank` of "overall_rank" and "Overall Rank"."""
+    return re.split(r"[^a-z]+", str(name)[:80].lower().strip("_- "))[-1]
+
+
+def _number_of(value: Any) -> float | None:
+    """A number, also as the text "7" or "7/10"; None where there is none."""
+    if isinstance(value, str):
+        found = _MARK.match(value)
+        return None if found is None else float(found[1])
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _members(item: Mapping[str, Any]) -> list[int]:

@@ -1,15 +1,16 @@
 """What a judge quotes of the candidates, told apart from what it says itself: a quoted order is no verdict.
 
-A quotation is a line that begins with ``>``, what a line such as "Candidate 2 says:" introduces (the block below it or
-the rest of its paragraph), and an object inside a sentence that says whose it is. Code fences hold a judge's own words
-as often as quotations; they count where nothing outside of them does.
+A quotation is what stands between the tags of a candidate, a line that begins with ``>``, what a line such as
+"Candidate 2 says:" introduces (the block below it or the rest of its paragraph), and an object inside a sentence that
+says whose it is. Code fences hold a judge's own words as often as quotations; they count where nothing outside of them
+does.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["is_quoted", "own_lines"]
+__all__ = ["is_quoted", "own_lines", "without_tagged"]
 
 _WHO = r"(?:candidate|response|answer|output|option|completion|assistant|model|text|it|one)s?\b"
 _STRONG = (
@@ -30,8 +31,29 @@ _OBJECT = re.compile(
 _SAYER = re.compile(rf"\b{_WHO}", re.IGNORECASE | re.ASCII)
 _VERB = re.compile(rf"\b(?:{_STRONG}|{_WEAK})\b", re.IGNORECASE | re.ASCII)
 _CLAIM = re.compile(rf"\b{_STRONG}\b|\b{_WHO}[^.!?]{{0,120}}\b{_WEAK}\b", re.IGNORECASE | re.ASCII)
-_FENCE = re.compile(r"\s{0,9}(?:```|~~~)")
+_FENCE = re.compile(r"\s{0,9}(?:```|~~~|\"\"\"|''')")
+# "The text of candidate 2 is:"
+_OF = re.compile(
+    rf"\b(?:texts?|contents?|words?|lines?|verdict|claim|message) (?:of|in|from|by) (?:the )?{_WHO}[^.!?:]{{0,40}}$|"
+    rf"\b(?:texts?|contents?|words?|lines?|verdict|claim|message) (?:of|in|from|by) (?:the )?{_WHO}[^.!?:]{{0,40}}:",
+    re.IGNORECASE | re.ASCII,
+)
+_TAG = re.compile(
+    r"<(/?)(?:candidate|instruction|turn)(?:-[0-9a-f]{1,64})?(?:\s[^<>]{0,200})?>|<(/?)quot(?:e|ed|ation)>",
+    re.IGNORECASE | re.ASCII,
+)
 CONTEXT = 300  # characters of a sentence, before and after
+
+
+def without_tagged(text: str) -> str:
+    """A text without what stands between tags as the judge was shown them, or quotes; also unclosed ones."""
+    kept, depth, at = [], 0, 0
+    for tag in _TAG.finditer(text):
+        if not depth:
+            kept.append(text[at : tag.start()])
+        depth = max(0, depth - 1) if tag[1] or tag[2] else depth + 1
+        at = tag.end()
+    return "".join([*kept, "" if depth else text[at:]])
 
 
 def own_lines(text: str) -> tuple[list[str], list[str]]:
@@ -66,7 +88,8 @@ def is_quoted(text: str, start: int, end: int) -> bool:
     after = text[end : line_end if line_end >= 0 else end + CONTEXT]
     if before.lstrip().startswith(">"):
         return True
-    if _CLAIM.search(re.split(r"[.!?]\s", before)[-1]):
+    sentence = re.split(r"[.!?]\s", before)[-1]
+    if _CLAIM.search(sentence) or _OF.search(sentence.rstrip()):
         return True
     if re.match(r"[\s`\"')]*[,;a-z-]", after) and _CLAIM.search(re.split(r"[.!?](?:\s|$)", after)[0]):
         return True
