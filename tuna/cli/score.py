@@ -51,11 +51,14 @@ def score(
     from tuna.models import load_model, place_for
     from tuna.notices import cut_notice
     from tuna.outputs import check_files
+    from tuna.ranks import launched
     from tuna.records import read_records
     from tuna.report import write_json
     from tuna.scoring import per_record
     from tuna.tokenization import tokenize_records
 
+    if launched()[1] > 1:
+        raise ValueError(f"tuna score runs as one process, not as {launched()[1]} ranks: start it without a launcher")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
     check_files({"json": json_file, "per_record": per_record_file}, {"data": data})
