@@ -11,7 +11,9 @@ __all__ = ["export"]
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: its last complete checkpoint is taken.")],
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint, an adapter, or a run: its last complete checkpoint is taken.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     model: Annotated[
         str | None, typer.Option(help="What an adapter was trained on. Default: what the adapter says.")

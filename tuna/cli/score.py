@@ -54,8 +54,11 @@ def score(
     from tuna.models.loading import load_model, place_for
     from tuna.score.scoring import per_record
     from tuna.system.writing import write_json
+    from tuna.train.distributed import launched
     from tuna.train.outputs import check_files
 
+    if launched()[1] > 1:
+        raise ValueError(f"tuna score runs as one process, not as {launched()[1]} ranks: start it without a launcher")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
     check_files({"json": json_file, "per_record": per_record_file}, {"data": data})

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from tuna import lifeline
+
 _ANSWER = "answer: "
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -98,13 +100,16 @@ def in_fresh_process(target: str, arguments: dict[str, Any], *, threads: int, ti
     repository = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [repository, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "tuna.compare.memory_meter", target, json.dumps(arguments)]
-    try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{target} in a fresh process took more than {timeout:.0f} s") from None
-    answers = [line for line in child.stdout.splitlines() if line.startswith(_ANSWER)]
+    with lifeline.start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{target} in a fresh process took more than {timeout:.0f} s") from None
+        finally:
+            child.kill()  # nothing where it has ended
+    answers = [line for line in output.splitlines() if line.startswith(_ANSWER)]
     if child.returncode != 0 or not answers:
-        reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        reason = (errors.strip().splitlines() or ["no output"])[-1]
         raise RuntimeError(f"{target} in a fresh process ended with {child.returncode}: {reason}")
     return json.loads(answers[-1].removeprefix(_ANSWER))
 
@@ -160,4 +165,5 @@ def _main(target: str, arguments: str) -> None:
 
 
 if __name__ == "__main__":
+    lifeline.watch_parent()
     _main(sys.argv[1], sys.argv[2])

@@ -24,6 +24,8 @@ MAX_DEPTH = 64  # of lists and objects within each other; JSON schemas, the deep
 MAX_PARTS = 50_000  # lists and objects in all: Python makes them in one go, which no other thread can interrupt
 DRAINED = 16  # bodies too large are read up to so many times the limit, without being kept:
 DRAIN_SECONDS = 10  # a client hears an answer only once it has sent its request
+BODY_SECONDS = 60.0  # for a body to arrive, and besides what it takes at
+SLOWEST = 1 << 20  # bytes a second
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -32,24 +34,31 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The JSON text of a request, held only up to ``limit`` bytes, whatever its headers say.
 
     Raises:
-        ApiError: it is longer (413), of another type (415), or the client is gone.
+        ApiError: it is longer (413), of another type (415), too slow (408), or the client is gone.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"content-type {shown(kind)} is not served: send application/json")
-    body, size = bytearray(), 0
-    deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
+    seconds = BODY_SECONDS + limit / SLOWEST
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                body += chunk
-                continue
-            body.clear()
-            if size > DRAINED * limit or asyncio.get_running_loop().time() > deadline:
-                break
+        return await asyncio.wait_for(_read(request, limit), seconds)
+    except asyncio.TimeoutError as error:  # another class before Python 3.11
+        raise ApiError(408, f"the request did not arrive within {seconds:.0f} s", close=True) from error
     except ClientDisconnect as error:
         raise ApiError(499, "the client closed the connection") from error
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    body, size = bytearray(), 0
+    deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            body += chunk
+            continue
+        body.clear()
+        if size > DRAINED * limit or asyncio.get_running_loop().time() > deadline:
+            break
     if size > limit:
         message = f"the request is larger than the {limit:,} bytes that are read (--max-body)"
         raise ApiError(413, message, code="request_too_large", close=True)

@@ -28,7 +28,7 @@ def export(
     """Write the model of a checkpoint as a plain one: ZeRO shards joined, an adapter merged.
 
     Args:
-        source: a checkpoint, or the folder of a run (its last complete checkpoint is taken).
+        source: a checkpoint, an adapter, or the folder of a run (its last complete checkpoint is taken).
         output: a folder that does not exist yet.
         model: what an adapter was trained on; default: what the adapter says.
         dtype: of the weights written; default: that of the model. Under DeepSpeed they come from the float32
@@ -128,7 +128,7 @@ def merged_from(adapted: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 def _checkpoint(source: Path) -> Path:
     if not source.is_dir():
         raise FileNotFoundError(f"no checkpoint or run folder {source}")
-    if (source / "trainer_state.json").exists():
+    if (source / "trainer_state.json").exists() or (source / ADAPTER).exists():
         return source
     found = checkpoints.last_complete(source)
     if found is None:

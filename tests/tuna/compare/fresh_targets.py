@@ -1,5 +1,9 @@
 """What the tests of the memory meters run in a fresh process."""
 
+import os
+import time
+from pathlib import Path
+
 import torch
 
 from tuna.compare.memory_meter import ResidentPeak, resident_peak
@@ -14,3 +18,9 @@ def touch(mebibytes: int) -> ResidentPeak:
 
 def fail() -> None:
     raise ValueError("this target always fails")
+
+
+def linger(file: str) -> None:
+    """Write down this process's id, and go on for longer than any test."""
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(600)

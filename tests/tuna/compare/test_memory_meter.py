@@ -1,7 +1,13 @@
 """The memory meters: a known allocation is seen, what was there before is not, temporaries count."""
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -68,3 +74,22 @@ def test_a_fresh_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     with pytest.raises(RuntimeError, match="this target always fails"):
         in_fresh_process("fresh_targets:fail", {}, threads=1)
+
+
+def test_a_fresh_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    call = f"in_fresh_process('fresh_targets:linger', {{'file': {str(file)!r}}}, threads=1)"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", f"from tuna.memory import in_fresh_process; {call}"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as parent:
+        _until(lambda: file.exists() and file.read_text() != "")
+        parent.kill()
+    child = int(file.read_text())
+    _until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+
+
+def _until(reached: Callable[[], bool], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -86,16 +86,19 @@ def test_merged_saved_and_loaded_it_is_the_adapted_one(kind: str, tied: bool, tm
     assert (score_groups(loaded, TREE).scores - scores).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("state", ["trainer_state.json", None])
 @pytest.mark.parametrize("kind", ["head", "embeddings", "whole head"])
 @pytest.mark.filterwarnings("ignore")
-def test_an_exported_checkpoint_is_the_adapted_model(kind: str, tmp_path: Path) -> None:
+def test_an_exported_checkpoint_is_the_adapted_model(kind: str, state: str | None, tmp_path: Path) -> None:
+    """So is the adapter alone, as a run leaves it and as others hand it on."""
     base, tokenizer = tiny_model(tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model = adapted(kind, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     checkpoint = tmp_path / "checkpoint-1"
     model.save_pretrained(checkpoint)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    if state is not None:
+        (checkpoint / state).write_text("{}")
     export(checkpoint, tmp_path / "out", model=str(tmp_path / "base"))
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (logits(found) - logits(model)).abs().max() < 1e-4

@@ -238,6 +238,19 @@ def test_a_body_is_bounded_whatever_its_headers_say(tiny: tuple[Any, Any], monke
             assert httpx.post(f"{url}/completions", content=endless(), headers=JSON).status_code == 413
 
 
+def test_a_body_that_does_not_arrive_is_given_up(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuna.serve.bodies.BODY_SECONDS", 0.3)
+    with app_server(tiny, max_body=1000) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port), timeout=30) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            answer = b"".join(iter(lambda: client.recv(65536), b""))  # to its end: the connection is closed
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"did not arrive within" in answer
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -235,3 +235,11 @@ def test_the_final_model_takes_its_place_whole(tmp_path: Path) -> None:
     assert invoke(*words, "--resume").exit_code == 0
     assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "run" / ".saving").exists()
+
+
+def test_score_refuses_to_run_once_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = invoke("score", "--model", "tiny", "--data", "none.jsonl")
+    assert isinstance(done.exception, ValueError)
+    assert "without a launcher" in str(done.exception)

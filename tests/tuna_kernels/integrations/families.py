@@ -50,8 +50,8 @@ A family's name decides nothing at run time. Every model object is checked once,
 six sequences, some 60 tokens, by its own forward and as a tree. So a subclass, remote code, a hook or an adapter that
 does more than the tree knows is refused, and a family that is not listed here runs if it is right. The check takes
 about ten short forwards. In half precision, up to 1 GiB of weights, it computes in float32 on a copy that it lets go
-of. It runs again when the forward of the model or of its head, or the hooks on them, change. Under ZeRO-3 it runs at
-the first step, where the weights are gathered.
+of. It runs again when a class, a forward or a hook anywhere in the model has changed. Under ZeRO-3 it runs at the first
+step, where the weights are gathered.
 
 ## Runs ({runs})
 

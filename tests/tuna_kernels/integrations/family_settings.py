@@ -130,7 +130,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gptj": {"rotary_dim": 4},
     "granite": {"logits_scaling": 3.0},
-    "granitemoehybrid": {**_STATE, "layer_types": ["attention", "attention"], "shared_intermediate_size": 16},
+    **{name: {"logits_scaling": 3.0} for name in ("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared")},
+    "granitemoehybrid": {
+        **_STATE,
+        "layer_types": ["attention", "attention"],
+        "shared_intermediate_size": 16,
+        "logits_scaling": 3.0,
+    },
+    "hyperclovax": {"logits_scaling": 0.3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "llama4_text": {
         "intermediate_size_mlp": 48,

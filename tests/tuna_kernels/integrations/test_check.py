@@ -82,6 +82,52 @@ def test_logits_changed_by_more_than_the_head_are_refused(change: Callable[[Any]
             use(after, TREE)
 
 
+def sum_of_rows(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out + out.cumsum(1)
+
+
+def hook_in_a_layer(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(sum_of_rows)
+
+
+def other_part(model: Any) -> None:
+    class Mixing(type(model.model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return sum_of_rows(self, (), super().forward(x))
+
+    model.model.layers[0].mlp.__class__ = Mixing
+
+
+@pytest.mark.parametrize("change", [hook_in_a_layer, other_part])
+def test_rows_mixed_within_a_layer_are_refused(change: Callable[[Any], None]) -> None:
+    """Also where the change comes after the model was prepared and used, and as long as it lasts."""
+    model: Any = tiny("llama")
+    score_groups(model, TREE)
+    change(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=DIFFERS):
+            score_groups(model, TREE)
+
+
+def test_a_class_that_is_given_another_forward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(LlamaForCausalLM):
+        pass
+
+    model: Any = tiny("llama")
+    model.__class__ = Own
+    score_groups(model, TREE)
+    stock = LlamaForCausalLM.forward
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        out = stock(*args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    monkeypatch.setattr(Own, "forward", halved)
+    with pytest.raises(ValueError, match=DIFFERS):
+        score_groups(model, TREE)
+
+
 def test_a_forward_put_on_the_object_is_refused() -> None:
     model: Any = tiny("llama")
     score_groups(model, TREE)

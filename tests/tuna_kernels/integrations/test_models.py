@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
 from tests.tuna_kernels.integrations.tiny_models import (
     FAMILIES,
@@ -69,6 +69,18 @@ def _changed(config: Any, setting: str, value: Any) -> Any:
     config = copy.deepcopy(config)
     setattr(config, setting, value)
     return config
+
+
+def test_a_scale_that_the_model_keeps_itself() -> None:
+    """Cohere's models copy it from the configuration once."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = CohereForCausalLM(CohereConfig(**settings, num_attention_heads=4, logit_scale=0.3)).double().eval()
+    prepare_model(model)
+    for scale in (0.3, 5.0):
+        model.logit_scale = scale
+        found = score_groups(model, pack_groups(GROUPS)).scores
+        assert_close(found, separate_scores(model, GROUPS), bound("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -2,8 +2,8 @@
 
 The check compares a tiny tree with the model's own forward on separate sequences: six sequences and a tree, some 100
 tokens in all. It looks at what the model does, not at its name: a subclass, a hook, a head that is more than linear, an
-adapter, remote code all show in the numbers. It runs once for a model object, and again when the forward of the model
-or of its head, or the hooks on them, have changed (`signature`).
+adapter, remote code all show in the numbers. It runs once for a model object, and again when a forward or a hook
+anywhere in it has changed (`signature`).
 """
 
 from __future__ import annotations
@@ -151,16 +151,17 @@ def can_run(model: nn.Module) -> bool:
 
 
 def signature(*modules: nn.Module) -> tuple[Any, ...]:
-    """What decides how these modules turn hidden states into logits: classes, forwards put on objects, hooks.
+    """What decides what these modules compute: classes and their forwards, forwards put on objects, hooks.
 
-    Hooks of engines that move weights about are left out.
+    Hooks of engines that move weights about are left out. A hook's key is never given to another.
     """
     return tuple(
         (
             id(module),
             type(module),
+            id(type(module).forward),
             None if "_original_forward" in vars(module) else id(vars(module).get("forward")),  # accelerate's autocast
-            *(id(h) for table in _hooks(module) for h in table.values() if not _of_engine(h)),
+            *(key for table in _hooks(module) for key, h in table.items() if not _of_engine(h)),
         )
         for module in modules
     )

@@ -17,18 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_MULTIPLIES = {
-    "cohere": "logit_scale",
-    "cohere2": "logit_scale",
-    "cohere2_moe": "logit_scale",
-    "hyperclovax": "logits_scaling",
-}
-_DIVIDES = {
-    "granite": "logits_scaling",
-    "granitemoe": "logits_scaling",
-    "granitemoeshared": "logits_scaling",
-    "minicpm3": "logits_scaling",
-}
+_MULTIPLIES = {"cohere": "logit_scale", "hyperclovax": "logits_scaling"}
+_DIVIDES = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
+"""What scales the logits, by what the model type begins with (``granitemoehybrid``, ``cohere2_moe`` …)."""
 
 
 class HeadOptions(TypedDict):
@@ -89,15 +80,18 @@ def read_head(model: PreTrainedModel, *, ahead: bool = False) -> Head:
     for name, weight in () if lora is None else (("LoRA A", lora[0]), ("LoRA B", lora[1])):
         _check_whole(name, weight, ahead)
     config = model.config.get_text_config()
-    return Head(linear.weight, linear.bias, lora, _logit_scale(config), _softcap(config))
+    return Head(linear.weight, linear.bias, lora, _logit_scale(model, config), _softcap(config))
 
 
-def _logit_scale(config: Any) -> float:
-    family = config.model_type
-    if (name := _MULTIPLIES.get(family)) is not None:
-        return float(getattr(config, name))
-    if (name := _DIVIDES.get(family)) is not None:
-        return 1.0 / float(getattr(config, name))
+def _logit_scale(model: PreTrainedModel, config: Any) -> float:
+    for table, power in ((_MULTIPLIES, 1), (_DIVIDES, -1)):
+        for family, name in table.items():
+            if not config.model_type.startswith(family):
+                continue
+            # Cohere's models read their own copy of it, Granite's keep one and read the configuration.
+            value = getattr(model, name, None) if table is _MULTIPLIES else None
+            value = getattr(config, name, None) if value is None else value
+            return 1.0 if value is None else float(value) ** power
     return 1.0
 
 

@@ -71,7 +71,7 @@ def prepare_model(model: Model, *, attention: str | None = None) -> Model:
     that is turned back would silently compute something else. Calls without a tree go to the attention the model
     came with, so forward and ``generate`` work as before. Calling it twice does nothing.
 
-    The model is checked once, and again when its forward, its head or hooks on them have changed: a tiny tree against
+    The model is checked once, and again when a forward or a hook anywhere in it has changed: a tiny tree against
     separate sequences through the model's own forward, about ten short forwards (docs/families.md).
 
     Args:
@@ -95,9 +95,7 @@ def prepare_model(model: Model, *, attention: str | None = None) -> Model:
 
 
 def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
-    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    signature = check.signature(model, base, *([] if head is None else head.modules()))
-    if _is_switched_on(base) and _checked.get(base) == signature:
+    if _is_switched_on(base) and _checked.get(base) == check.signature(model, *base.modules()):
         return
     read_head(base, ahead=True)
     if reason := check.why_not(base):
@@ -116,7 +114,7 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
             raise
         why = "it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else error
         raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
-    _checked[base] = signature
+    _checked[base] = check.signature(model, *base.modules())  # with the hooks that a first forward installs
 
 
 def _check(model: nn.Module, base: PreTrainedModel) -> None:
