@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from tuna import lifeline
+from tuna.system import lifeline
 
 _ANSWER = "answer: "
 _STATUS = Path("/proc/self/status")

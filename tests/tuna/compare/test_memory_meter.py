@@ -80,7 +80,7 @@ def test_a_fresh_process_ends_with_the_one_that_started_it(tmp_path: Path) -> No
     file = tmp_path / "pid"
     call = f"in_fresh_process('fresh_targets:linger', {{'file': {str(file)!r}}}, threads=1)"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", f"from tuna.memory import in_fresh_process; {call}"]
+    command = [sys.executable, "-c", f"from tuna.compare.memory_meter import in_fresh_process; {call}"]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as parent:
         _until(lambda: file.exists() and file.read_text() != "")
         parent.kill()
