@@ -64,14 +64,14 @@ def test_allocator_peak_sees_the_buffers_of_our_kernels(backend: str) -> None:
 
 
 def test_resident_peak_of_a_fresh_process_sees_a_known_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     peak = ResidentPeak(*in_fresh_process("fresh_targets:touch", {"mebibytes": 100}, threads=1))
     assert peak.growth == pytest.approx(100 * MIB, rel=0.05)
     assert peak.process > peak.growth
 
 
 def test_a_fresh_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(RuntimeError, match="this target always fails"):
         in_fresh_process("fresh_targets:fail", {}, threads=1)
 
