@@ -74,6 +74,9 @@ def plan(
     from tuna.plan.planner import Planner
     from tuna.plan.simulate import Simulator
     from tuna.plan.sizes import explicit_config, model_config
+    from tuna.train.outputs import check_files
+
+    check_files({"json": json_file, "picture": picture}, {"data": data}, model=model)
 
     sizes = {
         "vocab_size": vocab,
