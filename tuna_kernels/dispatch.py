@@ -18,8 +18,9 @@ ENVIRONMENT_VARIABLE = "TUNA_KERNELS_BACKEND"
 def available_backends() -> dict[str, str]:
     """Every backend and the reason why it cannot be used here; an empty reason means it can.
 
-    >>> available_backends()["reference"]
-    ''
+    Examples:
+        >>> available_backends()["reference"]
+        ''
     """
     return {"reference": "", "torch": "", "cpu": native.WHY_NOT, "triton": availability.why_not()}
 

@@ -15,13 +15,14 @@ class LossCounts:
 
     Counts add: ``a + b`` are the counts of two micro-batches together.
 
-    >>> LossCounts.from_ranks([0, 1, 1, 0, 1], [0, 3, 5], tokens=12)
-    LossCounts(groups=2, pairs_by_lag=(3,), tokens=12)
-
     Attributes:
         groups: number of groups, those without any pair included.
         pairs_by_lag: ``pairs_by_lag[d - 1]`` pairs have a rank difference of ``d``.
         tokens: response tokens (slots) of all candidates.
+
+    Examples:
+        >>> LossCounts.from_ranks([0, 1, 1, 0, 1], [0, 3, 5], tokens=12)
+        LossCounts(groups=2, pairs_by_lag=(3,), tokens=12)
     """
 
     groups: int

@@ -78,10 +78,6 @@ def ranking_loss(
 ) -> Tensor:
     """Ranking loss over the sequence scores of grouped candidates.
 
-    >>> scores = torch.tensor([-1.0, -0.5], requires_grad=True)
-    >>> ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([0, 2])).item()  # 0.1 - (-1.0 + 0.5)
-    0.6000000238418579
-
     Args:
         scores: [C] floating point, higher = more likely; differentiable.
         ranks: [C] int64, dense within a group, 0 = best, equal = tie (ties make no pair).
@@ -99,6 +95,11 @@ def ranking_loss(
     Raises:
         ValueError: unknown ``kind`` or ``reduction``; shapes that do not fit; counts that miss a pair.
         TypeError: ``scores`` not floating point, ``ranks`` or ``group_offsets`` not integers.
+
+    Examples:
+        >>> scores = torch.tensor([-1.0, -0.5], requires_grad=True)
+        >>> ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([0, 2])).item()  # 0.1 - (-1.0 + 0.5)
+        0.6000000238418579
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")

@@ -18,9 +18,6 @@ def sequence_scores(
     Sums run in float64 in slot order, so a candidate's score on CPU does not depend on what else is in the
     batch. Plain differentiable PyTorch.
 
-    >>> sequence_scores(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 2, 3]))
-    tensor([-2., -5.])
-
     Args:
         logprobs: [M] floating point, natural logarithm.
         candidate_offsets: [C+1] int64; candidate c owns slots ``candidate_offsets[c]:candidate_offsets[c+1]``.
@@ -34,6 +31,10 @@ def sequence_scores(
         ValueError: shapes that do not fit; on CPU also offsets that do not run from 0 to M, an empty
             candidate (with its position) or a length that is not positive.
         TypeError: ``logprobs`` not floating point, ``candidate_offsets`` not int64.
+
+    Examples:
+        >>> sequence_scores(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 2, 3]))
+        tensor([-2., -5.])
     """
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs must be floating point, got {logprobs.dtype}")

@@ -127,7 +127,7 @@ def pack_groups(
             scores or ranks of a wrong number, a score that is not finite, both scores and ranks. All name the
             place.
 
-    Example:
+    Examples:
         >>> tree = pack_groups([Group(prompt=[7, 8], responses=[[1, 2], [1, 3]], scores=[0.2, 0.9])])
         >>> tree.input_ids.tolist(), tree.position_ids.tolist(), tree.subtree_end.tolist()
         ([7, 8, 1, 2, 3], [0, 1, 2, 3, 3], [5, 5, 5, 4, 5])
@@ -170,7 +170,7 @@ def pack_groups(
 def tree_tokens(groups: Sequence[Group], *, share: Share = "tree") -> IntArray:
     """Packed tokens that each group takes, int64 [G]; raises as `pack_groups` does.
 
-    Example:
+    Examples:
         >>> group = Group(prompt=[7, 8], responses=[[1, 2], [1, 3]])
         >>> [int(tree_tokens([group], share=share)[0]) for share in ("tree", "prompt", "none")]
         [5, 6, 8]
@@ -204,7 +204,7 @@ def plan_rows(groups: Sequence[Group], max_tokens: int, *, share: Share = "tree"
         TypeError: `max_tokens` is not an integer; else as `pack_groups`.
         ValueError: `max_tokens` is below 1, or a group alone takes more; else as `pack_groups`.
 
-    Example:
+    Examples:
         >>> small, large = Group([7], [[1]]), Group([7, 8, 9], [[1]])
         >>> plan_rows([small, large, small], max_tokens=6)
         [[0, 1], [2]]

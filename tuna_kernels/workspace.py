@@ -54,8 +54,9 @@ def workspace_bytes(op: str, shape: Shape, dtype: torch.dtype, backend: str = "a
     Raises:
         ValueError: an unknown op or backend, or a missing entry of ``shape``.
 
-    >>> workspace_bytes("linear_logprobs", {"rows": 1, "width": 8, "vocabulary": 9}, torch.float32, "torch")
-    525024
+    Examples:
+        >>> workspace_bytes("linear_logprobs", {"rows": 1, "width": 8, "vocabulary": 9}, torch.float32, "torch")
+        525024
     """
     if op not in _NEEDED:
         raise ValueError(f"op = {op!r} is not one of {tuple(_NEEDED)}")

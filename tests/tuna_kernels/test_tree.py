@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from itertools import combinations
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tuna_kernels.tree
 from tests.tuna_kernels.oracles_tree import oracle_ranks, oracle_tree, plain, rule, sequences
 from tuna_kernels.loss_counts import LossCounts
 from tuna_kernels.tree import Group, PackedTree, Share, pack_groups, plan_rows, tree_tokens
@@ -406,10 +404,3 @@ def test_unknown_share(call: Any) -> None:
     """Law: an unknown share is refused with the known ones named."""
     with pytest.raises(ValueError, match=r"share = 'all' is none of 'tree', 'prompt', 'none'"):
         call([GOOD], share="all")
-
-
-def test_examples_in_the_docstrings() -> None:
-    """Law: the examples of the module run and print what they say."""
-    result = doctest.testmod(tuna_kernels.tree)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -32,8 +32,9 @@ HIDDEN = re.compile(
 def visible(text: str, encoding: str | None = "utf-8") -> str:
     """``text`` with every character that a terminal would act on, or cannot show, written out.
 
-    >>> visible("\\x1b[2Jgone \\u202e")
-    '\\\\x1b[2Jgone \\\\u202e'
+    Examples:
+        >>> visible("\\x1b[2Jgone \\u202e")
+        '\\\\x1b[2Jgone \\\\u202e'
     """
     shown = HIDDEN.sub(lambda found: _written(found[0]), text)
     return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")

@@ -64,16 +64,6 @@ class Batch(TypedDict):
 class GroupBatchSampler(Sampler[list[int]]):
     """Group indices of each micro-batch of one rank; see the module for the rules.
 
-    >>> groups = [Group([1], [[2]])] * 5
-    >>> list(GroupBatchSampler(groups, groups_per_batch=2, shuffle=False))
-    [[0, 1], [2, 3], [4]]
-    >>> two_ranks = [
-    ...     GroupBatchSampler(groups, groups_per_batch=2, shuffle=False, rank=rank, world_size=2)
-    ...     for rank in (0, 1)
-    ... ]
-    >>> [list(sampler) for sampler in two_ranks]
-    [[[0, 1], [4]], [[2, 3], []]]
-
     Args:
         groups: all groups of the dataset, the same on every rank.
         groups_per_batch: groups of a micro-batch and rank; exactly one of this and ``tokens_per_batch``.
@@ -86,6 +76,17 @@ class GroupBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: no groups, both or none of the batch sizes, one below 1, a rank outside the world, or a
             group that alone takes more than ``tokens_per_batch``.
+
+    Examples:
+        >>> groups = [Group([1], [[2]])] * 5
+        >>> list(GroupBatchSampler(groups, groups_per_batch=2, shuffle=False))
+        [[0, 1], [2, 3], [4]]
+        >>> two_ranks = [
+        ...     GroupBatchSampler(groups, groups_per_batch=2, shuffle=False, rank=rank, world_size=2)
+        ...     for rank in (0, 1)
+        ... ]
+        >>> [list(sampler) for sampler in two_ranks]
+        [[[0, 1], [4]], [[2, 3], []]]
     """
 
     def __init__(

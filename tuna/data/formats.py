@@ -62,7 +62,7 @@ def convert_row(row: Any, format: str, *, recognised: bool = False) -> Fields:
     Raises:
         ValueError: unknown format, the row is no object, a field is missing, of the wrong kind or cannot be carried.
 
-    Example:
+    Examples:
         >>> convert_row({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference")
         {'prompt': '2+2?', 'responses': ['4', '5'], 'ranks': [0, 1]}
     """

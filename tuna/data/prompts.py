@@ -58,7 +58,7 @@ def prompt_of(row: Row, keys: Sequence[str] = PROMPT_KEYS) -> Fields:
     Raises:
         ValueError: there is none, two disagree, or something beside it cannot be carried.
 
-    Example:
+    Examples:
         >>> prompt_of({"instruction": "Translate.", "input": "good morning"})
         {'prompt': 'Translate.\\ngood morning'}
         >>> prompt_of({"system": "Be brief.", "prompt": "2+2?"})["messages"][0]

@@ -99,7 +99,7 @@ class Record(BaseModel):
     Raises:
         pydantic.ValidationError: a rule above is broken (a `ValueError`).
 
-    Example:
+    Examples:
         >>> record = Record(id="a", prompt="2+2?", responses=["5", "4", "four"], scores=[0, 9, 9])
         >>> record.dense_ranks(), record.best(), record.worst()
         ([1, 0, 0], 1, 0)

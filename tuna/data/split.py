@@ -57,8 +57,9 @@ def split_records(records: Sequence[Record], fraction: float, seed: int = SEED) 
 def prompt_key(prompt: Any) -> str:
     """What two prompts have in common if they are the same: a text, or turns (objects or `Message`s).
 
-    >>> prompt_key("Name a  fish.") == prompt_key([{"role": "user", "content": "name a fish."}])
-    True
+    Examples:
+        >>> prompt_key("Name a  fish.") == prompt_key([{"role": "user", "content": "name a fish."}])
+        True
     """
     if isinstance(prompt, str):
         return _plain(prompt)

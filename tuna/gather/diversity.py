@@ -30,7 +30,7 @@ def pair_rouge(texts: Sequence[str]) -> list[float]:
 
     Of a longer text the first `MOST_WORDS` words are compared.
 
-    Example:
+    Examples:
         >>> [round(value, 2) for value in pair_rouge(["the cat sat", "the dog sat", "the cat sat"])]
         [0.67, 1.0, 0.67]
     """

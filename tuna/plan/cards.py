@@ -78,8 +78,9 @@ def find_card(name: str) -> Card:
     Raises:
         ValueError: no card of the table, or several that differ in memory.
 
-    >>> find_card("A100-80").memory_gbs, find_card("4090").name, find_card("NVIDIA A100-SXM4-40GB").name
-    (2039, 'rtx4090', 'a100-40')
+    Examples:
+        >>> find_card("A100-80").memory_gbs, find_card("4090").name, find_card("NVIDIA A100-SXM4-40GB").name
+        (2039, 'rtx4090', 'a100-40')
     """
     if (card := CARDS.get(name.lower())) is not None:
         return card

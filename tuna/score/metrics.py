@@ -74,16 +74,16 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
     never count as right: a model that gives every candidate the same score has accuracy 0 and top-1 0, not
     one half.
 
-    Returns:
-        - ``rank/accuracy``: share of all pairs whose better candidate has the strictly higher score.
-        - ``rank/top1``: share of ranked groups (those with a pair) in which some best candidate scores
-          strictly above every candidate that is not best.
-        - ``rank/kendall``: mean over ranked groups of (pairs right - pairs wrong) / pairs; pairs of equal
-          scores are neither.
-        - ``margin/mean``: mean over all pairs of the better minus the worse score.
-        - ``logps/rank_r``: mean over the candidates of rank r of the mean token log-probability (nats).
+    * ``rank/accuracy``: share of all pairs whose better candidate has the strictly higher score.
+    * ``rank/top1``: share of ranked groups (those with a pair) in which some best candidate scores strictly above
+      every candidate that is not best.
+    * ``rank/kendall``: mean over ranked groups of (pairs right - pairs wrong) / pairs; pairs of equal scores are
+      neither.
+    * ``margin/mean``: mean over all pairs of the better minus the worse score.
+    * ``logps/rank_r``: mean over the candidates of rank r of the mean token log-probability (nats).
 
-        The first four are left out where there is no pair.
+    Returns:
+        The metrics by name; the first four are left out where there is no pair.
     """
     pairs = right = top1 = 0
     gap = kendall = 0.0
@@ -115,11 +115,12 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
 def greater_is_better(metric: str) -> bool:
     """Whether a higher value of a metric is the better one, by its name (with or without ``eval_`` and a data set's).
 
-    >>> greater_is_better("loss/rank"), greater_is_better("eval_test_rank/accuracy")
-    (False, True)
-
     Raises:
         ValueError: a metric of which that is not known.
+
+    Examples:
+        >>> greater_is_better("loss/rank"), greater_is_better("eval_test_rank/accuracy")
+        (False, True)
     """
     if metric.endswith(("loss", "loss/rank", "loss/mle")):
         return False

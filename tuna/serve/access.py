@@ -102,11 +102,12 @@ class Access:
 def host_name(host: str) -> str:
     """The name of a host without its port, in the one form in which names are compared.
 
-    >>> host_name("Localhost.:8000"), host_name("[::1]:80")
-    ('localhost', '::1')
-
     Raises:
         ValueError: no host.
+
+    Examples:
+        >>> host_name("Localhost.:8000"), host_name("[::1]:80")
+        ('localhost', '::1')
     """
     found = HOST.fullmatch(host.strip().lower())
     name = "" if found is None else found["name"].removesuffix(".")

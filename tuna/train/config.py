@@ -30,12 +30,13 @@ class TunaConfig(TrainingArguments):
     settings that would have no effect, or a wrong one, are refused (`tuna.train.effects`; DataParallel among them).
     ``torch_compile`` compiles the decoder layers, one by one, around the attention over the tree.
 
-    >>> config = TunaConfig(output_dir="out", preset="released", use_cpu=True)
-    >>> config.margin, config.learning_rate, config.lr_scheduler_type.value
-    (0.1, 1e-05, 'cosine')
-
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the limit.
+
+    Examples:
+        >>> config = TunaConfig(output_dir="out", preset="released", use_cpu=True)
+        >>> config.margin, config.learning_rate, config.lr_scheduler_type.value
+        (0.1, 1e-05, 'cosine')
     """
 
     # Loss

@@ -118,7 +118,7 @@ def tree_attention(
         TypeError: an argument that is no tensor of the right kind.
         RuntimeError: a backend that cannot serve this call, with the reason.
 
-    Example:
+    Examples:
         >>> q = k = torch.zeros(1, 1, 3, 2)
         >>> v = torch.tensor([[[[2.0], [4.0], [8.0]]]])  # a prompt of one token, two responses of one
         >>> tree_attention(q, k, v, torch.tensor([3, 2, 3])).flatten().tolist()

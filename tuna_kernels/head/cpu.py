@@ -81,7 +81,7 @@ def _three_products(multiply: Multiply, dtype: torch.dtype) -> Run:
 
 
 class NativeTileOps:
-    """See :class:`tuna_kernels.head.tiled.TileOps`."""
+    """See `tuna_kernels.head.tiled.TileOps`."""
 
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
         if out.dtype != torch.float32 and index is not None:  # bfloat16 that stays so
@@ -141,7 +141,7 @@ class NativeTileOps:
 
 
 class _NativeMultiply:
-    """See :class:`tuna_kernels.head.products.Multiply` and csrc/cpu/head/products.h.
+    """See `tuna_kernels.head.products.Multiply` and csrc/cpu/head/products.h.
 
     ``as_it_is``: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
     logits not at all. Otherwise everything is float32.

@@ -52,10 +52,6 @@ def linear_logprobs(
     its own; log-sum-exp and entropy are differentiable too. What needs no gradient costs nothing; with a frozen
     head the forward keeps each row's unit gradient, and the backward needs no logits at all.
 
-    >>> h, w = torch.zeros(2, 3), torch.zeros(4, 3)
-    >>> linear_logprobs(h, w, torch.tensor([1, 2, 3]), rows=torch.tensor([0, 0, 1]))
-    tensor([-1.3863, -1.3863, -1.3863])
-
     Args:
         hidden: [T, D] final hidden states.
         weight: [V, D] LM head; may have another floating dtype than ``hidden`` (tiles are converted, never the
@@ -74,7 +70,7 @@ def linear_logprobs(
         process_group: a ``torch.distributed`` group (or its ``group_name``) of which each rank holds V rows of the
             head, in rank order; targets and ``valid_vocab`` count over all ranks, results are the same on all.
             The gradient of hidden is summed over the group here; that of the head is of the rank's own rows
-            (:mod:`tuna_kernels.head.parallel` says who reduces what).
+            (`tuna_kernels.head.parallel` says who reduces what).
         accumulate_into: [V, D] float32 (float64 for float64 inputs) to which the backward adds the weight's
             gradient, such as ``weight.main_grad``; ``weight.grad`` is left alone and no hook of it fires. Not
             under torch.compile.
@@ -94,6 +90,11 @@ def linear_logprobs(
         ValueError, TypeError: shapes, dtypes, devices that do not fit; an empty or sharded weight.
         IndexError: a target or row out of range, with its position.
         RuntimeError: an explicit backend that cannot serve the call.
+
+    Examples:
+        >>> h, w = torch.zeros(2, 3), torch.zeros(4, 3)
+        >>> linear_logprobs(h, w, torch.tensor([1, 2, 3]), rows=torch.tensor([0, 0, 1]))
+        tensor([-1.3863, -1.3863, -1.3863])
     """
     dtypes = check_head(hidden, weight, bias, lora, logit_scale, softcap)
     check_index("targets", targets, hidden.device)
@@ -247,23 +248,24 @@ def selective_logprobs(
 ) -> Tensor:
     """``log softmax(logits / temperature)[target]`` of logits that are already there, in float32 or better.
 
-    >>> selective_logprobs(torch.zeros(2, 4), torch.tensor([3, -100]))
-    tensor([-1.3863,  0.0000])
-
     Args:
         logits: [..., V] floating point.
         targets: [...] int64 in ``[0, V)`` or ``ignore_index`` (gives 0, zero gradient).
         temperature: positive.
         inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves as much memory again.
             For logits that nobody reads afterwards (a second backward is an error); the reference backend does not.
-        validate: as in :func:`linear_logprobs`.
-        backend: as in :func:`linear_logprobs`.
+        validate: as in `linear_logprobs`.
+        backend: as in `linear_logprobs`.
 
     Returns:
         [...]: float64 for float64 logits, else float32. The gradient comes in the dtype of the logits.
 
     Raises:
-        ValueError, TypeError, IndexError, RuntimeError: as :func:`linear_logprobs`.
+        ValueError, TypeError, IndexError, RuntimeError: as `linear_logprobs`.
+
+    Examples:
+        >>> selective_logprobs(torch.zeros(2, 4), torch.tensor([3, -100]))
+        tensor([-1.3863,  0.0000])
     """
     if logits.dtype not in FLOATING:
         raise TypeError(f"logits must be floating point, got {logits.dtype}")

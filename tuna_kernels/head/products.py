@@ -28,7 +28,7 @@ class Multiply(Protocol):
 
 
 class TorchMultiply:
-    """See :class:`Multiply`. Everything in one type."""
+    """See `Multiply`. Everything in one type."""
 
     converts = False
 

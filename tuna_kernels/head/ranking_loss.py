@@ -73,12 +73,6 @@ def linear_ranking_loss(
     budget is recomputed. Gradients are made in the forward and handed over in the backward; a second backward
     (``retain_graph``) recomputes them.
 
-    >>> from tuna_kernels import Group, pack_groups
-    >>> tree = pack_groups([Group(prompt=[0], responses=[[1], [2]], ranks=[0, 1])])
-    >>> out = linear_ranking_loss(torch.zeros(tree.num_tokens, 2), torch.zeros(3, 2), tree)
-    >>> round(out.ranking.item(), 4), round(out.mle.item(), 4)
-    (0.1, 1.0986)
-
     Args:
         hidden: [T, D] final hidden states of the tree's rows.
         weight: [V, D] LM head.
@@ -89,13 +83,23 @@ def linear_ranking_loss(
         length_penalty: score = sum of log-probabilities / length ** length_penalty.
         mle_weight: weight of the MLE term.
         counts: denominators of the whole optimizer step; by default those of this tree.
-        bias, lora, logit_scale, softcap: as in :func:`tuna_kernels.linear_logprobs`.
+        bias: [V], as in `linear_logprobs`.
+        lora: ``(A, B, scale)``, as in `linear_logprobs`.
+        logit_scale: as in `linear_logprobs`.
+        softcap: as in `linear_logprobs`.
         logits_budget: bytes of logits to keep at most; default 128 MiB, on CUDA 1 GiB; 0 always recomputes.
-        backend: as in :func:`tuna_kernels.linear_logprobs`.
+        backend: as in `linear_logprobs`.
 
     Raises:
-        ValueError, TypeError, IndexError, RuntimeError: as :func:`tuna_kernels.linear_logprobs`; also an unknown
+        ValueError, TypeError, IndexError, RuntimeError: as `linear_logprobs`; also an unknown
             ``kind`` or ``preset``, a tree of another length than ``hidden``, counts that miss a pair.
+
+    Examples:
+        >>> from tuna_kernels import Group, pack_groups
+        >>> tree = pack_groups([Group(prompt=[0], responses=[[1], [2]], ranks=[0, 1])])
+        >>> out = linear_ranking_loss(torch.zeros(tree.num_tokens, 2), torch.zeros(3, 2), tree)
+        >>> round(out.ranking.item(), 4), round(out.mle.item(), 4)
+        (0.1, 1.0986)
     """
     check_choices(kind, preset)
     dtypes = check_head(hidden, weight, bias, lora, logit_scale, softcap)

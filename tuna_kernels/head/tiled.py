@@ -2,7 +2,7 @@
 
 Rows are taken ``plan.rows`` at a time, the vocabulary ``plan.columns`` at a time, vocabulary outermost, so that
 each tile of the weight is converted to the compute type once and each tile of its gradient is finished in one
-go. A tile of logits is one matrix product; what happens to it in between is a :class:`TileOps`, in torch
+go. A tile of logits is one matrix product; what happens to it in between is a `TileOps`, in torch
 operations or in C++.
 
 Forward: 2·N·V·D flops; with the unit gradient (frozen weight) 4. Backward: 6 (recompute), 4 when the logits were
@@ -191,7 +191,7 @@ class _Loop:
 
 
 class ForwardResult(NamedTuple):
-    """Per row and per sorted slot, in the compute type; v is explained at :class:`Head`."""
+    """Per row and per sorted slot, in the compute type; v is explained at `Head`."""
 
     logprobs: Tensor  # [S]
     lse: Tensor  # [R]
@@ -215,7 +215,7 @@ def forward(
 ) -> ForwardResult:
     """Log-probabilities of all slots.
 
-    ``block`` [R, V] keeps the logits (capped ones where there is a softcap) for :func:`backward`.
+    ``block`` [R, V] keeps the logits (capped ones where there is a softcap) for `backward`.
     """
     loop = _Loop(ops, inputs, head, slots, compute)
     total = loop.total

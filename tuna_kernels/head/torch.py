@@ -11,7 +11,7 @@ from tuna_kernels.head.tiled import Head, RowGradient, SoftmaxState, Tile
 
 
 class TorchTileOps:
-    """See :class:`tuna_kernels.head.tiled.TileOps`."""
+    """See `tuna_kernels.head.tiled.TileOps`."""
 
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
         if index is None:

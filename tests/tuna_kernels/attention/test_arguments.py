@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import functools
 import subprocess
 import sys
@@ -100,10 +99,6 @@ def test_auto_on_cuda_is_triton_where_it_serves(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_gpu_triton_says_so() -> None:
     with pytest.raises(RuntimeError, match="backend = 'triton' cannot serve this call: "):
         tree_attention(**_qkv(), backend="triton")
-
-
-def test_documented_example() -> None:
-    assert doctest.testmod(tuna_kernels.attention.tree_attention).failed == 0
 
 
 def test_the_library_does_not_import_transformers() -> None:

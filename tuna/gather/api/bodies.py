@@ -37,7 +37,7 @@ class UnusableAnswer(ValueError):
 def clean_text(text: str) -> str:
     """``text`` with halves of surrogate pairs and NUL, which no UTF-8 file can hold or should, as U+FFFD.
 
-    Example:
+    Examples:
         >>> clean_text("half an emoji \\ud83d")
         'half an emoji \ufffd'
     """

@@ -30,7 +30,7 @@ class Prices:
     Raises:
         ValueError: a price that is negative or not finite.
 
-    Example:
+    Examples:
         >>> Prices(input=2.0, output=8.0).cost(Usage(500_000, 250_000))
         3.0
     """

@@ -142,7 +142,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
 
     More than a day is no time that an endpoint can mean: None.
 
-    Example:
+    Examples:
         >>> retry_after({"retry-after": "2.5"}), retry_after({"retry-after-ms": "300"}), retry_after({})
         (2.5, 0.3, None)
         >>> retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, now=20.0)

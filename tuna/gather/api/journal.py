@@ -43,7 +43,7 @@ class FolderInUse(ValueError):
 def content_key(content: Any) -> str:
     """SHA-256 of a JSON value, whatever the order of its fields: 64 hexadecimal digits.
 
-    Example:
+    Examples:
         >>> content_key({"a": 1, "b": "é"}) == content_key({"b": "é", "a": 1})
         True
     """

@@ -32,7 +32,7 @@ def split_reasoning(text: str, *, anywhere: bool = False) -> tuple[str, str]:
         anywhere: also tags further on and of other names, and the last closing one counts: for answers that are read,
             not kept.
 
-    Example:
+    Examples:
         >>> [split_reasoning(text) for text in ("<think>hm</think>\\nApple", "hm</think>Apple", "<think>hm")]
         [('hm', 'Apple'), ('hm', 'Apple'), ('hm', '')]
         >>> split_reasoning("Use the <think> tag.")

@@ -73,7 +73,7 @@ def parse_judgement(text: str, count: int) -> Judgement:
     Raises:
         Unparsable: it does not say plainly how they are ordered; the message says why.
 
-    Example:
+    Examples:
         >>> parse_judgement('```json\\n{"ranking": [[2], [1, 3]]}\\n```', 3).ranking
         [[2], [1, 3]]
         >>> parse_judgement("Ranking: 2 > 1", 3)

@@ -52,7 +52,7 @@ class _End(Exception):
 def find_objects(text: str) -> Iterator[FoundObject]:
     """The outermost objects of a text, in order. A brace that no field follows begins none.
 
-    Example:
+    Examples:
         >>> [found.value for found in find_objects("So: {'a': 1,} and {{'b': [1, 2]}} and {'c': 3, 'd': [4")]
         [{'a': 1}, {'b': [1, 2]}, {'c': 3}]
     """

@@ -158,7 +158,7 @@ def _config(table: launch.Table, logits: Tensor) -> Config:
 
 
 def splits_of(logits: Tensor) -> int:
-    """Partials a row has in :func:`launch_logits_forward`."""
+    """Partials a row has in `launch_logits_forward`."""
     return int(triton.cdiv(logits.shape[1], _config(FORWARD, logits).blocks["COLUMNS"] * TILES_PER_SPLIT))
 
 

@@ -125,7 +125,7 @@ def target_column(targets, first_slot, slots, j, first, count):
 def store_chosen(v, first, column, count, chosen, targets, first_slot, slots, most_slots):
     """Write v of each slot whose target is in the tile: one tile holds it, so there is one writer.
 
-    ``first_slot``, ``slots``, ``most_slots``: from :func:`row_slots`.
+    ``first_slot``, ``slots``, ``most_slots``: from `row_slots`.
     """
     for j in range(0, most_slots):
         target = target_column(targets, first_slot, slots, j, first, count)

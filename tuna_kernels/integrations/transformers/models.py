@@ -230,11 +230,19 @@ def model_ranking_loss(
     """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
 
     Args:
-        model, tree, backend: as in `score_groups`.
-        kind, preset, margin, length_penalty, mle_weight, counts, logits_budget: as in `linear_ranking_loss`.
+        model: as in `score_groups`.
+        tree: as in `score_groups`.
+        kind: as in `linear_ranking_loss`.
+        preset: as in `linear_ranking_loss`.
+        margin: as in `linear_ranking_loss`.
+        length_penalty: as in `linear_ranking_loss`.
+        mle_weight: as in `linear_ranking_loss`.
+        counts: as in `linear_ranking_loss`.
+        logits_budget: as in `linear_ranking_loss`.
+        backend: as in `score_groups`.
 
     Raises:
-        As `score_groups` and `linear_ranking_loss`.
+        ValueError, IndexError: as `score_groups` and `linear_ranking_loss`.
     """
     settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
     return RankingLossOutput(*carrier(model)(LossRequest(tree, settings)))

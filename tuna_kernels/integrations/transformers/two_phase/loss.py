@@ -110,7 +110,14 @@ def two_phase_ranking_loss(
             engine.backward(loss)
 
     Args:
-        model, tree, kind, preset, margin, length_penalty, mle_weight, counts: as in `model_ranking_loss`.
+        model: as in `model_ranking_loss`.
+        tree: as in `model_ranking_loss`.
+        kind: as in `model_ranking_loss`.
+        preset: as in `model_ranking_loss`.
+        margin: as in `model_ranking_loss`.
+        length_penalty: as in `model_ranking_loss`.
+        mle_weight: as in `model_ranking_loss`.
+        counts: as in `model_ranking_loss`.
         backend: as in `model_ranking_loss`.
         logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.

@@ -1,0 +1,19 @@
+"""A griffe extension: the ``help`` of a dataclass field's metadata is its docstring on the page."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from griffe import Attribute, Docstring, Expr, Extension
+
+
+class FieldHelp(Extension):
+    """Reads ``field(metadata={"help": "…"})``, the form that transformers' argument parser reads."""
+
+    def on_attribute(self, *, attr: Attribute, **kwargs: Any) -> None:
+        if attr.docstring is not None or not isinstance(attr.value, Expr):
+            return
+        for node in ast.walk(ast.parse(str(attr.value), mode="eval")):
+            if isinstance(node, ast.keyword) and node.arg == "metadata":
+                attr.docstring = Docstring(str(ast.literal_eval(node.value)["help"]), parent=attr)
