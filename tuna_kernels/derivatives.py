@@ -29,7 +29,7 @@ Gradients: TypeAlias = Sequence[Tensor | None]
 SetupContext: TypeAlias = Callable[[Any, tuple[Any, ...], Any], None]
 """``(ctx, inputs, output)``, as `torch.library.register_autograd` takes it."""
 Backward: TypeAlias = Callable[..., Gradients]
-"""``(ctx, saved tensors, *upstream)``: a gradient, or None, for each input."""
+"""``(ctx, saved tensors, *grads)``: a gradient, or None, for each input."""
 
 
 def register(
@@ -65,20 +65,20 @@ def register(
             setup_context(ctx, (*given, *defaults), output)
         return output
 
-    def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
+    def gradients(ctx: Any, *grads: Tensor | None) -> Any:
         if backward is None:
             raise RuntimeError(no_second)
         saved = ctx.saved_tensors  # once: a checkpoint recomputes them for the first who asks, and refuses the second
         needed, ctx.needs_input_grad = ctx.needs_input_grad, ctx.needs_input_grad[1:]
         try:
             if twice:
-                return None, *backward(ctx, saved, *upstream)
+                return None, *backward(ctx, saved, *grads)
             with torch.no_grad():
-                made = backward(ctx, saved, *upstream)
+                made = backward(ctx, saved, *grads)
         finally:
             ctx.needs_input_grad = needed
         if torch.is_grad_enabled():
-            sources = [x for x in (*saved, *upstream) if x is not None and x.requires_grad]
+            sources = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
             made = [None if x is None else _FirstOrder.apply(no_second, x, *sources) for x in made]  # type: ignore[no-untyped-call]
         return None, *made
 
@@ -114,7 +114,7 @@ class _FirstOrder(torch.autograd.Function):
         ctx.refusal = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(ctx.refusal)
 
     @staticmethod

@@ -21,18 +21,18 @@ def available_backends() -> dict[str, str]:
     >>> available_backends()["reference"]
     ''
     """
-    return {"reference": "", "torch": "", "cpu": native.WHY_NOT, "triton": availability.why_not()}
+    return {"reference": "", "torch": "", "cpu": native.WHY_NOT_HERE, "triton": availability.why_not_here()}
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """ "" if ``backend`` serves these inputs, else the reason why not."""
     if backend == "triton":
-        return availability.supports(device, *dtypes)
+        return availability.why_not(device, *dtypes)
     if backend != "cpu":
         return ""
     if device.type != "cpu":
         return f"it computes on CPU tensors, the inputs are on {device}"
-    return native.supports(*dtypes)
+    return native.why_not(*dtypes)
 
 
 def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:

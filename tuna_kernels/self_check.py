@@ -65,9 +65,9 @@ def run_checks(device: torch.device | str, backend: str = "triton", *, small: bo
 
 def _cases(device: torch.device, small: bool) -> Iterator[tuple[str, torch.dtype, Run]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield "linear_logprobs", dtype, _Head(device, small)
-        yield "linear_logprobs, bias, softcap, entropy, log-sum-exp", dtype, _Head(device, small, plain=False)
-        yield "linear_logprobs, frozen head", dtype, _Head(device, small, frozen=True)
+        yield "linear_logprobs", dtype, _LinearLogprobs(device, small)
+        yield "linear_logprobs, bias, softcap, entropy, log-sum-exp", dtype, _LinearLogprobs(device, small, plain=False)
+        yield "linear_logprobs, frozen head", dtype, _LinearLogprobs(device, small, frozen=True)
         yield "selective_logprobs", dtype, _selective(device, small)
         yield "linear_ranking_loss", dtype, _ranking(device, small, budget=None)
         yield "linear_ranking_loss, recomputed", dtype, _ranking(device, small, budget=0)
@@ -106,7 +106,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.bfloat16().to(dtype)
 
 
-class _Head:
+class _LinearLogprobs:
     """``linear_logprobs`` of a vocabulary and a width that no tile divides, some rows with several slots or none."""
 
     def __init__(self, device: torch.device, small: bool, *, plain: bool = True, frozen: bool = False) -> None:

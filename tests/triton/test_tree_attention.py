@@ -380,7 +380,7 @@ def test_splits_add_up_to_the_same_gradients() -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    """108 processors: few key blocks are split, many are not, none into more parts than there are query blocks."""
+    """108 multiprocessors: few key blocks are split, many are not, none into more parts than there are query blocks."""
     assert launches._splits(2048, 64, 108) == 1
     assert launches._splits(864, 64, 108) == 1
     assert launches._splits(432, 64, 108) == 2

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tuna_kernels.arguments import compute_dtype
-from tuna_kernels.attention.block_plan import Block, Plan, plan_for
-from tuna_kernels.attention.blocks import Upstream, choose
+from tuna_kernels.attention.block_plan import Block, BlockPlan, plan_for
+from tuna_kernels.attention.blocks import BlockBackward, choose
 
 
 def forward(
@@ -66,14 +66,14 @@ def backward(
     q, out, lse, grad_out = (_sorted(x, plan) for x in (q, out, lse, grad_out))
     grad_lse = None if grad_lse is None else _sorted(grad_lse, plan)
     for block in plan.blocks:
-        upstream = Upstream(
+        given = BlockBackward(
             grad_out=_fold(grad_out, block, heads),
             out=_fold(out, block, heads),
             lse=_fold(lse.unsqueeze(-1), block, heads).squeeze(-1),
             grad_lse=None if grad_lse is None else _fold(grad_lse.unsqueeze(-1), block, heads).squeeze(-1),
         )
         queries, keys, values = _fold(q, block, heads), _gather(k, block), _gather(v, block)
-        block_dq, block_dk, block_dv = route.backward(upstream, queries, keys, values, block, scale, softcap)
+        block_dq, block_dk, block_dv = route.backward(given, queries, keys, values, block, scale, softcap)
         _put(dq, block_dq, block)
         _scatter_add(dk, block_dk, block)
         _scatter_add(dv, block_dv, block)
@@ -115,11 +115,11 @@ def _scatter_add(total: Tensor, part: Tensor, block: Block) -> None:
         done += stop - start
 
 
-def _sorted(x: Tensor, plan: Plan) -> Tensor:
+def _sorted(x: Tensor, plan: BlockPlan) -> Tensor:
     return x if plan.order is None else x.index_select(2, plan.order)
 
 
-def _unsorted(x: Tensor, plan: Plan) -> Tensor:
+def _unsorted(x: Tensor, plan: BlockPlan) -> Tensor:
     """Back to the caller's order of queries."""
     if plan.order is None:
         return x

@@ -33,7 +33,7 @@ class Device:
 
     name: str
     capability: int  # 90 for compute capability 9.0
-    processors: int
+    num_sms: int  # streaming multiprocessors
 
 
 _INTERPRETED = Device("interpreter", INTERPRETER, 4)
@@ -46,7 +46,7 @@ def _cuda(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The GPU of a tensor; the interpreter counts as one of four processors."""
+    """The GPU of a tensor; the interpreter counts as one of four multiprocessors."""
     if is_interpreted():
         return _INTERPRETED
     index = tensor.device.index

@@ -13,7 +13,7 @@ from tuna_kernels.head.tiled import ForwardResult, TileOps
 
 
 class HeadBackend(NamedTuple):
-    """Arguments and results are those of the functions of these names in ``tiled`` and ``selective``, less ``ops``."""
+    """Each with the arguments (but ``ops``) and results of its namesake in ``tiled`` or ``tiled_selective``."""
 
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]

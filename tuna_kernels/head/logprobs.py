@@ -113,21 +113,21 @@ def linear_logprobs(
             check_range("rows", rows, hidden.shape[0], "the rows of hidden")
     chosen = resolve_backend(backend, hidden.device, *dtypes)
     low_rank = low_rank_pair(hidden, lora, compute_dtype(*dtypes))
-    call = _Call(
+    call = _Options(
         rows, ignore_index, float(logit_scale), None if softcap is None else float(softcap), return_entropy,
         filter_eps, chosen, shard is not None,
     )  # fmt: skip
     if shard is None:
-        head = _Head(weight, bias, low_rank, accumulate_into).first(vocabulary)
+        head = _HeadTensors(weight, bias, low_rank, accumulate_into).first(vocabulary)
         logprobs, lse, entropy, _ = _compute(hidden, head, targets, call)
     else:
-        head = _Head(weight, bias, low_rank, accumulate_into)
+        head = _HeadTensors(weight, bias, low_rank, accumulate_into)
         logprobs, lse, entropy = _compute_sharded(hidden, head, targets, call, shard)
     wanted = (logprobs, *([lse] if return_lse else []), *([entropy] if return_entropy else []))
     return wanted if len(wanted) > 1 else logprobs
 
 
-class _Call(NamedTuple):
+class _Options(NamedTuple):
     """What a call is besides its tensors."""
 
     rows: Tensor | None
@@ -140,7 +140,7 @@ class _Call(NamedTuple):
     sharded: bool
 
 
-class _Head(NamedTuple):
+class _HeadTensors(NamedTuple):
     """A head's tensors along the vocabulary; ``low_rank`` is (scale * h A^T [T, r], B [V, r])."""
 
     weight: Tensor
@@ -148,11 +148,11 @@ class _Head(NamedTuple):
     low_rank: tuple[Tensor, Tensor] | None
     main_grad: Tensor | None
 
-    def first(self, entries: int) -> _Head:
+    def first(self, entries: int) -> _HeadTensors:
         """The first ``entries`` of the vocabulary."""
         if entries == self.weight.shape[0]:
             return self
-        return _Head(
+        return _HeadTensors(
             self.weight[:entries],
             None if self.bias is None else self.bias[:entries],
             None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:entries]),
@@ -160,8 +160,10 @@ class _Head(NamedTuple):
         )
 
 
-def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy, state)`` over the whole of ``head``; ``state`` [3, M] is that of `linear.forward`."""
+def _compute(
+    hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, entropy, state)`` of the whole ``head``; ``state`` [3, M] as in `tiled_linear.forward`."""
     if call.backend == "reference":
         if head.main_grad is not None:
             raise CannotServe("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
@@ -208,7 +210,7 @@ def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple
 
 
 def _compute_sharded(
-    hidden: Tensor, head: _Head, targets: Tensor, call: _Call, shard: parallel.Shard
+    hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options, shard: parallel.Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same over the shards of a process group."""
     hidden = parallel.copy_to_group(hidden, shard.group)

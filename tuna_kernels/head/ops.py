@@ -22,9 +22,9 @@ from tuna_kernels.arguments import compute_dtype, dense_rows
 from tuna_kernels.head import tiled_linear, tiled_ranking
 from tuna_kernels.head.backends import head_backend
 from tuna_kernels.head.tiled_linear import LinearCall, Saved
-from tuna_kernels.head.tiled_ranking import Candidates, LossSettings
+from tuna_kernels.head.tiled_ranking import Candidates
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import Preset, Reduction, tuna_hinge
+from tuna_kernels.losses import Preset, PresetSettings, Reduction, tuna_hinge
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,7 +77,7 @@ def linear_logprobs(
     main_grad: Tensor | None = None,
     filter_eps: float = 0.0,
 ) -> FiveTensors:
-    """logprobs, lse, entropy, unit, state (`linear.forward`); ``main_grad`` and ``filter_eps`` are for the backward."""
+    """`tiled_linear.forward`; ``main_grad`` and ``filter_eps`` serve the backward."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     return tiled_linear.forward(
         head_backend(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
@@ -107,9 +107,9 @@ def linear_logprobs_backward(
     entropy: Tensor,
     unit: Tensor,
     state: Tensor,
-    upstream: Tensor | None,
-    upstream_lse: Tensor | None,
-    upstream_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
@@ -118,7 +118,7 @@ def linear_logprobs_backward(
     filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
-    saved = Saved(entropy, unit, state, upstream, upstream_lse, upstream_entropy)
+    saved = Saved(entropy, unit, state, grad_logprobs, grad_lse, grad_entropy)
     a, b, c, d, e = needs
     return tiled_linear.backward(
         head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e), filter_eps=filter_eps
@@ -139,9 +139,9 @@ def linear_logprobs_backward_into(
     entropy: Tensor,
     unit: Tensor,
     state: Tensor,
-    upstream: Tensor | None,
-    upstream_lse: Tensor | None,
-    upstream_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
@@ -151,7 +151,7 @@ def linear_logprobs_backward_into(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``linear_logprobs_backward`` that adds the weight's gradient to ``main_grad`` and returns an empty one."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
-    saved = Saved(entropy, unit, state, upstream, upstream_lse, upstream_entropy)
+    saved = Saved(entropy, unit, state, grad_logprobs, grad_lse, grad_entropy)
     a, b, c, d, e = needs
     return tiled_linear.backward(
         head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e),
@@ -193,10 +193,10 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.main_grad = inputs[13]  # not saved: other micro-batches add to it before this backward runs
 
 
-def _linear_gradients(ctx: Any, saved: Sequence[Any], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_gradients(ctx: Any, saved: Sequence[Any], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = _five_needed(ctx)
     ignore_index, logit_scale, softcap, backend, filter_eps = ctx.settings
-    arguments = (*saved, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
+    arguments = (*saved, *grads[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
     if ctx.main_grad is None or not needs[1]:
         gradients = torch.ops.tuna_kernels.linear_logprobs_backward(*arguments)
     else:
@@ -223,7 +223,7 @@ def selective_logprobs(
     backend: str,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, maximum, log_sum (`selective.forward`)."""
+    """logprobs, maximum, log_sum (`tiled_selective.forward`)."""
     forward = head_backend(backend).selective_forward
     return forward(logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
 
@@ -237,7 +237,7 @@ def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward", mutates_args=())
 @_kernel
 def selective_logprobs_backward(
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -248,19 +248,19 @@ def selective_logprobs_backward(
 ) -> Tensor:
     gradient = logits.new_empty(logits.shape)
     backward = head_backend(backend).selective_backward
-    backward(upstream, logits, targets, maximum, log_sum, temperature, ignore_index, gradient)
+    backward(grad_logprobs, logits, targets, maximum, log_sum, temperature, ignore_index, gradient)
     return gradient
 
 
 @selective_logprobs_backward.register_fake
-def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def _(grad_logprobs: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward_", mutates_args=("logits",))
 @_kernel
 def selective_logprobs_backward_(
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -271,7 +271,7 @@ def selective_logprobs_backward_(
 ) -> None:
     """``logits`` become their gradient."""
     backward = head_backend(backend).selective_backward
-    backward(upstream, logits, targets, maximum, log_sum, temperature, ignore_index, logits)
+    backward(grad_logprobs, logits, targets, maximum, log_sum, temperature, ignore_index, logits)
 
 
 @selective_logprobs_backward_.register_fake
@@ -284,13 +284,15 @@ def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
 
 
-def _selective_gradients(ctx: Any, saved: Sequence[Any], upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _selective_gradients(
+    ctx: Any, saved: Sequence[Any], grad_logprobs: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
     logits, *of_softmax = saved
     if ctx.inplace:
         gradient = logits.detach()
-        torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, *of_softmax, *ctx.settings)
+        torch.ops.tuna_kernels.selective_logprobs_backward_(grad_logprobs, gradient, *of_softmax, *ctx.settings)
         return gradient, *[None] * 5
-    gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, *of_softmax, *ctx.settings)
+    gradient = torch.ops.tuna_kernels.selective_logprobs_backward(grad_logprobs, logits, *of_softmax, *ctx.settings)
     return gradient, *[None] * 5
 
 
@@ -336,11 +338,11 @@ def _save_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _ranking_gradients(
-    ctx: Any, saved: Sequence[Any], upstream: Tensor | None, _gradient: Tensor | None
+    ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, _gradient: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The loss is piecewise linear: its gradient is constant in the scores, and linear in the upstream."""
+    """The loss is piecewise linear: its gradient is constant in the scores, and linear in ``grad_loss``."""
     (gradient,) = saved
-    return (None if upstream is None else (gradient * upstream).to(gradient.dtype), *[None] * 6)
+    return (None if grad_loss is None else (gradient * grad_loss).to(gradient.dtype), *[None] * 6)
 
 
 def _ranking_tangents(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
@@ -382,9 +384,9 @@ def linear_ranking_loss(
     needs: Sequence[bool],
     backend: str,
 ) -> ElevenTensors:
-    """loss, ranking, mle, scores, logprobs, upstream, and the five gradients for an upstream of 1.
+    """loss, ranking, mle, scores, logprobs, dL/dlogprob, and the five gradients for a ``grad_loss`` of 1.
 
-    The gradients stay in the compute type until the true upstream is known, so that scaling a loss up against
+    The gradients stay in the compute type until the true ``grad_loss`` is known, so that scaling a loss up against
     underflow in float16 still helps. ``groups`` < 0: denominators are those of the ranks at hand.
     """
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
@@ -397,7 +399,8 @@ def linear_ranking_loss(
         head_backend(backend),
         call,
         Candidates(rows, targets, candidate_offsets, ranks, group_offsets),
-        LossSettings(kind, margin, length_penalty, mle_weight, counts),
+        PresetSettings(kind, margin, length_penalty, mle_weight),
+        counts,
         (a, b, c, d, e),
         logits_budget,
     )
@@ -405,7 +408,7 @@ def linear_ranking_loss(
     ready = (made.rows, made.weight, made.bias, made.low_rank_rows, made.low_rank_weight)
     u, v, x, y, z = (result.logprobs.new_empty(0) if t is None else t for t in ready)
     loss, ranking_, mle = (t.to(call.compute) for t in (result.total(mle_weight), result.ranking, result.mle))
-    return loss, ranking_, mle, result.scores, result.logprobs, result.upstream, u, v, x, y, z
+    return loss, ranking_, mle, result.scores, result.logprobs, result.grad_logprobs, u, v, x, y, z
 
 
 @linear_ranking_loss.register_fake
@@ -441,21 +444,23 @@ def _save_linear_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _linear_ranking_gradients(
-    ctx: Any, saved: Sequence[Any], scale: Tensor | None, *_: Tensor | None
+    ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The first backward takes the gradients that lie ready; a later one (retain_graph) makes them again, by the same
     call of the same op: a second backward gives the bits of the first."""
     none: list[Tensor | None] = [None] * 17
-    if scale is None:
+    if grad_loss is None:
         return (*[None] * 5, *none)
     needs = _five_needed(ctx)
     call = saved[:5]
     ready = ctx.ready.take(needs) or _made_again(ctx, saved, needs)
-    if type(scale) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(scale) or _has_tangent(scale):
+    if type(grad_loss) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(grad_loss) or _has_tangent(grad_loss):
         # being traced, the graph's compiler decides what happens in place; under vmap there are several scales
-        ready = [g * scale for g in ready]
-    elif type(scale) is FakeTensor or scale.device.type != "cpu" or scale.item() != 1.0:  # free to read on CPU alone
-        ready = [g.mul_(scale) for g in ready]
+        ready = [g * grad_loss for g in ready]
+    elif (
+        type(grad_loss) is FakeTensor or grad_loss.device.type != "cpu" or grad_loss.item() != 1.0
+    ):  # free to read on CPU alone
+        ready = [g.mul_(grad_loss) for g in ready]
     gradients = [
         g if t is None or not wanted else g.to(t.dtype) for g, t, wanted in zip(ready, call, needs, strict=True)
     ]

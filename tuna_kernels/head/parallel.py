@@ -121,20 +121,20 @@ def combine_shards(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Over all shards, from each rank's own: ``(logprobs, lse, entropy, weight, above)``, [M] each.
 
-    The numbers come from ``state`` [3, M], the (chosen, maximum, log_sum) of `linear.forward` with its ``factor``,
-    which are exact for large logits too; ``logprobs`` and ``lse`` of the shard are there to be differentiated.
+    The numbers come from ``state`` [3, M], the (target_logit, maximum, log_sum) of `tiled_linear.forward`, and the
+    head's ``factor``, exact for large logits too; the shard's ``logprobs`` and ``lse`` are there to be differentiated.
     ``mine`` [M]: this rank owns the target; ``counted`` [M]: the slot is not ignored. A target that no rank or more
     than one owns gives NaN. For the backward: the shard's ``weight`` in the softmax, and by how much its mean logit
     lies ``above`` that of all shards (as ``entropy``, empty if that is).
     """
     ranks = resolve(group)
-    chosen, top, log_sum = state.double()
+    target_logit, top, log_sum = state.double()
     maximum = top.clone()
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=ranks)
     reference = torch.where(maximum == -torch.inf, 0, maximum)
     of_shard = torch.where(top == -torch.inf, -torch.inf, factor * (top - reference) + log_sum)  # lse of the shard
     share = torch.exp(of_shard)
-    parts = [share, torch.where(mine, chosen, 0), mine.double()]
+    parts = [share, torch.where(mine, target_logit, 0), mine.double()]
     mean = of_shard - entropy.double() if entropy.numel() else entropy.double()  # of the shard's logits
     if entropy.numel():
         parts.append(torch.where(share == 0, 0, share * mean))
@@ -178,13 +178,13 @@ def _gradients(
     zero = torch.zeros_like(weight)
     g = zero if g is None else torch.where(counted, g, 0)
     g_lse = zero if g_lse is None else torch.where(counted, g_lse, 0)
-    of_chosen = torch.where(mine, g, 0)
-    of_lse = of_chosen + (g_lse - g) * weight
+    of_target = torch.where(mine, g, 0)
+    of_lse = of_target + (g_lse - g) * weight
     none = [None] * 5
     if g_entropy is None or not above.numel():
-        return of_chosen, of_lse, None, *none
+        return of_target, of_lse, None, *none
     of_entropy = torch.where(counted, g_entropy, 0) * weight
-    return of_chosen, of_lse - of_entropy * above, of_entropy, *none
+    return of_target, of_lse - of_entropy * above, of_entropy, *none
 
 
 _INSTEAD = 'gather the head and leave out process_group, with backend="reference"'

@@ -26,7 +26,7 @@ SMALLEST_FACTOR = 1e-37  # not 0, so that -inf stays -inf
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``.
 
     Statistics of a row are kept of v, where ``z = factor * v``: with a softcap v = z, without one v is the product and
@@ -66,8 +66,8 @@ class SoftmaxState(NamedTuple):
     maximum: Tensor  # [R] of v
     sum: Tensor  # [R] float64, of e^(z - largest z)
     weighted: Tensor | None  # [R] float64, for the entropy
-    shrink: Tensor | None  # [R] when the tile is to become exponentials
-    chosen: Tensor  # [S] v of the targets
+    rescale: Tensor | None  # [R] when the tile is to become exponentials
+    target_logit: Tensor  # [S] v of the targets
 
 
 class RowGradient(NamedTuple):
@@ -104,10 +104,10 @@ class TileOps(Protocol):
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
         """``out[i] = source[index[i]]`` (None: i), converted to the compute type."""
 
-    def softmax(self, tile: Tile, head: Head, state: SoftmaxState) -> None:
-        """Merge the tile into the state; a softcap leaves z in the tile, ``shrink`` leaves exponentials."""
+    def softmax(self, tile: Tile, head: LinearHead, state: SoftmaxState) -> None:
+        """Merge the tile into the state; a softcap leaves z in the tile, ``rescale`` leaves exponentials."""
 
-    def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
+    def gradient(self, tile: Tile, head: LinearHead, gradient: RowGradient, *, is_capped: bool) -> None:
         """The tile becomes dL/d(h W^T)."""
 
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
@@ -139,7 +139,7 @@ class TilePlan:
 class _Loop:
     """Walks tiles of one call, owning its buffers."""
 
-    def __init__(self, ops: TileOps, inputs: Inputs, head: Head, slots: Slots, compute: torch.dtype) -> None:
+    def __init__(self, ops: TileOps, inputs: Inputs, head: LinearHead, slots: Slots, compute: torch.dtype) -> None:
         self.ops, self.inputs, self.head, self.slots, self.compute = ops, inputs, head, slots, compute
         types = {t.dtype for t in (*inputs, head.weight, head.low_rank_weight) if t is not None}
         shared = types.pop() if len(types) == 1 else compute
@@ -191,11 +191,11 @@ class _Loop:
 
 
 class ForwardResult(NamedTuple):
-    """Per row and per sorted slot, in the compute type; v is explained at :class:`Head`."""
+    """Per row and per sorted slot, in the compute type; v is explained at :class:`LinearHead`."""
 
     logprobs: Tensor  # [S]
     lse: Tensor  # [R]
-    chosen: Tensor  # [S] v of the targets
+    target_logit: Tensor  # [S] v of the targets
     maximum: Tensor  # [R] of v
     log_sum: Tensor  # [R] lse less the largest z
     entropy: Tensor | None  # [R]
@@ -205,7 +205,7 @@ class ForwardResult(NamedTuple):
 def forward(
     ops: TileOps,
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     *,
@@ -222,9 +222,9 @@ def forward(
     maximum = torch.full((total,), -torch.inf, dtype=compute, device=loop.device)
     sums = torch.zeros(total, dtype=torch.float64, device=loop.device)
     weighted = torch.zeros_like(sums) if want_entropy else None
-    shrink = loop.empty(total) if want_unit else None
+    rescale = loop.empty(total) if want_unit else None
     # A target outside the vocabulary is never found by a tile: its log-probability stays NaN.
-    chosen = torch.full((slots.targets.numel(),), torch.nan, dtype=compute, device=loop.device)
+    target_logit = torch.full((slots.targets.numel(),), torch.nan, dtype=compute, device=loop.device)
     width = head.weight.shape[1]
     unit = torch.zeros(total, width, dtype=compute, device=loop.device) if want_unit else None
     for columns in loop.columns():
@@ -236,24 +236,24 @@ def forward(
                 maximum[rows],
                 sums[rows],
                 None if weighted is None else weighted[rows],
-                None if shrink is None else shrink[rows],
-                loop.slots_of(chunk, chosen),
+                None if rescale is None else rescale[rows],
+                loop.slots_of(chunk, target_logit),
             )
             ops.softmax(tile, head, state)
-            if unit is not None and state.shrink is not None:
-                ops.scale_rows(unit[rows], state.shrink)
+            if unit is not None and state.rescale is not None:
+                ops.scale_rows(unit[rows], state.rescale)
                 loop.products.add_to_rows(unit[rows], tile.logits, head.weight, columns)
     log_sum = sums.log()
     entropy = None if weighted is None else (log_sum - weighted / sums).to(compute)
     if unit is not None:
         ops.scale_rows(unit, sums.reciprocal().to(compute))
-    return result_of(head, slots.row_of, chosen, maximum, log_sum, entropy, unit)
+    return result_of(head, slots.row_of, target_logit, maximum, log_sum, entropy, unit)
 
 
 def result_of(
-    head: Head,
+    head: LinearHead,
     row_of: Tensor | slice,
-    chosen: Tensor,
+    target_logit: Tensor,
     maximum: Tensor,
     log_sum: Tensor,
     entropy: Tensor | None = None,
@@ -261,9 +261,11 @@ def result_of(
 ) -> ForwardResult:
     """Log-probs and log-sum-exp in float64, the maximum taken off before anything is multiplied, then rounded."""
     compute = maximum.dtype
-    logprobs = head.factor * (chosen.double() - maximum.double()[row_of]) - log_sum[row_of]
+    logprobs = head.factor * (target_logit.double() - maximum.double()[row_of]) - log_sum[row_of]
     lse = head.factor * maximum.double() + log_sum
-    return ForwardResult(logprobs.to(compute), lse.to(compute), chosen, maximum, log_sum.to(compute), entropy, unit)
+    return ForwardResult(
+        logprobs.to(compute), lse.to(compute), target_logit, maximum, log_sum.to(compute), entropy, unit
+    )
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ class Gradients:
 def backward(
     ops: TileOps,
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     gradient: RowGradient,
@@ -306,7 +308,7 @@ def backward(
         if buffer is not None:
             buffer.zero_()
     for columns in loop.columns():
-        sinks = _Sinks(loop, into, columns)
+        writer = GradientWriter(loop, into, columns)
         for chunk, bounds in enumerate(loop.chunks):
             rows = slice(*bounds)
             if block is None:
@@ -318,11 +320,11 @@ def backward(
                 ops.load(logits, block[:, columns], block_rows[rows])
             of_chunk = gradient.part(rows, loop.slots_of(chunk, gradient.slot_gradient))
             ops.gradient(loop.tile(logits, chunk, columns), head, of_chunk, is_capped=block is not None)
-            sinks.add(logits, rows)
-        sinks.finish()
+            writer.add(logits, rows)
+        writer.finish()
 
 
-class _Sinks:
+class GradientWriter:
     """Multiplies the gradient tiles of one vocabulary range into the gradients asked for."""
 
     def __init__(self, loop: _Loop, into: Gradients, columns: slice) -> None:

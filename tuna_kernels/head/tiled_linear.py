@@ -10,7 +10,7 @@ from torch import Tensor
 from tuna_kernels.arguments import compute_dtype, dense_rows
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
+from tuna_kernels.head.tiled import ForwardResult, Gradients, Inputs, LinearHead, RowGradient
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class LinearCall:
         )
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LinearHead:
         bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
         low = None if self.low_rank_weight is None else dense_rows(self.low_rank_weight)
-        return Head(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
+        return LinearHead(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
 
 
 def forward(
@@ -78,9 +78,9 @@ def forward(
 
 
 def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
-    """[3, M] (chosen, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the softmax,
-    where lse itself would be too coarse for large logits."""
-    values = torch.stack([result.chosen, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
+    """[3, M] (target_logit, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the
+    softmax, where lse itself would be too coarse for large logits."""
+    values = torch.stack([result.target_logit, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
     return values.new_zeros(3, count).index_copy_(1, slots.slots, values)
 
 
@@ -88,26 +88,26 @@ def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
 class Saved:
     """What the forward kept for the backward, all [M] in the caller's slot order, and what flows in.
 
-    ``entropy`` and ``unit`` may be empty (not kept); upstream gradients may be None (zero).
+    ``entropy`` and ``unit`` may be empty (not kept); gradients that flow in may be None (zero).
     """
 
     entropy: Tensor
     unit: Tensor
     state: Tensor  # [3, M], of forward
-    upstream: Tensor | None
-    upstream_lse: Tensor | None
-    upstream_entropy: Tensor | None
+    grad_logprobs: Tensor | None
+    grad_lse: Tensor | None
+    grad_entropy: Tensor | None
 
 
 def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, Tensor, RowGradient]:
-    """Drop the rows all of whose slots have zero upstream; give the coefficients of the rest.
+    """Drop the rows all of whose slots have no gradient; give the coefficients of the rest.
 
     Returns ``(smaller slots, places of their rows in the given slots, coefficients)``.
     """
 
-    upstreams = (saved.upstream, saved.upstream_lse, saved.upstream_entropy)
+    incoming = (saved.grad_logprobs, saved.grad_lse, saved.grad_entropy)
     # A compiled graph hands an empty gradient to an output that was not wanted and came back empty.
-    given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in upstreams]
+    given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in incoming]
     active = torch.zeros(slots.slots.numel(), dtype=torch.bool, device=slots.slots.device)
     for u in given:
         if u is not None:
@@ -135,11 +135,11 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
     return slots, kept, coefficients
 
 
-def _times_slope(coefficients: RowGradient, call: LinearCall, chosen: Tensor) -> RowGradient:
-    """The slots' gradients taken on from z to the product: times dz/dx at their targets, whose v is ``chosen`` [S]."""
+def _times_slope(coefficients: RowGradient, call: LinearCall, target_logit: Tensor) -> RowGradient:
+    """The slots' gradients with respect to the product: times dz/dx at their targets, of v ``target_logit`` [S]."""
     gradient = coefficients.slot_gradient * call.logit_scale
     if call.softcap is not None:
-        gradient = gradient * (1 - (chosen / call.softcap) ** 2)
+        gradient = gradient * (1 - (target_logit / call.softcap) ** 2)
     return coefficients._replace(slot_gradient=gradient)
 
 
@@ -165,7 +165,7 @@ def backward(
     add = main_grad is not None
 
     def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
-        """Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
+        """Rows without a gradient keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
         beside a ``main_grad``, added to zeros in the compute type."""
         if source is None or not wanted:
             return call.hidden.new_empty(0)

@@ -1,6 +1,6 @@
 """``linear_ranking_loss`` over the tile loop, a few groups at a time.
 
-Within a byte budget the logits of some groups are kept in one block; scores, loss, closed-form upstream and
+Within a byte budget the logits of some groups are kept in one block; scores, loss, their closed-form gradient and
 gradients of those groups all come from it: three products, as many as the textbook loss, without its memory. A
 group whose logits alone exceed the budget is recomputed instead (four products).
 """
@@ -19,7 +19,7 @@ from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients
 from tuna_kernels.head.tiled_linear import LinearCall, Saved, row_gradient, row_grads_like, state_of
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import Preset, preset_upstream, weighted
+from tuna_kernels.losses import PresetSettings, preset_loss, weighted
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,6 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """Everything the loss is made of besides scores and ranks."""
-
-    preset: Preset
-    margin: float
-    length_penalty: float
-    mle_weight: float
-    counts: LossCounts
-
-
-@dataclass(frozen=True)
 class Result:
     """Loss parts (float64 scalars), per-candidate and per-slot results, and ready gradients (compute type or None)."""
 
@@ -52,7 +41,7 @@ class Result:
     mle: Tensor
     scores: Tensor  # [C]
     logprobs: Tensor  # [M]
-    upstream: Tensor  # [M] dL/dlogprob
+    grad_logprobs: Tensor  # [M] dL/dlogprob
     gradients: Gradients  # rows: [T, D], low_rank_rows: [T, r]
 
     def total(self, mle_weight: float) -> Tensor:
@@ -97,15 +86,16 @@ def linear_ranking(
     backend: HeadBackend,
     call: LinearCall,
     candidates: Candidates,
-    settings: LossSettings,
+    settings: PresetSettings,
+    counts: LossCounts,
     needs: tuple[bool, bool, bool, bool, bool],
     logits_budget: int,
 ) -> Result:
-    """Loss and gradients (for an upstream of 1) of all groups."""
+    """Loss and gradients (for a `grad_loss` of 1) of all groups."""
     compute, device = call.compute, call.hidden.device
     slot_count = candidates.targets.numel()
     logprobs = torch.zeros(slot_count, dtype=compute, device=device)
-    upstream = torch.zeros_like(logprobs)
+    grad_logprobs = torch.zeros_like(logprobs)
     scores = torch.zeros(candidates.ranks.numel(), dtype=compute, device=device)
     ranking = torch.zeros((), dtype=torch.float64, device=device)
     mle = torch.zeros_like(ranking)
@@ -122,34 +112,31 @@ def linear_ranking(
         kept = block[: rows * head.vocabulary].view(rows, head.vocabulary) if part.keep and keeps else None
         result = backend.forward(inputs, head, slots, compute, block=kept)
         logprobs[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.logprobs)
-        of_part = preset_upstream(
+        of_part = preset_loss(
             logprobs[part.slots],
             candidates.candidate_offsets[part.candidates.start : part.candidates.stop + 1] - part.slots.start,
             candidates.ranks[part.candidates],
             candidates.group_offsets[part.groups.start : part.groups.stop + 1] - part.candidates.start,
-            preset=settings.preset,
-            margin=settings.margin,
-            length_penalty=settings.length_penalty,
-            mle_weight=settings.mle_weight,
-            counts=settings.counts,
+            settings,
+            counts,
         )
         ranking += of_part.ranking
         mle += of_part.mle
         scores[part.candidates] = of_part.scores
-        upstream[part.slots] = of_part.upstream.to(compute)
+        grad_logprobs[part.slots] = of_part.grad_logprobs.to(compute)
         if gradients.any:
-            saved = _saved(slots, result, upstream[part.slots])
+            saved = _saved(slots, result, grad_logprobs[part.slots])
             started |= _add_gradients(backend, call, slots, saved, kept, replace(gradients, accumulate=started))
     if not started:
         for unwritten in (gradients.weight, gradients.low_rank_weight, gradients.bias):
             if unwritten is not None:
                 unwritten.zero_()
-    return Result(ranking, mle, scores, logprobs, upstream, gradients)
+    return Result(ranking, mle, scores, logprobs, grad_logprobs, gradients)
 
 
-def _saved(slots: Slots, result: ForwardResult, upstream: Tensor) -> Saved:
-    empty = upstream.new_empty(0)
-    return Saved(empty, empty, state_of(slots, result, upstream.numel()), upstream, None, None)
+def _saved(slots: Slots, result: ForwardResult, grad_logprobs: Tensor) -> Saved:
+    empty = grad_logprobs.new_empty(0)
+    return Saved(empty, empty, state_of(slots, result, grad_logprobs.numel()), grad_logprobs, None, None)
 
 
 def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:

@@ -34,7 +34,7 @@ _LOG2E = 1.4426950408889634
 
 def why_not(q: Tensor, v: Tensor) -> str:
     """ "" if these inputs are served, else the reason why not."""
-    if reason := availability.supports(q.device, q.dtype):
+    if reason := availability.why_not(q.device, q.dtype):
         return reason
     for name, x in (("q and k", q), ("v", v)):
         if x.shape[3] > MAX_SIZE:
@@ -109,8 +109,6 @@ def backward(
     factors = (*_score_factors(scale, softcap), scale)
     flags = _flags(q, v, blocks, softcap)
 
-    upstream_lse = delta if grad_lse is None else grad_lse
-
     def run_dq(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         _launch(
@@ -118,7 +116,18 @@ def backward(
             (-(-queries // block_m), heads, batch),
             config,
             q.device,
-            (q, k, v, out, grad_out, dq, lse, upstream_lse, delta, *_arrays(blocks, block_m, block_n)),
+            (
+                q,
+                k,
+                v,
+                out,
+                grad_out,
+                dq,
+                lse,
+                delta if grad_lse is None else grad_lse,
+                delta,
+                *_arrays(blocks, block_m, block_n),
+            ),
             (queries, total, heads // kv_heads, -(-total // block_n), window or 0),
             (q, k, v, out, grad_out, dq),
             factors,
@@ -128,7 +137,7 @@ def backward(
     def run_dkv(config: Config) -> list[Tensor]:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         query_blocks, key_blocks = -(-queries // block_m), -(-total // block_n)
-        splits = _splits(key_blocks * kv_heads * batch, query_blocks, launch.device_of(q).processors)
+        splits = _splits(key_blocks * kv_heads * batch, query_blocks, launch.device_of(q).num_sms)
         parts = [x.unsqueeze(0) for x in (dk, dv)]
         if splits > 1:
             parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (dk, dv)]
@@ -165,7 +174,7 @@ def workspace_bytes(
 ) -> int:
     """Peak of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
 
-    Delta and an upstream of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
+    Delta and a gradient of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
     block lists, which the first layer makes and all others share. A bound for any configuration, tuned or not.
     """
     most, sums = {"forward": 0, "dq": 0, "dkv": 0}, 0
@@ -173,7 +182,7 @@ def workspace_bytes(
         for config in candidates(kernel, device.capability, _padded(size), _products(dtype)):
             query_blocks, key_blocks = -(-queries // config.blocks["BLOCK_M"]), -(-rows // config.blocks["BLOCK_N"])
             most[kernel] = max(most[kernel], query_blocks * key_blocks)
-            splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.processors)
+            splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.num_sms)
             if kernel == "dkv" and splits > 1:
                 sums = max(sums, (2 * splits + 1) * 4 * batch * kv_heads * rows * size)
     lists = 4 * sum(most.values()) + _MAKING_A_LIST * max(most.values())
@@ -238,14 +247,14 @@ def _run_chosen(
     return run(launch.choose(f"attention_{kernel}", table, device, key, run))
 
 
-def _splits(programs: int, query_blocks: int, processors: int) -> int:
+def _splits(programs: int, query_blocks: int, num_sms: int) -> int:
     """Over how many programs a key block is split: four programs for each of a GPU's places for two, if need be.
 
     A prompt's key block may be seen by every query, and nothing shorter than its walk ends the kernel. With that many
     programs the longest walk is about an even share of all work. The workspace is then bounded by the GPU, not by the
     problem: some 8 programs per multiprocessor, each with its BLOCK_N rows of dK and dV.
     """
-    return max(1, min(MAX_SPLITS, query_blocks, -(-8 * processors // programs)))
+    return max(1, min(MAX_SPLITS, query_blocks, -(-8 * num_sms // programs)))
 
 
 def _launch(

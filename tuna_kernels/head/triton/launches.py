@@ -19,7 +19,7 @@ from torch import Tensor
 from tuna_kernels.gpu.device_math import LOG2_E
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
+from tuna_kernels.head.tiled import ForwardResult, Gradients, Inputs, LinearHead, RowGradient
 from tuna_kernels.head.triton.forward import Partials, finish, launch_forward
 from tuna_kernels.head.triton.gradient import launch_gradient
 from tuna_kernels.head.triton.logits import launch_logits_forward, launch_logits_gradient, splits_of
@@ -36,7 +36,7 @@ def _slabs(rows: int, vocabulary: int, itemsize: int) -> Iterator[tuple[int, int
 
 def forward(
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     *,
@@ -69,7 +69,9 @@ def _gathered(source: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype)
 
 
-def _products(inputs: Inputs, head: Head, slots: Slots, out: Tensor, first: int, last: int, hidden: Tensor) -> None:
+def _products(
+    inputs: Inputs, head: LinearHead, slots: Slots, out: Tensor, first: int, last: int, hidden: Tensor
+) -> None:
     """``h W^T + h2 W2^T`` of vocabulary entries ``first … last`` into ``out``, float32, by cuBLAS."""
     multiply(out, hidden, head.weight[first:last].to(hidden.dtype).t(), add=False)
     if inputs.low_rank is not None and head.low_rank_weight is not None:
@@ -78,7 +80,7 @@ def _products(inputs: Inputs, head: Head, slots: Slots, out: Tensor, first: int,
         multiply(out, _gathered(inputs.low_rank, slots, low_type), low_weight.t(), add=True)
 
 
-def _forward_in_block(inputs: Inputs, head: Head, slots: Slots, block: Tensor) -> ForwardResult:
+def _forward_in_block(inputs: Inputs, head: LinearHead, slots: Slots, block: Tensor) -> ForwardResult:
     rows = slots.rows.numel()
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
     hidden = _gathered(inputs.hidden, slots, dtype)
@@ -89,7 +91,7 @@ def _forward_in_block(inputs: Inputs, head: Head, slots: Slots, block: Tensor) -
     return finish(partials, head, slots.offsets, rows, want_entropy=False)
 
 
-def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResult:
+def _forward_with_unit(inputs: Inputs, head: LinearHead, slots: Slots) -> ForwardResult:
     """Slab by slab: logits by cuBLAS, their softmax, then exponentials against the running maximum times W."""
     rows, width = slots.rows.numel(), head.weight.shape[1]
     device, new = inputs.hidden.device, torch.empty
@@ -110,7 +112,7 @@ def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResul
         part = partials.maximum[at : at + count]
         sums = partials.total[at : at + count]
         launch_logits_forward(
-            logits, head, slots.targets, slots.offsets, part, sums, None, partials.chosen, first=first
+            logits, head, slots.targets, slots.offsets, part, sums, None, partials.target_logit, first=first
         )
         larger = torch.maximum(maximum, part.amax(0))
         reference = torch.where(larger == -torch.inf, 0, larger)
@@ -145,7 +147,7 @@ def _against_underflow(gradient: RowGradient, logit_scale: float, dtype: torch.d
 
 def backward(
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     gradient: RowGradient,
@@ -168,7 +170,7 @@ def backward(
         return
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
     factor = _against_underflow(gradient, head.logit_scale, dtype)
-    sinks = _Sinks(inputs, head, slots, into, dtype, factor)
+    writer = GradientWriter(inputs, head, slots, into, dtype, factor)
     base2 = gradient._replace(log_sum=gradient.log_sum * LOG2_E.value)
     storage = torch.empty(
         rows * slab_columns(rows, vocabulary, dtype.itemsize), dtype=dtype, device=inputs.hidden.device
@@ -186,8 +188,8 @@ def backward(
                 rows=block_rows, first=first, factor=factor, want_sums=into.bias is not None,
             )  # fmt: skip
             peaks = None
-        sinks.add(slab, sums, first, last, _kept(peaks, into.filter_eps))
-    sinks.finish()
+        writer.add(slab, sums, first, last, _kept(peaks, into.filter_eps))
+    writer.finish()
 
 
 def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
@@ -198,11 +200,11 @@ def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
     return None if kept.numel() == peaks.numel() else kept
 
 
-class _Sinks:
+class GradientWriter:
     """Multiplies slabs into the gradients asked for."""
 
     def __init__(
-        self, inputs: Inputs, head: Head, slots: Slots, into: Gradients, dtype: torch.dtype, factor: Tensor | None
+        self, inputs: Inputs, head: LinearHead, slots: Slots, into: Gradients, dtype: torch.dtype, factor: Tensor | None
     ) -> None:
         self.head, self.into, self.dtype = head, into, dtype
         self.unscale = None if factor is None else factor.reciprocal()
@@ -258,12 +260,12 @@ class _Sinks:
 def selective_forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``selective.forward``."""
+    """As ``tiled_selective.forward``."""
     rows, targets = logits.shape[0], targets.contiguous()
     if rows == 0:
         empty = logits.new_empty(0, dtype=compute)
         return empty, empty.clone(), empty.clone()
-    head = Head(logits, None, None, 1.0 / temperature, None)
+    head = LinearHead(logits, None, None, 1.0 / temperature, None)
     partials = Partials.empty(splits_of(logits), rows, rows, logits.device, weighted=False)
     launch_logits_forward(logits, head, targets, None, *partials, ignore_index=ignore_index)
     result = finish(partials, head, None, rows, want_entropy=False)
@@ -273,7 +275,7 @@ def selective_forward(
 
 
 def selective_backward(
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -282,11 +284,11 @@ def selective_backward(
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """As ``selective.backward``."""
+    """As ``tiled_selective.backward``."""
     if logits.shape[0] == 0:
         return
-    head = Head(logits, None, None, 1.0 / temperature, None)
-    g, targets = upstream.to(maximum.dtype).contiguous(), targets.contiguous()
+    head = LinearHead(logits, None, None, 1.0 / temperature, None)
+    g, targets = grad_logprobs.to(maximum.dtype).contiguous(), targets.contiguous()
     gradient = RowGradient(maximum, log_sum * LOG2_E.value, -g, None, None, g)
     launch_logits_gradient(logits, head, targets, None, gradient, out, ignore_index=ignore_index)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tuna_kernels.gpu.availability import is_interpreted
-from tuna_kernels.head.tiled import Head, Inputs
+from tuna_kernels.head.tiled import Inputs, LinearHead
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,7 +36,7 @@ def float32_precision() -> str:
     return "ieee" if is_interpreted() else "bf16x6"
 
 
-def in_kernel(inputs: Inputs, head: Head) -> Products:
+def in_kernel(inputs: Inputs, head: LinearHead) -> Products:
     """For ``h W^T`` and the low-rank addition."""
 
     def common(left: Tensor, right: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """The ranking loss in two phases: the gradient of all k candidates in the memory of a few.
 
     1. Score all candidates without a graph. The gradient of the loss with respect to every log-probability is a
-       closed form of the scores (`losses.preset_upstream`); the keys and values of each prompt are kept.
+       closed form of the scores (`losses.preset_loss`); the keys and values of each prompt are kept.
     2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
        values as constants; their gradients are summed in float32. Then once forward through the prompt, and
        backward from that sum.
@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tuna_kernels.head.ranking_loss import RankingLossOutput, active_candidates, check_choices
-from tuna_kernels.integrations.transformers.models import LossSettings
-from tuna_kernels.integrations.transformers.ranking_model import Carrier, Request, carrier
+from tuna_kernels.integrations.transformers.ranking_model import Carrier, ModelRequest, carrier
 from tuna_kernels.integrations.transformers.shared_keys import PromptKeys
 from tuna_kernels.integrations.transformers.two_phase.passes import Layout, TreeGroups, dummy_layout, prompt_layout
 from tuna_kernels.integrations.transformers.two_phase.requests import (
@@ -39,7 +38,7 @@ from tuna_kernels.integrations.transformers.two_phase.requests import (
     why_not_two_phase,
 )
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import Kind, Preset, PresetResult, preset_upstream
+from tuna_kernels.losses import Kind, Preset, PresetSettings, preset_loss
 from tuna_kernels.tree import PackedTree
 
 __all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
@@ -137,7 +136,6 @@ def two_phase_ranking_loss(
         raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
     if not torch.is_grad_enabled():
         raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
     if tree.num_tokens == 0:
         raise ValueError("tree holds no groups: there is nothing to run the model on")
     carry = carrier(model)
@@ -154,8 +152,10 @@ def two_phase_ranking_loss(
             'model_ranking_loss, for forward mode with backend="reference"'
         )
     tree = tree.to(logprobs.device)
-    result = _upstream(logprobs, tree, settings)
-    active = active_candidates(result.upstream, tree)
+    settings = PresetSettings(preset, margin, length_penalty, mle_weight)
+    offsets = tree.candidate_offsets, tree.ranks, tree.group_offsets
+    result = preset_loss(logprobs, *offsets, settings, counts or tree.loss_counts())
+    active = active_candidates(result.grad_logprobs, tree)
     output = RankingLossOutput(
         loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
         ranking=result.ranking.to(logprobs.dtype),
@@ -169,8 +169,8 @@ def two_phase_ranking_loss(
     taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
     schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
     passes = most_passes(max(schedule.passes, 1))
-    upstream = result.upstream.to(logprobs.dtype) * scale
-    requests = schedule.requests(scoring.prompts, upstream, backend, passes)
+    grad_logprobs = result.grad_logprobs.to(logprobs.dtype) * scale
+    requests = schedule.requests(scoring.prompts, grad_logprobs, backend, passes)
     for number, request in enumerate(requests, start=1):
         last = number == passes
         with pass_context(last) if pass_context else nullcontext():
@@ -253,14 +253,16 @@ class _Schedule:
             self._chunks.append(chunks)
             self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
 
-    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
+    def requests(
+        self, prompts: list[PromptKeys], grad_logprobs: Tensor, backend: str, passes: int
+    ) -> Iterator[ModelRequest]:
         """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
         self._count(prompts)
         for g, chunks in enumerate(self._chunks):
             keys = prompts[g]
             for chunk in chunks:
                 layout = self._alive(self._groups.branches(g, chunk))
-                yield BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
+                yield BranchPass(layout, keys, grad_logprobs[layout.slots.to(grad_logprobs.device)], backend)
             self._count(prompts)
             keys.kept.clear()
             if chunks and len(self._groups.prompt(g)) > 1:
@@ -275,20 +277,6 @@ class _Schedule:
 
     def _count(self, prompts: list[PromptKeys]) -> None:
         self.shared_bytes = max(self.shared_bytes, sum(keys.nbytes() for keys in prompts))
-
-
-def _upstream(logprobs: Tensor, tree: PackedTree, settings: LossSettings) -> PresetResult:
-    return preset_upstream(
-        logprobs,
-        tree.candidate_offsets,
-        tree.ranks,
-        tree.group_offsets,
-        preset=settings.preset,
-        margin=settings.margin,
-        length_penalty=settings.length_penalty,
-        mle_weight=settings.mle_weight,
-        counts=settings.counts or tree.loss_counts(),
-    )
 
 
 def _plain_backward(loss: Tensor, last: bool) -> None:
