@@ -24,6 +24,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tuna_kernels.arguments import should_validate
 from tuna_kernels.attention import flash, flex, ops, reference
+from tuna_kernels.attention.call import AttentionCall
 from tuna_kernels.attention.triton import launches
 from tuna_kernels.dispatch import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
 from tuna_kernels.errors import CannotServe
@@ -134,15 +135,12 @@ def tree_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     chosen = _resolve(backend, q, k, v, query_rows)
+    call = AttentionCall(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
     if chosen in _AUTOGRAD:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = _AUTOGRAD[chosen].tree_attention(
-                q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
-            )
+            out, lse = _AUTOGRAD[chosen].tree_attention(call, sinks)
     else:
-        out, lse = ops.tree_attention(
-            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap, chosen, sinks
-        )
+        out, lse = ops.tree_attention(*call, backend=chosen, sinks=sinks)
     return (out, lse) if return_lse else out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tuna_kernels.head import tiled, tiled_selective
 from tuna_kernels.head.tiled import ForwardResult, TileOps
+from tuna_kernels.head.tiled_selective import SelectiveResult
 
 
 class HeadBackend(NamedTuple):
@@ -18,7 +19,7 @@ class HeadBackend(NamedTuple):
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]
     unit_rows: Callable[..., Tensor]
-    selective_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    selective_forward: Callable[..., SelectiveResult]
     selective_backward: Callable[..., None]
 
 

@@ -190,21 +190,21 @@ def _compute(
     )
     low_hidden, low_weight = head.low_rank or (None, None)
     logprobs, lse, entropy, _unit, state = torch.ops.tuna_kernels.linear_logprobs(
-        hidden,
-        head.weight,
-        head.bias,
-        low_hidden,
-        low_weight,
-        targets,
-        call.rows,
-        call.ignore_index,
-        call.logit_scale,
-        call.softcap,
-        call.return_entropy,
-        keep_unit,
-        call.backend,
-        head.main_grad,
-        call.filter_eps,
+        hidden=hidden,
+        weight=head.weight,
+        bias=head.bias,
+        low_rank_hidden=low_hidden,
+        low_rank_weight=low_weight,
+        targets=targets,
+        rows=call.rows,
+        ignore_index=call.ignore_index,
+        logit_scale=call.logit_scale,
+        softcap=call.softcap,
+        want_entropy=call.return_entropy,
+        keep_unit=keep_unit,
+        backend=call.backend,
+        main_grad=head.main_grad,
+        filter_eps=call.filter_eps,
     )
     return logprobs, lse, entropy, state
 
@@ -225,14 +225,14 @@ def _compute_sharded(
     # The reference keeps its state in z itself.
     steep = call.softcap is None and call.backend != "reference"
     logprobs, lse, entropy, *_ = torch.ops.tuna_kernels.combine_shards(
-        logprobs,
-        lse,
-        entropy,
-        state.detach(),
-        mine,
-        counted,
-        max(abs(call.logit_scale), SMALLEST) if steep else 1.0,
-        shard.group,
+        logprobs=logprobs,
+        lse=lse,
+        entropy=entropy,
+        state=state.detach(),
+        mine=mine,
+        counted=counted,
+        factor=max(abs(call.logit_scale), SMALLEST) if steep else 1.0,
+        group=shard.group,
     )
     return logprobs, lse, entropy
 

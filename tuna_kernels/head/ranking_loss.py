@@ -12,6 +12,7 @@ from tuna_kernels.arguments import compute_dtype, should_validate
 from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.head import reference
 from tuna_kernels.head.logprobs import check_head, check_index, check_range, low_rank_pair
+from tuna_kernels.head.tiled_linear import LinearCall
 from tuna_kernels.loss_counts import LossCounts
 from tuna_kernels.losses import (
     REDUCTION_OF,
@@ -148,30 +149,28 @@ def _fused(
 ) -> RankingLossOutput:
     low_hidden, low_weight = head.low_rank or (None, None)
     counts = counts or LossCounts(-1, (), 0)  # the op counts those of the ranks at hand
-    sources = (hidden, weight, head.bias, low_hidden, low_weight)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in sources]
-    loss, ranking, mle, scores, logprobs, grad_logprobs, *_gradients = torch.ops.tuna_kernels.linear_ranking_loss(
-        *sources,
-        tree.rows,
-        tree.targets,
-        tree.candidate_offsets,
-        tree.ranks,
-        tree.group_offsets,
-        head.logit_scale,
-        head.softcap,
-        s.preset,
-        s.margin,
-        s.length_penalty,
-        s.mle_weight,
-        counts.groups,
-        list(counts.pairs_by_lag),
-        counts.tokens,
-        budget,
-        needs,
-        backend,
+    call = LinearCall(hidden, weight, head.bias, low_hidden, low_weight, head.logit_scale, head.softcap)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in call.tensors]
+    made = torch.ops.tuna_kernels.linear_ranking_loss(
+        *call,
+        rows=tree.rows,
+        targets=tree.targets,
+        candidate_offsets=tree.candidate_offsets,
+        ranks=tree.ranks,
+        group_offsets=tree.group_offsets,
+        preset=s.preset,
+        margin=s.margin,
+        length_penalty=s.length_penalty,
+        mle_weight=s.mle_weight,
+        groups=counts.groups,
+        pairs_by_lag=list(counts.pairs_by_lag),
+        tokens=counts.tokens,
+        logits_budget=budget,
+        needs=needs,
+        backend=backend,
     )
-    active = active_candidates(grad_logprobs.detach(), tree)
-    return RankingLossOutput(loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active)
+    loss, ranking, mle, scores, logprobs, grad_logprobs = (made[0], *(x.detach() for x in made[1:6]))
+    return RankingLossOutput(loss, ranking, mle, scores, logprobs, active_candidates(grad_logprobs, tree))
 
 
 def check_choices(kind: str, preset: str) -> None:

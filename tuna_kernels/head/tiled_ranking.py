@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,15 @@ from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.products import MIN_ROWS
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients
-from tuna_kernels.head.tiled_linear import LinearCall, Saved, row_gradient, row_grads_like, state_of
+from tuna_kernels.head.tiled_linear import (
+    InputGradients,
+    LinearCall,
+    Needs,
+    Saved,
+    row_gradient,
+    row_grads_like,
+    state_of,
+)
 from tuna_kernels.loss_counts import LossCounts
 from tuna_kernels.losses import PresetSettings, preset_loss, weighted
 
@@ -33,19 +42,25 @@ class Candidates:
     group_offsets: Tensor  # [G+1]
 
 
-@dataclass(frozen=True)
-class Result:
-    """Loss parts (float64 scalars), per-candidate and per-slot results, and ready gradients (compute type or None)."""
+class RankingResult(NamedTuple):
+    """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a ``grad_loss`` of 1,
+    all in the compute type; gradients are empty where not needed."""
 
+    loss: Tensor
     ranking: Tensor
     mle: Tensor
     scores: Tensor  # [C]
     logprobs: Tensor  # [M]
-    grad_logprobs: Tensor  # [M] dL/dlogprob
-    gradients: Gradients  # rows: [T, D], low_rank_rows: [T, r]
+    grad_logprobs: Tensor  # [M]
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_low_rank_hidden: Tensor
+    grad_low_rank_weight: Tensor
 
-    def total(self, mle_weight: float) -> Tensor:
-        return self.ranking + weighted(self.mle, mle_weight)
+    @property
+    def gradients(self) -> InputGradients:
+        return InputGradients(*self[6:])
 
 
 @dataclass(frozen=True)
@@ -88,9 +103,9 @@ def linear_ranking(
     candidates: Candidates,
     settings: PresetSettings,
     counts: LossCounts,
-    needs: tuple[bool, bool, bool, bool, bool],
+    needs: Needs,
     logits_budget: int,
-) -> Result:
+) -> RankingResult:
     """Loss and gradients (for a `grad_loss` of 1) of all groups."""
     compute, device = call.compute, call.hidden.device
     slot_count = candidates.targets.numel()
@@ -131,7 +146,21 @@ def linear_ranking(
         for unwritten in (gradients.weight, gradients.low_rank_weight, gradients.bias):
             if unwritten is not None:
                 unwritten.zero_()
-    return Result(ranking, mle, scores, logprobs, grad_logprobs, gradients)
+    loss = ranking + weighted(mle, settings.mle_weight)
+    none = logprobs.new_empty(0)
+    return RankingResult(
+        loss=loss.to(compute),
+        ranking=ranking.to(compute),
+        mle=mle.to(compute),
+        scores=scores,
+        logprobs=logprobs,
+        grad_logprobs=grad_logprobs,
+        grad_hidden=none if gradients.rows is None else gradients.rows,
+        grad_weight=none.clone() if gradients.weight is None else gradients.weight,
+        grad_bias=none.clone() if gradients.bias is None else gradients.bias,
+        grad_low_rank_hidden=none.clone() if gradients.low_rank_rows is None else gradients.low_rank_rows,
+        grad_low_rank_weight=none.clone() if gradients.low_rank_weight is None else gradients.low_rank_weight,
+    )
 
 
 def _saved(slots: Slots, result: ForwardResult, grad_logprobs: Tensor) -> Saved:
@@ -139,7 +168,7 @@ def _saved(slots: Slots, result: ForwardResult, grad_logprobs: Tensor) -> Saved:
     return Saved(empty, empty, state_of(slots, result, grad_logprobs.numel()), grad_logprobs, None, None)
 
 
-def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:
+def _new_gradients(call: LinearCall, needs: Needs) -> Gradients:
     """In the compute type: parts of the batch are added up before anything is rounded. Those of rows are zeros, those
     of the size of the vocabulary (weight, low-rank weight, bias) are written whole by the first part that has any."""
 
@@ -149,13 +178,12 @@ def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool])
         make = torch.zeros if of_rows else torch.empty
         return make(source.shape, dtype=call.compute, device=source.device)
 
-    hidden, weight, bias, low_hidden, low_weight = needs
     return Gradients(
-        rows=new(call.hidden, hidden, of_rows=True),
-        low_rank_rows=new(call.low_rank_hidden, low_hidden, of_rows=True),
-        weight=new(call.weight, weight),
-        low_rank_weight=new(call.low_rank_weight, low_weight),
-        bias=new(call.bias, bias),
+        rows=new(call.hidden, needs.hidden, of_rows=True),
+        low_rank_rows=new(call.low_rank_hidden, needs.low_rank_hidden, of_rows=True),
+        weight=new(call.weight, needs.weight),
+        low_rank_weight=new(call.low_rank_weight, needs.low_rank_weight),
+        bias=new(call.bias, needs.bias),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import LinearHead, RowGradient, SoftmaxState, Tile, TileOps, result_of
 
 CHUNK_BYTES = 16 << 20
+
+
+class SelectiveResult(NamedTuple):
+    """Of [N] rows, 0 for ignored ones; the last two for the backward (``tiled.ForwardResult``)."""
+
+    logprobs: Tensor
+    maximum: Tensor
+    log_sum: Tensor
 
 
 def _chunks(logits: Tensor, slots: Slots, compute: torch.dtype) -> Iterator[slice]:
@@ -26,9 +35,8 @@ def _tile(logits: Tensor, slots: Slots, part: slice) -> Tile:
 
 def forward(
     ops: TileOps, logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [N, V] divided by ``temperature``: ``(logprobs, maximum, log_sum)`` [N], the last two for the backward
-    (``tiled.ForwardResult``); ignored rows 0."""
+) -> SelectiveResult:
+    """Of logits [N, V] divided by ``temperature``."""
     slots = Slots.build(targets, None, ignore_index)
     head = LinearHead(logits, None, None, 1.0 / temperature, None)
     logprobs = torch.zeros(logits.shape[0], dtype=compute, device=logits.device)
@@ -51,7 +59,7 @@ def forward(
         rows = slots.rows[part]
         result = result_of(head, slice(None), state.target_logit, state.maximum, state.sum.log())
         logprobs[rows], maximum[rows], log_sum[rows] = result.logprobs, result.maximum, result.log_sum
-    return logprobs, maximum, log_sum
+    return SelectiveResult(logprobs, maximum, log_sum)
 
 
 def backward(

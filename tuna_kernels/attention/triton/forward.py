@@ -34,9 +34,7 @@ def _walk(
     last,
     T,
     k_stride_row,
-    k_stride_column,
     v_stride_row,
-    v_stride_column,
     window,
     scale,
     cap,
@@ -57,7 +55,7 @@ def _walk(
         block = tl.load(list_ptr + step)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         here = columns < T
-        k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, k_stride_column, here, D, PAD_D, MASKED)
+        k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, here, D, PAD_D, MASKED)
         s = base2_scores(dot(q, tl.trans(k), TYPE, UPCAST, PRECISION), scale, cap, SOFTCAP)
         if MASKED:
             columns, here, end, depth = key_block(block, end_ptr, depth_ptr, T, BLOCK_N, WINDOW)
@@ -72,7 +70,7 @@ def _walk(
         p = tl.exp2(s - shift[:, None])
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, 1)
-        v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, v_stride_column, here, DV, PAD_V, MASKED)
+        v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, here, DV, PAD_V, MASKED)
         accumulator = accumulator * rescale[:, None] + dot(p, v, TYPE, UPCAST, PRECISION)
         top = new_top
     return accumulator, total, top
@@ -100,19 +98,15 @@ def forward_kernel(
     q_stride_batch,
     q_stride_head,
     q_stride_row,
-    q_stride_column,
     k_stride_batch,
     k_stride_head,
     k_stride_row,
-    k_stride_column,
     v_stride_batch,
     v_stride_head,
     v_stride_row,
-    v_stride_column,
     out_stride_batch,
     out_stride_head,
     out_stride_row,
-    out_stride_column,
     scale,
     cap,
     D: tl.constexpr,
@@ -136,7 +130,7 @@ def forward_kernel(
     q_base = q_ptr + batch * q_stride_batch + head * q_stride_head
     k_base = k_ptr + batch * k_stride_batch + kv_head * k_stride_head
     v_base = v_ptr + batch * v_stride_batch + kv_head * v_stride_head
-    q = load_rows(q_base, slots, tl.arange(0, PAD_D), q_stride_row, q_stride_column, here, D, PAD_D, True)
+    q = load_rows(q_base, slots, tl.arange(0, PAD_D), q_stride_row, here, D, PAD_D, True)
     accumulator = tl.zeros([BLOCK_M, PAD_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -160,9 +154,7 @@ def forward_kernel(
             live if masked else full,
             T,
             k_stride_row,
-            k_stride_column,
             v_stride_row,
-            v_stride_column,
             window,
             scale,
             cap,
@@ -181,7 +173,7 @@ def forward_kernel(
     out = accumulator / total[:, None]
     columns = tl.arange(0, PAD_V)
     out_base = out_ptr + batch * out_stride_batch + head * out_stride_head
-    pointers = out_base + slots.to(tl.int64)[:, None] * out_stride_row + columns[None, :] * out_stride_column
+    pointers = out_base + slots.to(tl.int64)[:, None] * out_stride_row + columns[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=here[:, None] & (columns < DV)[None, :])
     lse = (top + tl.log2(total)) * LN_2
     tl.store(lse_ptr + (batch * tl.num_programs(1) + head) * Tq + slots, lse, mask=here)

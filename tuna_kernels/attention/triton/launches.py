@@ -1,9 +1,9 @@
-"""Tree attention in Triton kernels: the launches. The kernels are in `triton/attention_forward` and `_backward`, the
-block lists they walk in `attention.bounds`.
+"""Tree attention in Triton kernels: the launches. The kernels are in `forward` and `backward`, the block lists
+they walk in `attention.bounds`.
 
 Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, where the key
-blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on, nothing
-is copied. All results are the same bits every time, for the same GPU and configuration.
+blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on but for
+the last, which is 1. All results are the same bits every time, for the same GPU and configuration.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tuna_kernels.attention.block_plan import check_values
 from tuna_kernels.attention.bounds import BlockMap, block_map
-from tuna_kernels.attention.torch import empty_outputs
+from tuna_kernels.attention.call import AttentionCall, AttentionGradients, AttentionResult
 from tuna_kernels.attention.triton.config import candidates
 from tuna_kernels.gpu import availability, launch
 from tuna_kernels.gpu.static_case import Config
@@ -44,24 +44,14 @@ def why_not(q: Tensor, v: Tensor) -> str:
     return ""
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; out in q's dtype, laid out as [B, Tq, Hq, dv] in memory."""
+def forward(call: AttentionCall) -> AttentionResult:
+    """See `tuna_kernels.attention.ops`."""
     from tuna_kernels.attention.triton.forward import forward_kernel
 
-    blocks = _map(subtree_end, query_rows, position_ids, window)
-    out, lse = empty_outputs(q, v)
-    if out.numel() == 0:
-        return out, lse
+    blocks, result = _map(call), call.empty_result()
+    if result.out.numel() == 0:
+        return result
+    q, k, v, window = call.q, call.k, call.v, call.window
 
     def run(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -70,44 +60,34 @@ def forward(
             (-(-q.shape[2] // block_m), q.shape[1], q.shape[0]),
             config,
             q.device,
-            (q, k, v, out, lse, *_arrays(blocks, block_m, block_n)),
+            (q, k, v, *result, *_arrays(blocks, block_m, block_n)),
             (q.shape[2], k.shape[2], q.shape[1] // k.shape[1], -(-k.shape[2] // block_n), window or 0),
-            (q, k, v, out),
-            _score_factors(scale, softcap),
-            _flags(q, v, blocks, softcap),
+            (q, k, v, result.out),
+            _score_factors(call),
+            _flags(call, blocks),
         )
 
-    _run_chosen("forward", q, v, blocks, softcap, run)
-    return out, lse
+    _run_chosen("forward", call, run)
+    return result
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` in the dtypes of q, k and v."""
+    call: AttentionCall, result: AttentionResult, grad_out: Tensor, grad_lse: Tensor | None
+) -> AttentionGradients:
+    """See `tuna_kernels.attention.ops`."""
     from tuna_kernels.attention.triton.backward import dkv_kernel, dq_kernel
 
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
-    blocks = _map(subtree_end, query_rows, position_ids, window)
+    dq, dk, dv = gradients = call.empty_gradients()
+    if call.q.numel() == 0:
+        return gradients._replace(k=dk.zero_(), v=dv.zero_())
+    blocks, (out, lse) = _map(call), result
+    q, k, v, window = call.q, call.k, call.v, call.window
     batch, heads, queries, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     delta = torch.empty_like(lse)
-    factors = (*_score_factors(scale, softcap), scale)
-    flags = _flags(q, v, blocks, softcap)
+    factors = (*_score_factors(call), call.scale)
+    flags = _flags(call, blocks)
+    grad_lse_or_unused = delta if grad_lse is None else grad_lse
 
     def run_dq(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -124,7 +104,7 @@ def backward(
                 grad_out,
                 dq,
                 lse,
-                delta if grad_lse is None else grad_lse,
+                grad_lse_or_unused,
                 delta,
                 *_arrays(blocks, block_m, block_n),
             ),
@@ -154,12 +134,12 @@ def backward(
         )
         return parts
 
-    _run_chosen("dq", q, v, blocks, softcap, run_dq)
-    parts = _run_chosen("dkv", q, v, blocks, softcap, run_dkv)
+    _run_chosen("dq", call, run_dq)
+    parts = _run_chosen("dkv", call, run_dkv)
     if len(parts[0]) > 1:
         dk.copy_(parts[0].sum(0))
         dv.copy_(parts[1].sum(0))
-    return dq, dk, dv
+    return gradients
 
 
 def workspace_bytes(
@@ -189,9 +169,9 @@ def workspace_bytes(
     return lists + 16 * rows + 24 * queries + 8 * batch * heads * queries + sums
 
 
-def _map(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> BlockMap:
-    check_values(subtree_end, query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
-    return block_map(subtree_end, query_rows, position_ids, window)
+def _map(call: AttentionCall) -> BlockMap:
+    check_values(call.subtree_end, call.query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
+    return block_map(call.subtree_end, call.query_rows, call.position_ids, call.window)
 
 
 def _arrays(blocks: BlockMap, block_m: int, block_n: int, *, of_keys: bool = False) -> tuple[Tensor, ...]:
@@ -201,13 +181,15 @@ def _arrays(blocks: BlockMap, block_m: int, block_n: int, *, of_keys: bool = Fal
     return (blocks.end, *optional, lists.index, lists.full, lists.live)
 
 
-def _score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+def _score_factors(call: AttentionCall) -> tuple[float, float]:
     """(factor on products, cap) such that `base2_scores` gives log2(e) times the scores."""
-    return (scale * _LOG2E, 1.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    if call.softcap is None:
+        return call.scale * _LOG2E, 1.0
+    return call.scale / call.softcap, call.softcap * _LOG2E
 
 
-def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dict[str, Any]:
-    size, values = q.shape[3], v.shape[3]
+def _flags(call: AttentionCall, blocks: BlockMap) -> dict[str, Any]:
+    size, values = call.q.shape[3], call.v.shape[3]
     return {
         "D": size,
         "DV": values,
@@ -215,8 +197,8 @@ def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dic
         "PAD_V": _padded(values),
         "ROWS": blocks.rows is not None,
         "WINDOW": blocks.window is not None,
-        "SOFTCAP": softcap is not None,
-        "UPCAST": availability.is_interpreted() and q.dtype == torch.bfloat16,
+        "SOFTCAP": call.softcap is not None,
+        "UPCAST": availability.is_interpreted() and call.q.dtype == torch.bfloat16,
         "PRECISION": _precision(),
     }
 
@@ -235,15 +217,13 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _run_chosen(
-    kernel: str, q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None, run: Callable[[Config], Result]
-) -> Result:
+def _run_chosen(kernel: str, call: AttentionCall, run: Callable[[Config], Result]) -> Result:
     """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
-    device = launch.device_of(q)
-    size = max(_padded(q.shape[3]), _padded(v.shape[3]))
-    configs = candidates(kernel, device.capability, size, _products(q.dtype), softcap=softcap is not None)
+    device, dtype, capped = launch.device_of(call.q), call.q.dtype, call.softcap is not None
+    size = max(_padded(call.q.shape[3]), _padded(call.v.shape[3]))
+    configs = candidates(kernel, device.capability, size, _products(dtype), softcap=capped)
     table = {launch.INTERPRETER: configs}
-    key = (q.dtype, size, _products(q.dtype), blocks.window is not None, softcap is not None)
+    key = (dtype, size, _products(dtype), call.window is not None, capped)
     return run(launch.choose(f"attention_{kernel}", table, device, key, run))
 
 
@@ -268,8 +248,8 @@ def _launch(
     factors: tuple[float, ...],
     flags: dict[str, Any],
 ) -> None:
-    """All kernels take their arguments in this order."""
-    strides = [stride for x in strided for stride in x.stride()]
+    """All kernels take their arguments in this order; rows are dense."""
+    strides = [stride for x in strided for stride in x.stride()[:-1]]
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[grid](
             *pointers,

@@ -14,14 +14,13 @@ def load_rows(
     rows,  # [R] which rows
     columns,  # [C] arange of the padded head size
     stride_row,
-    stride_column,
     here,  # [R] bool, rows that exist; looked at where MASKED
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Tile [R, C], zero beyond the head size and in rows that do not exist. Offsets are 64-bit."""
-    pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
+    pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     if MASKED and SIZE != PADDED:
         return tl.load(pointers, mask=here[:, None] & (columns < SIZE)[None, :], other=0.0)
     if MASKED:

@@ -20,6 +20,7 @@ from tuna_kernels.gpu.device_math import LOG2_E
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients, Inputs, LinearHead, RowGradient
+from tuna_kernels.head.tiled_selective import SelectiveResult
 from tuna_kernels.head.triton.forward import Partials, finish, launch_forward
 from tuna_kernels.head.triton.gradient import launch_gradient
 from tuna_kernels.head.triton.logits import launch_logits_forward, launch_logits_gradient, splits_of
@@ -259,19 +260,18 @@ class GradientWriter:
 
 def selective_forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> SelectiveResult:
     """As ``tiled_selective.forward``."""
     rows, targets = logits.shape[0], targets.contiguous()
     if rows == 0:
         empty = logits.new_empty(0, dtype=compute)
-        return empty, empty.clone(), empty.clone()
+        return SelectiveResult(empty, empty.clone(), empty.clone())
     head = LinearHead(logits, None, None, 1.0 / temperature, None)
     partials = Partials.empty(splits_of(logits), rows, rows, logits.device, weighted=False)
     launch_logits_forward(logits, head, targets, None, *partials, ignore_index=ignore_index)
     result = finish(partials, head, None, rows, want_entropy=False)
     counted = targets != ignore_index
-    a, b, c = (torch.where(counted, x, 0) for x in (result.logprobs, result.maximum, result.log_sum))
-    return a, b, c
+    return SelectiveResult(*(torch.where(counted, x, 0) for x in (result.logprobs, result.maximum, result.log_sum)))
 
 
 def selective_backward(
