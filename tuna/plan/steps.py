@@ -17,14 +17,10 @@ from tuna_kernels import Group, PackedTree, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss
 from tuna_kernels.integrations.transformers.ranking_model import ModelRequest
 from tuna_kernels.integrations.transformers.shared_keys import PromptKeys
-from tuna_kernels.integrations.transformers.two_phase.loss import (
-    SCORING_ROWS,
-    _Schedule,
-    _Scoring,
-    two_phase_ranking_loss,
-)
+from tuna_kernels.integrations.transformers.two_phase.loss import SCORING_ROWS, two_phase_ranking_loss
 from tuna_kernels.integrations.transformers.two_phase.passes import TreeGroups
 from tuna_kernels.integrations.transformers.two_phase.requests import BranchPass, KeepPass
+from tuna_kernels.integrations.transformers.two_phase.schedule import Schedule, Scoring
 
 __all__ = ["make_trainable", "prepared_step"]
 
@@ -85,8 +81,8 @@ def _fake_two_phase(
     with _disable_current_modes():
         groups = TreeGroups(tree)
         grad_logprobs = torch.zeros(tree.num_slots)
-        scoring = _Scoring(tree, groups, "auto", SCORING_ROWS * groups.largest_pass(settings.candidates_per_pass))
-        schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+        scoring = Scoring(tree, groups, "auto", SCORING_ROWS * groups.largest_pass(settings.candidates_per_pass))
+        schedule = Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
     kept: dict[tuple[int, ...], list[PromptKeys]] = {}
     for scored in _on_host(scoring.requests(scoring.passes)):
         layout = scored.layout
