@@ -37,10 +37,9 @@ class AttentionCall(NamedTuple):
 
     def dense(self) -> AttentionCall:
         """The same with dense rows (stride 1 along the head size), which backends with an op are promised."""
-        index = (self.subtree_end, self.query_rows, self.position_ids)
-        end, rows, depth = (None if x is None else x.contiguous() for x in index)
-        assert end is not None
         q, k, v = map(dense_rows, self[:3])
+        rows, depth = (None if x is None else x.contiguous() for x in (self.query_rows, self.position_ids))
+        end = self.subtree_end.contiguous()
         return self._replace(q=q, k=k, v=v, subtree_end=end, query_rows=rows, position_ids=depth)
 
     def empty_result(self) -> AttentionResult:

@@ -9,6 +9,7 @@ no part of that key where a row's bits would depend on it.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ INTERPRETER = 0  # stands for a compute capability in the tables of configuratio
 Table = Mapping[int, tuple[Config, ...]]
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_AUTOTUNE"
 CACHE = "autotune"
+LOG2_E = math.log2(math.e)  # here, since what launches kernels must not import triton before it is wanted
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ def planned_device() -> Device:
     if is_interpreted():
         return _INTERPRETED
     return _cuda(torch.cuda.current_device()) if torch.cuda.is_available() else Device("NVIDIA H100", 90, 132)
+
+
+def float32_precision(highest: str) -> str:
+    """How a kernel multiplies float32: as ``highest`` says where `torch.get_float32_matmul_precision` asks for that,
+    else in TF32. Which of the exact ways a kernel takes is told in docs/numerics.md."""
+    return highest if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def candidates(table: Table, capability: int) -> tuple[Config, ...]:

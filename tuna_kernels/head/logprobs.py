@@ -12,6 +12,7 @@ from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.errors import CannotServe
 from tuna_kernels.head import parallel, reference
 from tuna_kernels.head.backends import unit_gradient_pays
+from tuna_kernels.head.tiled_linear import LinearCall
 
 # What logits are multiplied with or divided by, so that neither it nor its reciprocal leaves float32's normal numbers.
 SMALLEST, LARGEST = 1e-37, 1e37
@@ -190,16 +191,10 @@ def _compute(
     )
     low_hidden, low_weight = head.low_rank or (None, None)
     logprobs, lse, entropy, _unit, state = torch.ops.tuna_kernels.linear_logprobs(
-        hidden=hidden,
-        weight=head.weight,
-        bias=head.bias,
-        low_rank_hidden=low_hidden,
-        low_rank_weight=low_weight,
+        *LinearCall(hidden, head.weight, head.bias, low_hidden, low_weight, call.logit_scale, call.softcap),
         targets=targets,
         rows=call.rows,
         ignore_index=call.ignore_index,
-        logit_scale=call.logit_scale,
-        softcap=call.softcap,
         want_entropy=call.return_entropy,
         keep_unit=keep_unit,
         backend=call.backend,

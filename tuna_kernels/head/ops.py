@@ -1,4 +1,4 @@
-"""Registration with ``torch.library``: op, fake implementation, autograd. The arithmetic is in ``backends``.
+"""Registration with ``torch.library``: op, fake implementation, autograd. No arithmetic here.
 
 Ops take flat tensors, numbers and flags, and return fixed tuples, so ``torch.compile(fullgraph=True)``,
 ``opcheck``, autocast and ``torch.export`` see them. What is not wanted comes back empty. The ``reference`` backend

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -282,7 +282,25 @@ class Gradients:
 
     @property
     def any(self) -> bool:
-        return any(t is not None for t in (self.rows, self.low_rank_rows, self.weight, self.low_rank_weight, self.bias))
+        return bool(self.of_rows or self.of_vocabulary)
+
+    @property
+    def of_rows(self) -> list[Tensor]:
+        return [t for t in (self.rows, self.low_rank_rows) if t is not None]
+
+    @property
+    def of_vocabulary(self) -> list[Tensor]:
+        return [t for t in (self.weight, self.low_rank_weight, self.bias) if t is not None]
+
+    def row_products(self, head: LinearHead) -> list[tuple[Tensor, Tensor]]:
+        """(gradient, weight): ``gradient += dL/dlogits weight``, over all of the vocabulary."""
+        pairs = (self.rows, head.weight), (self.low_rank_rows, head.low_rank_weight)
+        return [(out, weight) for out, weight in pairs if out is not None and weight is not None]
+
+    def weight_products(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+        """(gradient, source): ``gradient (+)= dL/dlogits^T source``, over all rows."""
+        pairs = (self.weight, inputs.hidden), (self.low_rank_weight, inputs.low_rank)
+        return [(out, source) for out, source in pairs if out is not None and source is not None]
 
 
 def backward(
@@ -304,9 +322,8 @@ def backward(
     if not into.any:
         return
     loop = _Loop(ops, inputs, head, slots, compute)
-    for buffer in (into.rows, into.low_rank_rows):
-        if buffer is not None:
-            buffer.zero_()
+    for buffer in into.of_rows:
+        buffer.zero_()
     for columns in loop.columns():
         writer = GradientWriter(loop, into, columns)
         for chunk, bounds in enumerate(loop.chunks):
@@ -330,11 +347,14 @@ class GradientWriter:
     def __init__(self, loop: _Loop, into: Gradients, columns: slice) -> None:
         self.loop, self.into, self.columns = loop, into, columns
         self.add_to = into.accumulate  # otherwise the first product overwrites, and later ones add
-        self.weight = self._buffer(into.weight)
-        self.low_rank_weight = self._buffer(into.low_rank_weight)
-        self.bias = self._buffer(into.bias)
+        self.tiles = replace(
+            into,
+            weight=self._tile(into.weight),
+            low_rank_weight=self._tile(into.low_rank_weight),
+            bias=self._tile(into.bias),
+        )
 
-    def _buffer(self, target: Tensor | None) -> Tensor | None:
+    def _tile(self, target: Tensor | None) -> Tensor | None:
         """A compute-type tile of a vocabulary-sized gradient: a view of it where it has that type."""
         if target is None:
             return None
@@ -344,28 +364,19 @@ class GradientWriter:
         return tile if self.loop.chunks else tile.zero_()
 
     def add(self, gradient: Tensor, rows: slice) -> None:
-        inputs, head, into, products = self.loop.inputs, self.loop.head, self.into, self.loop.products
-        if into.rows is not None:
-            products.add_to_rows(into.rows[rows], gradient, head.weight, self.columns)
-        if into.low_rank_rows is not None and head.low_rank_weight is not None:
-            products.add_to_rows(into.low_rank_rows[rows], gradient, head.low_rank_weight, self.columns)
-        if self.weight is not None:
-            products.to_weight(self.weight, gradient, inputs.hidden, rows, add=self.add_to)
-        if self.low_rank_weight is not None and inputs.low_rank is not None:
-            products.to_weight(self.low_rank_weight, gradient, inputs.low_rank, rows, add=self.add_to)
-        if self.bias is not None:
-            torch.add(gradient.sum(0), self.bias if self.add_to else 0, out=self.bias)
+        loop, bias = self.loop, self.tiles.bias
+        for out, weight in self.into.row_products(loop.head):
+            loop.products.add_to_rows(out[rows], gradient, weight, self.columns)
+        for out, source in self.tiles.weight_products(loop.inputs):
+            loop.products.to_weight(out, gradient, source, rows, add=self.add_to)
+        if bias is not None:
+            torch.add(gradient.sum(0), bias if self.add_to else 0, out=bias)
         self.add_to = True
 
     def finish(self) -> None:
         """Write tiles that live in a buffer of their own, in the gradient's type."""
-        pairs = (
-            (self.weight, self.into.weight),
-            (self.low_rank_weight, self.into.low_rank_weight),
-            (self.bias, self.into.bias),
-        )
-        for tile, target in pairs:
-            if tile is not None and target is not None and tile.dtype != target.dtype:
+        for tile, target in zip(self.tiles.of_vocabulary, self.into.of_vocabulary, strict=True):
+            if tile.dtype != target.dtype:
                 target[self.columns].copy_(tile)
 
 

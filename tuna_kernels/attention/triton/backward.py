@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.attention.triton.tiles import base2_scores, dot, key_block, load_rows, query_block, visible
-from tuna_kernels.gpu.device_math import LOG2_E
+from tuna_kernels.attention.triton.tiles import base2_scores, key_block, load_rows, query_block, visible
+from tuna_kernels.gpu.device_math import LOG2_E, dot
 
 
 @triton.jit
@@ -59,7 +59,6 @@ def _walk_keys(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -70,7 +69,7 @@ def _walk_keys(
         here = columns < T
         k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, here, D, PAD_D, MASKED)
         v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, here, DV, PAD_V, MASKED)
-        s = base2_scores(dot(q, tl.trans(k), TYPE, UPCAST, PRECISION), product_scale, cap, SOFTCAP)
+        s = base2_scores(dot(q, tl.trans(k), None, TYPE, PRECISION), product_scale, cap, SOFTCAP)
         p = tl.exp2(s - lse[:, None])
         if MASKED:
             columns, here, end, depth = key_block(block, end_ptr, depth_ptr, T, BLOCK_N, WINDOW)
@@ -78,9 +77,9 @@ def _walk_keys(
                 rows[:, None], columns[None, :], end[None, :], row_depth[:, None], depth[None, :], window, WINDOW
             )
             p = tl.where(seen, p, 0.0)
-        dp = dot(grad_out, tl.trans(v), TYPE, UPCAST, PRECISION)
+        dp = dot(grad_out, tl.trans(v), None, TYPE, PRECISION)
         ds = _score_gradient(s, p, dp, delta[:, None], cap, SOFTCAP)
-        dq += dot(ds, k, TYPE, UPCAST, PRECISION)
+        dq += dot(ds, k, None, TYPE, PRECISION)
     return dq
 
 
@@ -138,7 +137,6 @@ def dq_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GRAD_LSE: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -169,37 +167,10 @@ def dq_kernel(
     live = tl.load(live_ptr + block)
     for masked in tl.static_range(2):
         dq = _walk_keys(
-            dq,
-            q,
-            grad_out,
-            lse,
-            delta,
-            rows,
-            row_depth,
-            k_base,
-            v_base,
-            end_ptr,
-            depth_ptr,
-            blocks_ptr,
-            full if masked else 0,
-            live if masked else full,
-            T,
-            k_stride_row,
-            v_stride_row,
-            window,
-            product_scale,
-            cap,
-            D,
-            DV,
-            PAD_D,
-            PAD_V,
-            BLOCK_N,
-            WINDOW,
-            SOFTCAP,
-            UPCAST,
-            PRECISION,
-            masked == 1,
-        )
+            dq, q, grad_out, lse, delta, rows, row_depth, k_base, v_base, end_ptr, depth_ptr, blocks_ptr,
+            full if masked else 0, live if masked else full, T, k_stride_row, v_stride_row, window, product_scale, cap,
+            D, DV, PAD_D, PAD_V, BLOCK_N, WINDOW, SOFTCAP, PRECISION, masked == 1,
+        )  # fmt: skip
     dq_base = dq_ptr + batch * dq_stride_batch + head * dq_stride_head
     pointers = dq_base + slots.to(tl.int64)[:, None] * dq_stride_row + columns[None, :]
     tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=here[:, None] & (columns < D)[None, :])
@@ -238,7 +209,6 @@ def _walk_queries(
     ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -254,17 +224,17 @@ def _walk_queries(
         grad_out = load_rows(grad_base, slots, values, grad_out_stride_row, here, DV, PAD_V, MASKED)
         lse = tl.load(lse_base + slots, mask=here, other=0.0) * LOG2_E
         delta = tl.load(delta_base + slots, mask=here, other=0.0)
-        s = base2_scores(dot(k, tl.trans(q), TYPE, UPCAST, PRECISION), product_scale, cap, SOFTCAP)
+        s = base2_scores(dot(k, tl.trans(q), None, TYPE, PRECISION), product_scale, cap, SOFTCAP)
         p = tl.exp2(s - lse[None, :])
         if MASKED:
             seen = visible(
                 rows[None, :], columns[:, None], end[:, None], row_depth[None, :], depth[:, None], window, WINDOW
             )
             p = tl.where(seen, p, 0.0)
-        dv += dot(p, grad_out, TYPE, UPCAST, PRECISION)
-        dp = dot(v, tl.trans(grad_out), TYPE, UPCAST, PRECISION)
+        dv += dot(p, grad_out, None, TYPE, PRECISION)
+        dp = dot(v, tl.trans(grad_out), None, TYPE, PRECISION)
         ds = _score_gradient(s, p, dp, delta[None, :], cap, SOFTCAP)
-        dk += dot(ds, q, TYPE, UPCAST, PRECISION)
+        dk += dot(ds, q, None, TYPE, PRECISION)
     return dk, dv
 
 
@@ -323,7 +293,6 @@ def dkv_kernel(
     ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -351,41 +320,11 @@ def dkv_kernel(
         of_head = (batch * kv_heads * group + head) * Tq
         for masked in tl.static_range(2):
             dk, dv = _walk_queries(
-                dk,
-                dv,
-                k,
-                v,
-                columns,
-                end,
-                depth,
-                q_base,
-                grad_base,
-                lse_ptr + of_head,
-                delta_ptr + of_head,
-                rows_ptr,
-                order_ptr,
-                depth_ptr,
-                blocks_ptr,
-                tl.maximum(first, full) if masked else first,
-                last if masked else tl.minimum(last, full),
-                Tq,
-                q_stride_row,
-                grad_out_stride_row,
-                window,
-                product_scale,
-                cap,
-                D,
-                DV,
-                PAD_D,
-                PAD_V,
-                BLOCK_M,
-                ROWS,
-                WINDOW,
-                SOFTCAP,
-                UPCAST,
-                PRECISION,
-                masked == 1,
-            )
+                dk, dv, k, v, columns, end, depth, q_base, grad_base, lse_ptr + of_head, delta_ptr + of_head, rows_ptr,
+                order_ptr, depth_ptr, blocks_ptr, tl.maximum(first, full) if masked else first,
+                last if masked else tl.minimum(last, full), Tq, q_stride_row, grad_out_stride_row, window,
+                product_scale, cap, D, DV, PAD_D, PAD_V, BLOCK_M, ROWS, WINDOW, SOFTCAP, PRECISION, masked == 1,
+            )  # fmt: skip
     split = split.to(tl.int64)
     dk_base = dk_ptr + split * dk_stride_split + batch * dk_stride_batch + kv_head * dk_stride_head
     dv_base = dv_ptr + split * dv_stride_split + batch * dv_stride_batch + kv_head * dv_stride_head

@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.attention.triton.tiles import base2_scores, dot, key_block, load_rows, query_block, visible
-from tuna_kernels.gpu.device_math import LN_2
+from tuna_kernels.attention.triton.tiles import base2_scores, key_block, load_rows, query_block, visible
+from tuna_kernels.gpu.device_math import LN_2, dot
 
 
 @triton.jit
@@ -45,7 +45,6 @@ def _walk(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -56,7 +55,7 @@ def _walk(
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         here = columns < T
         k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, here, D, PAD_D, MASKED)
-        s = base2_scores(dot(q, tl.trans(k), TYPE, UPCAST, PRECISION), scale, cap, SOFTCAP)
+        s = base2_scores(dot(q, tl.trans(k), None, TYPE, PRECISION), scale, cap, SOFTCAP)
         if MASKED:
             columns, here, end, depth = key_block(block, end_ptr, depth_ptr, T, BLOCK_N, WINDOW)
             seen = visible(
@@ -71,7 +70,7 @@ def _walk(
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, 1)
         v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, here, DV, PAD_V, MASKED)
-        accumulator = accumulator * rescale[:, None] + dot(p, v, TYPE, UPCAST, PRECISION)
+        accumulator = accumulator * rescale[:, None] + dot(p, v, None, TYPE, PRECISION)
         top = new_top
     return accumulator, total, top
 
@@ -118,7 +117,6 @@ def forward_kernel(
     ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -139,36 +137,10 @@ def forward_kernel(
     live = tl.load(live_ptr + block)
     for masked in tl.static_range(2):
         accumulator, total, top = _walk(
-            accumulator,
-            total,
-            top,
-            q,
-            rows,
-            row_depth,
-            k_base,
-            v_base,
-            end_ptr,
-            depth_ptr,
-            blocks_ptr,
-            full if masked else 0,
-            live if masked else full,
-            T,
-            k_stride_row,
-            v_stride_row,
-            window,
-            scale,
-            cap,
-            D,
-            DV,
-            PAD_D,
-            PAD_V,
-            BLOCK_N,
-            WINDOW,
-            SOFTCAP,
-            UPCAST,
-            PRECISION,
-            masked == 1,
-        )
+            accumulator, total, top, q, rows, row_depth, k_base, v_base, end_ptr, depth_ptr, blocks_ptr,
+            full if masked else 0, live if masked else full, T, k_stride_row, v_stride_row, window, scale, cap, D, DV,
+            PAD_D, PAD_V, BLOCK_N, WINDOW, SOFTCAP, PRECISION, masked == 1,
+        )  # fmt: skip
     total = tl.where(here, total, 1.0)  # a row that exists and sees nothing keeps 0: NaN, not a number
     out = accumulator / total[:, None]
     columns = tl.arange(0, PAD_V)

@@ -29,8 +29,6 @@ MAX_SPLITS = 16
 _MAKING_A_LIST = 24
 """Bytes a pair of blocks takes while the lists are made: flags, sort keys and places, beyond the int32 that is kept."""
 
-_LOG2E = 1.4426950408889634
-
 
 def why_not(q: Tensor, v: Tensor) -> str:
     """ "" if these inputs are served, else the reason why not."""
@@ -87,7 +85,7 @@ def backward(
     delta = torch.empty_like(lse)
     factors = (*_score_factors(call), call.scale)
     flags = _flags(call, blocks)
-    grad_lse_or_unused = delta if grad_lse is None else grad_lse
+    of_queries = (q, k, v, out, grad_out, dq, lse, delta if grad_lse is None else grad_lse, delta)
 
     def run_dq(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -96,18 +94,7 @@ def backward(
             (-(-queries // block_m), heads, batch),
             config,
             q.device,
-            (
-                q,
-                k,
-                v,
-                out,
-                grad_out,
-                dq,
-                lse,
-                grad_lse_or_unused,
-                delta,
-                *_arrays(blocks, block_m, block_n),
-            ),
+            (*of_queries, *_arrays(blocks, block_m, block_n)),
             (queries, total, heads // kv_heads, -(-total // block_n), window or 0),
             (q, k, v, out, grad_out, dq),
             factors,
@@ -184,8 +171,8 @@ def _arrays(blocks: BlockMap, block_m: int, block_n: int, *, of_keys: bool = Fal
 def _score_factors(call: AttentionCall) -> tuple[float, float]:
     """(factor on products, cap) such that `base2_scores` gives log2(e) times the scores."""
     if call.softcap is None:
-        return call.scale * _LOG2E, 1.0
-    return call.scale / call.softcap, call.softcap * _LOG2E
+        return call.scale * launch.LOG2_E, 1.0
+    return call.scale / call.softcap, call.softcap * launch.LOG2_E
 
 
 def _flags(call: AttentionCall, blocks: BlockMap) -> dict[str, Any]:
@@ -198,18 +185,13 @@ def _flags(call: AttentionCall, blocks: BlockMap) -> dict[str, Any]:
         "ROWS": blocks.rows is not None,
         "WINDOW": blocks.window is not None,
         "SOFTCAP": call.softcap is not None,
-        "UPCAST": availability.is_interpreted() and call.q.dtype == torch.bfloat16,
-        "PRECISION": _precision(),
+        "PRECISION": launch.float32_precision("ieee"),
     }
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _products(dtype: torch.dtype) -> str:
     """How matrices are multiplied, as `candidates` wants it."""
-    return _precision() if dtype == torch.float32 else "half"
+    return launch.float32_precision("ieee") if dtype == torch.float32 else "half"
 
 
 def _padded(size: int) -> int:

@@ -31,18 +31,6 @@ def load_rows(
 
 
 @triton.jit
-def dot(a, b, TYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b, both rounded to TYPE, summed in float32.
-
-    UPCAST multiplies the rounded values in float32: Triton's interpreter keeps bfloat16 as integers and cannot.
-    """
-    a, b = a.to(TYPE), b.to(TYPE)
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def base2_scores(products, scale, cap, SOFTCAP: tl.constexpr):
     """log2(e) times the scores: products * scale, or cap * tanh(products * scale) where the host split them so."""
     if SOFTCAP:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tuna_kernels.gpu.device_math import LOG2_E
+from tuna_kernels.gpu import launch
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients, Inputs, LinearHead, RowGradient
@@ -106,7 +106,7 @@ def _forward_with_unit(inputs: Inputs, head: LinearHead, slots: Slots) -> Forwar
     unit = torch.zeros(rows, width, device=device)
     ones, zeros, none = torch.ones(rows, device=device), torch.zeros(rows, device=device), new(0, device=device)
     maximum = torch.full((rows,), -torch.inf, device=device)
-    rate = LOG2_E.value * head.factor
+    rate = launch.LOG2_E * head.factor
     at = 0
     for (first, last), logits, count in zip(slabs, shapes, splits, strict=True):
         _products(inputs, head, slots, logits, first, last, hidden)
@@ -161,18 +161,14 @@ def backward(
     if not into.any:
         return
     rows, vocabulary = slots.rows.numel(), head.vocabulary
-    for buffer in (into.rows, into.low_rank_rows):
-        if buffer is not None:
-            buffer.zero_()
+    for buffer in into.of_rows if rows or into.accumulate else [*into.of_rows, *into.of_vocabulary]:
+        buffer.zero_()
     if rows == 0:
-        for buffer in (into.weight, into.low_rank_weight, into.bias):
-            if buffer is not None and not into.accumulate:
-                buffer.zero_()
         return
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
     factor = _against_underflow(gradient, head.logit_scale, dtype)
-    writer = GradientWriter(inputs, head, slots, into, dtype, factor)
-    base2 = gradient._replace(log_sum=gradient.log_sum * LOG2_E.value)
+    writer = SlabWriter(inputs, head, slots, into, dtype, factor)
+    base2 = gradient._replace(log_sum=gradient.log_sum * launch.LOG2_E)
     storage = torch.empty(
         rows * slab_columns(rows, vocabulary, dtype.itemsize), dtype=dtype, device=inputs.hidden.device
     )
@@ -201,34 +197,34 @@ def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
     return None if kept.numel() == peaks.numel() else kept
 
 
-class GradientWriter:
-    """Multiplies slabs into the gradients asked for."""
+class SlabWriter:
+    """Multiplies slabs of gradients, all rows at once, into the gradients asked for."""
 
     def __init__(
         self, inputs: Inputs, head: LinearHead, slots: Slots, into: Gradients, dtype: torch.dtype, factor: Tensor | None
     ) -> None:
-        self.head, self.into, self.dtype = head, into, dtype
+        self.into, self.dtype = into, dtype
         self.unscale = None if factor is None else factor.reciprocal()
-        self.hidden = _gathered(inputs.hidden, slots, dtype) if into.weight is not None else None
-        low = inputs.low_rank if into.low_rank_weight is not None else None
-        self.low_hidden = None if low is None else _gathered(low, slots, low.dtype)
+        self.row_products = into.row_products(head)
+        self.weight_products = [
+            (out, _gathered(source, slots, dtype if source is inputs.hidden else source.dtype))
+            for out, source in into.weight_products(inputs)
+        ]
 
     def add(self, slab: Tensor, sums: Tensor | None, first: int, last: int, kept: Tensor | None) -> None:
         """``slab`` [R, last - first]; of its columns only ``kept`` are multiplied (None: all)."""
-        into, head = self.into, self.head
+        into = self.into
 
         def columns(source: Tensor) -> Tensor:
             part = source[first:last]
             return part if kept is None else part.index_select(0, kept)
 
         slab = slab if kept is None else slab.index_select(1, kept)
-        if into.rows is not None:
-            multiply(into.rows, slab, columns(head.weight).to(self.dtype), add=True)
-        if into.low_rank_rows is not None and head.low_rank_weight is not None:
-            multiply(into.low_rank_rows, slab, columns(head.low_rank_weight), add=True)
-        for out, right in ((into.weight, self.hidden), (into.low_rank_weight, self.low_hidden)):
-            if out is not None and right is not None:
-                self._columns(out[first:last], slab, right, kept)
+        for out, weight in self.row_products:
+            part = columns(weight)
+            multiply(out, slab, part.to(self.dtype) if out is into.rows else part, add=True)
+        for out, right in self.weight_products:
+            self._columns(out[first:last], slab, right, kept)
         if into.bias is not None and sums is not None:
             bias = into.bias[first:last]
             bias.copy_(bias + sums if into.accumulate else sums)
@@ -253,9 +249,8 @@ class GradientWriter:
 
     def finish(self) -> None:
         if self.unscale is not None:
-            for buffer in (self.into.rows, self.into.low_rank_rows):
-                if buffer is not None:
-                    buffer.mul_(self.unscale)
+            for buffer in self.into.of_rows:
+                buffer.mul_(self.unscale)
 
 
 def selective_forward(
@@ -289,7 +284,7 @@ def selective_backward(
         return
     head = LinearHead(logits, None, None, 1.0 / temperature, None)
     g, targets = grad_logprobs.to(maximum.dtype).contiguous(), targets.contiguous()
-    gradient = RowGradient(maximum, log_sum * LOG2_E.value, -g, None, None, g)
+    gradient = RowGradient(maximum, log_sum * launch.LOG2_E, -g, None, None, g)
     launch_logits_gradient(logits, head, targets, None, gradient, out, ignore_index=ignore_index)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.gpu.device_math import LN_2, LOG2_E, tanh
+from tuna_kernels.gpu.device_math import LN_2, LOG2_E, dot, tanh
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def add_product(
         else:
             a = tl.load(a_at, mask=depth[None, :] < width - k, other=0.0)
             b = tl.load(b_at, mask=depth[:, None] < width - k, other=0.0)
-        acc = tl.dot(a.to(TYPE), b.to(TYPE), acc, input_precision=PRECISION)
+        acc = dot(a, b, acc, TYPE, PRECISION)
         a_at += BLOCK_K
         b_at += BLOCK_K
     return acc
