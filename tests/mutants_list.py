@@ -23,8 +23,8 @@ def _tree(name: str, file: str, right: str, wrong: str) -> Mutant:
 MUTANTS: tuple[Mutant, ...] = (
     # The LM head.
     _head("vocabulary tail not masked", _TILES, 'tl.where(inside[None, :], v, float("-inf"))', "v"),
-    _head("sum not rescaled to the new maximum", _TILES, "total = total * shrink + tl.sum", "total = total + tl.sum"),
-    _head("entropy keeps the old reference", _TILES, "(weighted + moved) * shrink", "weighted * shrink"),
+    _head("sum not rescaled to the new maximum", _TILES, "total = total * rescale + tl.sum", "total = total + tl.sum"),
+    _head("entropy keeps the old reference", _TILES, "(weighted + moved) * rescale", "weighted * rescale"),
     _head("softcap without its square", _TILES, "d *= 1 - ratio * ratio", "d *= 1 - ratio"),
     _head("logit scale missing in the gradient", _TILES, "    d *= scale\n", ""),
     _head(
@@ -43,10 +43,10 @@ MUTANTS: tuple[Mutant, ...] = (
     _head(
         "last vocabulary tile forgotten",
         _FORWARD,
-        "tl.minimum(start + tiles_per_split, tl.cdiv(vocabulary, COLUMNS))",
-        "tl.minimum(start + tiles_per_split, vocabulary // COLUMNS)",
+        "tl.minimum(start + tiles_per_split, tl.cdiv(vocabulary, BLOCK_N))",
+        "tl.minimum(start + tiles_per_split, vocabulary // BLOCK_N)",
     ),
-    _head("splits merged without rescale", _FORWARD, "s = s * shrink + tl.sum", "s = s + tl.sum"),
+    _head("splits merged without rescale", _FORWARD, "s = s * rescale + tl.sum", "s = s + tl.sum"),
     _head(
         "log-sum-exp in base 2",
         _FORWARD,
@@ -150,8 +150,8 @@ MUTANTS: tuple[Mutant, ...] = (
         """    if column_sums is not None:
         if block > 0:
             former = column_sums + partial - (last_column - first_column)
-            d += tl.where(tl.arange(0, ROWS)[:, None] == 0, tl.load(former, mask=inside, other=0.0)[None, :], 0.0)
-            tl.store(former, tl.zeros([COLUMNS], tl.float32), mask=inside)
+            d += tl.where(tl.arange(0, BLOCK_M)[:, None] == 0, tl.load(former, mask=inside, other=0.0)[None, :], 0.0)
+            tl.store(former, tl.zeros([BLOCK_N], tl.float32), mask=inside)
 """,
         _ORDER_TESTS,
     ),

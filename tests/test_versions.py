@@ -86,7 +86,7 @@ def test_versions_outside_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     if availability.INSTALLED:
         monkeypatch.setattr(availability, "is_interpreted", lambda: True)
         monkeypatch.setattr(availability, "INTERPRETER_CLASH", versions.interpreter_clash())
-        assert "install numpy<2.4" in availability.why_not()
+        assert "install numpy<2.4" in availability.why_not_here()
 
 
 @pytest.mark.parametrize(

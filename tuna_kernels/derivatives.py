@@ -14,7 +14,7 @@ The backend ``"reference"`` is plain PyTorch and differentiable in either mode, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -23,13 +23,15 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import _SingleLevelFunction
 
+from tuna_kernels.arguments import named_arguments
+
 __all__ = ["register"]
 
-Gradients: TypeAlias = Sequence[Tensor | None]
-SetupContext: TypeAlias = Callable[[Any, tuple[Any, ...], Any], None]
-"""``(ctx, inputs, output)``, as `torch.library.register_autograd` takes it."""
+Gradients: TypeAlias = Mapping[str, Tensor | None]
+SetupContext: TypeAlias = Callable[[Any, Any, Any], None]
+"""``(ctx, inputs, output)``, as `torch.library.register_autograd` takes it, with the inputs as a named tuple."""
 Backward: TypeAlias = Callable[..., Gradients]
-"""``(ctx, saved tensors, *upstream)``: a gradient, or None, for each input."""
+"""``(ctx, saved tensors, *grads)``: gradients by the names of the inputs; inputs left out have none."""
 
 
 def register(
@@ -46,7 +48,8 @@ def register(
     Args:
         op: its backend and fake implementations may come before or after.
         setup_context: what the backward needs, from the op's inputs (defaults filled in) and output.
-        backward: given ``ctx``, ``ctx.saved_tensors`` and the gradients of the outputs.
+        backward: given ``ctx``, whose ``needs`` says by name which inputs need a gradient, ``ctx.saved_tensors`` and
+            the gradients of the outputs.
         jvp: ``(ctx, *tangents of the inputs)``: the tangents of the outputs, where forward mode is served.
         twice: ``backward`` is made of differentiable operations and right to differentiate again.
         instead: what to use where the op is not differentiable enough.
@@ -55,30 +58,25 @@ def register(
     name = overload._opname
     no_second = f"{name} has no second derivative (create_graph=True, a gradient penalty): use {instead}"
     no_forward = f"{name} has no forward-mode derivative (jvp, jacfwd, hessian, dual tensors): use {instead}"
-    arguments = overload._schema.arguments
+    named = named_arguments(overload)
 
     def forward(ctx: Any, keyset: Any, *given: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *given)
         if setup_context is not None:
-            defaults = [argument.default_value for argument in arguments[len(given) :]]
-            setup_context(ctx, (*given, *defaults), output)
+            setup_context(ctx, named(*given), output)
         return output
 
-    def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
+    def gradients(ctx: Any, *grads: Tensor | None) -> Any:
         if backward is None:
             raise RuntimeError(no_second)
         saved = ctx.saved_tensors  # once: a checkpoint recomputes them for the first who asks, and refuses the second
-        needed, ctx.needs_input_grad = ctx.needs_input_grad, ctx.needs_input_grad[1:]
-        try:
-            if twice:
-                return None, *backward(ctx, saved, *upstream)
-            with torch.no_grad():
-                made = backward(ctx, saved, *upstream)
-        finally:
-            ctx.needs_input_grad = needed
-        if torch.is_grad_enabled():
-            sources = [x for x in (*saved, *upstream) if x is not None and x.requires_grad]
+        ctx.needs = named(*ctx.needs_input_grad[1:])
+        with torch.set_grad_enabled(twice and torch.is_grad_enabled()):
+            by_name = backward(ctx, saved, *grads)
+        made = [by_name.get(name) for name in named._fields]
+        if not twice and torch.is_grad_enabled():
+            sources = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
             made = [None if x is None else _FirstOrder.apply(no_second, x, *sources) for x in made]  # type: ignore[no-untyped-call]
         return None, *made
 
@@ -114,7 +112,7 @@ class _FirstOrder(torch.autograd.Function):
         ctx.refusal = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(ctx.refusal)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,22 +23,29 @@ def available_backends() -> dict[str, str]:
         >>> available_backends()["reference"]
         ''
     """
-    return {"reference": "", "torch": "", "cpu": native.WHY_NOT, "triton": availability.why_not()}
+    return {"reference": "", "torch": "", "cpu": native.WHY_NOT_HERE, "triton": availability.why_not_here()}
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """ "" if ``backend`` serves these inputs, else the reason why not."""
     if backend == "triton":
-        return availability.supports(device, *dtypes)
+        return availability.why_not(device, *dtypes)
     if backend != "cpu":
         return ""
     if device.type != "cpu":
         return f"it computes on CPU tensors, the inputs are on {device}"
-    return native.supports(*dtypes)
+    return native.why_not(*dtypes)
 
 
-def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The backend that serves a call.
+def resolve_backend(
+    backend: str,
+    device: torch.device,
+    *dtypes: torch.dtype,
+    known: Sequence[str] = BACKENDS,
+    refuses: Callable[[str], str] | None = None,
+) -> str:
+    """The backend that serves a call, of those ``known``; ``refuses`` gives the reason why one does not (default:
+    `why_not` of the device and dtypes).
 
     ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` or, on
     CUDA tensors, ``triton`` where it serves the inputs, else ``torch``.
@@ -46,21 +54,21 @@ def resolve_backend(backend: str, device: torch.device, *dtypes: torch.dtype) ->
         ValueError: unknown backend.
         RuntimeError: an explicit backend (or the one of the environment) that cannot serve these inputs.
     """
+    refuses = refuses or (lambda name: why_not(name, device, *dtypes))
     asked, origin = backend, "backend"
     if backend == "auto":
         asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
     if asked == "auto":
         first = "triton" if device.type == "cuda" else "cpu"
-        if why_not(first, device, *dtypes):
+        if refuses(first):
             if device.type == "cpu" and not torch.compiler.is_compiling():
                 warn_of_shadowing()
             return "torch"
         mention_unchecked(first, device)
         return first
-    if asked not in BACKENDS:
-        raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *BACKENDS)}")
-    reason = why_not(asked, device, *dtypes)
-    if reason:
+    if asked not in known:
+        raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *known)}")
+    if reason := refuses(asked):
         raise CannotServe(f"{origin} = {asked!r} cannot serve this call: {reason}")
     return asked
 

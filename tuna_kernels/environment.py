@@ -19,7 +19,7 @@ def show_config() -> str:
         f"threads {torch.get_num_threads()}, float32 products: {torch.get_float32_matmul_precision()}",
         f"{ENVIRONMENT_VARIABLE} = {os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}",
     ]
-    if not native.WHY_NOT:
+    if not native.WHY_NOT_HERE:
         lines.append(f"native code for {native.instruction_set().name} ({native.ISA_VARIABLE} may ask for less)")
     lines += [f"{name} products: {whose}" for name, whose in products_chosen().items()]
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]

@@ -122,25 +122,31 @@ def ranking_loss(
 
 
 @dataclass(frozen=True)
+class PresetSettings:
+    """What Tuna's total loss is made of besides log-probabilities, ranks and counts."""
+
+    preset: Preset
+    margin: float
+    length_penalty: float
+    mle_weight: float
+
+
+@dataclass(frozen=True)
 class PresetResult:
     """Loss parts of some groups (float64 scalars), their scores [C] and dL/dlogprob [M] (float64)."""
 
     ranking: Tensor
     mle: Tensor
     scores: Tensor
-    upstream: Tensor
+    grad_logprobs: Tensor
 
 
-def preset_upstream(
+def preset_loss(
     logprobs: Tensor,
     candidate_offsets: Tensor,
     ranks: Tensor,
     group_offsets: Tensor,
-    *,
-    preset: Preset,
-    margin: float,
-    length_penalty: float,
-    mle_weight: float,
+    settings: PresetSettings,
     counts: LossCounts,
 ) -> PresetResult:
     """Tuna's total loss ``ranking + mle_weight * mle`` of some groups, and its closed-form gradient per slot.
@@ -152,7 +158,7 @@ def preset_upstream(
     candidate = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
     exact = logprobs.detach().double()
     sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=exact.device).index_add(0, candidate, exact)
-    penalty = lengths.double() ** length_penalty
+    penalty = lengths.double() ** settings.length_penalty
     scores = sums / penalty
     # The scores as the caller sees them decide which hinges are open.
     visible = scores.to(logprobs.dtype)
@@ -160,12 +166,12 @@ def preset_upstream(
         visible,
         ranks,
         group_offsets,
-        margin=margin,
-        reduction=REDUCTION_OF[preset],
+        margin=settings.margin,
+        reduction=REDUCTION_OF[settings.preset],
         groups=counts.groups,
         pairs_by_lag=counts.pairs_by_lag,
     )
-    if preset == "paper":
+    if settings.preset == "paper":
         best = first_best(ranks, group_offsets)
         mle_gradient = torch.zeros_like(scores)
         mle_gradient[best] = -1.0 / (lengths[best].double() * max(counts.groups, 1))
@@ -173,7 +179,7 @@ def preset_upstream(
         mle_gradient = torch.full_like(scores, -1.0 / max(counts.tokens, 1))
     # A candidate that does not count may have a log-probability of -inf, and 0 times that is not 0.
     mle = torch.where(mle_gradient == 0, 0, mle_gradient * sums).sum()
-    per_candidate = gradient / penalty + mle_weight * mle_gradient
+    per_candidate = gradient / penalty + settings.mle_weight * mle_gradient
     return PresetResult(ranking, mle, visible, per_candidate[candidate])
 
 

@@ -17,19 +17,19 @@ from tuna_kernels.installation import why_no_extension
 _cpu: Any = None
 try:
     _cpu = import_module("tuna_kernels._cpu")
-    WHY_NOT = ""
+    WHY_NOT_HERE = ""
 except ImportError as error:
-    WHY_NOT = why_no_extension(error)
+    WHY_NOT_HERE = why_no_extension(error)
 
 ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How csrc/cpu/common/element.h numbers the types it takes."""
 
 
-def supports(*dtypes: torch.dtype) -> str:
+def why_not(*dtypes: torch.dtype) -> str:
     """ "" if the native code takes these types, else the reason why not."""
-    if WHY_NOT:
-        return WHY_NOT
+    if WHY_NOT_HERE:
+        return WHY_NOT_HERE
     bad = [str(d) for d in dtypes if d not in ELEMENTS]
     return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
 
@@ -48,7 +48,7 @@ def instruction_set() -> Any:
 
 
 def native() -> Any:
-    """The extension. Only for inputs that `supports` takes."""
+    """The extension. Only for types for which `why_not` gives no reason."""
     return _cpu
 
 

@@ -65,9 +65,9 @@ def run_checks(device: torch.device | str, backend: str = "triton", *, small: bo
 
 def _cases(device: torch.device, small: bool) -> Iterator[tuple[str, torch.dtype, Run]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield "linear_logprobs", dtype, _Head(device, small)
-        yield "linear_logprobs, bias, softcap, entropy, log-sum-exp", dtype, _Head(device, small, plain=False)
-        yield "linear_logprobs, frozen head", dtype, _Head(device, small, frozen=True)
+        yield "linear_logprobs", dtype, _LinearLogprobs(device, small)
+        yield "linear_logprobs, bias, softcap, entropy, log-sum-exp", dtype, _LinearLogprobs(device, small, plain=False)
+        yield "linear_logprobs, frozen head", dtype, _LinearLogprobs(device, small, frozen=True)
         yield "selective_logprobs", dtype, _selective(device, small)
         yield "linear_ranking_loss", dtype, _ranking(device, small, budget=None)
         yield "linear_ranking_loss, recomputed", dtype, _ranking(device, small, budget=0)
@@ -106,7 +106,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.bfloat16().to(dtype)
 
 
-class _Head:
+class _LinearLogprobs:
     """``linear_logprobs`` of a vocabulary and a width that no tile divides, some rows with several slots or none."""
 
     def __init__(self, device: torch.device, small: bool, *, plain: bool = True, frozen: bool = False) -> None:
@@ -128,11 +128,11 @@ class _Head:
             hidden, weight, targets.to(self.device), rows=rows.to(self.device), bias=bias, backend=backend, **more
         )
         outputs = found if isinstance(found, tuple) else (found,)
-        upstream = [_random(self.device, slots, seed=4 + i).to(out.dtype) for i, out in enumerate(outputs)]
-        upstream[0][::7] = 0
+        grads = [_random(self.device, slots, seed=4 + i).to(out.dtype) for i, out in enumerate(outputs)]
+        grads[0][::7] = 0
         wanted = {"hidden": hidden, "weight": weight, "bias": bias}
         leaves = {name: leaf for name, leaf in wanted.items() if leaf is not None and leaf.requires_grad}
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
         names = ("log-probs", "log-sum-exp", "entropy")
         results = {name: out.detach() for name, out in zip(names, outputs, strict=False)}
         return results | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
@@ -190,11 +190,11 @@ def _attention(device: torch.device, size: int, *, window: int | None, softcap: 
             q, k, v, tree.subtree_end, position_ids=positions, window=window, softcap=softcap, return_lse=True,
             backend=backend,
         )  # fmt: skip
-        upstream = [
+        grads = [
             _random(device, *out.shape, seed=5).to(out.dtype),
             _random(device, *lse.shape, seed=6).to(lse.dtype),
         ]
-        gradients = torch.autograd.grad([out, lse], [q, k, v], upstream)
+        gradients = torch.autograd.grad([out, lse], [q, k, v], grads)
         parts = {"out": out.detach(), "log-sum-exp": lse.detach()}
         return parts | {f"gradient of {name}": g for name, g in zip("qkv", gradients, strict=True)}
 

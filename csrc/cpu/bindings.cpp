@@ -46,15 +46,15 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "softmax_tile",
-      [](const TileArguments& a, uintptr_t maximum, uintptr_t sum, uintptr_t weighted, uintptr_t shrink,
-         uintptr_t chosen, int threads) {
+      [](const TileArguments& a, uintptr_t maximum, uintptr_t sum, uintptr_t weighted, uintptr_t rescale,
+         uintptr_t target_logit, int threads) {
         tuna::softmax_tile(a.tile(), a.transform(), a.slots(),
-                           {at<float>(maximum), at<double>(sum), at<double>(weighted), at<float>(shrink),
-                            at<float>(chosen)},
+                           {at<float>(maximum), at<double>(sum), at<double>(weighted), at<float>(rescale),
+                            at<float>(target_logit)},
                            threads);
       },
-      py::arg("tile"), py::kw_only(), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("shrink"),
-      py::arg("chosen"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("tile"), py::kw_only(), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("rescale"),
+      py::arg("target_logit"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "gradient_tile",

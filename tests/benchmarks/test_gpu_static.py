@@ -65,11 +65,11 @@ def test_every_kernel_keeps_its_budgets() -> None:
 
 def test_a_configuration_that_breaks_budgets_is_named() -> None:
     kernel = case("head_forward bf16")
-    greedy = Config({"ROWS": 256, "COLUMNS": 256, "DEPTH": 64, "GROUP": 8}, num_warps=4, num_stages=4)
+    greedy = Config({"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=4, num_stages=4)
     built = gpu_static.examine(kernel, greedy, 80, default=True)
     assert any("bytes of shared memory" in fault for fault in built.faults)
     assert any(fault.startswith("spills") for fault in built.faults)
-    small = Config({"ROWS": 16, "COLUMNS": 16, "DEPTH": 16, "GROUP": 8}, num_warps=1, num_stages=1)
+    small = Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=1, num_stages=1)
     unaligned = replace(kernel, aligned=())
     assert "no asynchronous copies" in gpu_static.examine(unaligned, small, 80, default=True).faults
 

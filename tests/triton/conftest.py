@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.triton.interpreter import multiply_in_one_order, patch_the_language_once_a_launch
-from tuna_kernels.gpu import availability as backend
+from tuna_kernels.gpu import availability
 
-if backend.why_not():
+if availability.why_not_here():
     collect_ignore_glob = ["test_*.py"]
 
 
@@ -24,6 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
-if backend.is_interpreted() and not backend.why_not():
+if availability.is_interpreted() and not availability.why_not_here():
     patch_the_language_once_a_launch()
     multiply_in_one_order()

@@ -52,7 +52,7 @@ def tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets the interpreter's tile: large ones for large vocabularies."""
 
     def setter(**blocks: int) -> None:
-        configs = (Config({"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "GROUP": 2} | blocks),)
+        configs = (Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 2} | blocks),)
         for table in (head_forward.CONFIGS_16, head_forward.RICH_16, head_forward.CONFIGS_32):
             monkeypatch.setitem(table, launch.INTERPRETER, configs)
 
@@ -85,7 +85,7 @@ def test_unit_gradients_in_half_precision(dtype: torch.dtype, monkeypatch: pytes
 @pytest.mark.parametrize("spread", [0.0, 30.0])
 def test_vocabularies(vocabulary: int, dtype: torch.dtype, spread: float, tile: Callable[..., None]) -> None:
     """Flat and peaked, all logits far below zero: a phantom column beyond the vocabulary would win."""
-    tile(ROWS=16, COLUMNS=64 if vocabulary < 1000 else 4096, DEPTH=16)
+    tile(BLOCK_M=16, BLOCK_N=64 if vocabulary < 1000 else 4096, BLOCK_K=16)
     case = Case(slots=9, tokens=5, vocabulary=vocabulary, width=6, hidden=dtype, weight=dtype, bias=True, entropy=True)
     check(replace(case, spread=spread, shift=-300.0))
 
@@ -142,7 +142,7 @@ def test_stated_workspace_bounds_what_is_allocated() -> None:
 
 def test_splits_are_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """More splits than one step of `finish_kernel` takes: the running sums are rescaled to each new maximum."""
-    monkeypatch.setattr(head_forward, "FINISH", Config({"ROWS": 32, "SPLITS": 2}))
+    monkeypatch.setattr(head_forward, "FINISH", Config({"BLOCK_M": 32, "SPLITS": 2}))
     check(replace(SMALL, entropy=True, spread=3.0))
 
 
@@ -170,11 +170,11 @@ def test_a_rows_bits_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
 
 
 def test_splits_fill_the_gpu_whatever_the_rows() -> None:
-    """At least one split a processor where there are that many tiles, never more than twice that many partials."""
-    for tiles, processors in ((1, 132), (250, 132), (1003, 132), (1003, 108), (3, 4), (2000, 132)):
-        per_split = head_forward.tiles_per_split(tiles, processors)
+    """At least one split a multiprocessor where there are that many tiles, never more than twice that many partials."""
+    for tiles, num_sms in ((1, 132), (250, 132), (1003, 132), (1003, 108), (3, 4), (2000, 132)):
+        per_split = head_forward.tiles_per_split(tiles, num_sms)
         splits = math.ceil(tiles / per_split)
-        assert splits >= min(tiles, processors) and 1 <= per_split <= 8
+        assert splits >= min(tiles, num_sms) and 1 <= per_split <= 8
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -11,7 +11,7 @@ import pytest
 from tuna_kernels.gpu import launch
 from tuna_kernels.gpu.static_case import Config
 
-A, B, C = Config({"ROWS": 1}), Config({"ROWS": 2}), Config({"ROWS": 4})
+A, B, C = Config({"BLOCK_M": 1}), Config({"BLOCK_M": 2}), Config({"BLOCK_M": 4})
 TABLE = {80: (A, B), 90: (B, C)}
 H100 = launch.Device("H100", 90, 132)
 
@@ -43,7 +43,7 @@ def test_tuning_times_all_and_remembers_the_quickest(cache: Path, monkeypatch: p
 
     def clock(run: object) -> float:
         run()  # type: ignore[operator]
-        return milliseconds[timed[-1].blocks["ROWS"]]
+        return milliseconds[timed[-1].blocks["BLOCK_M"]]
 
     monkeypatch.setattr(launch, "_milliseconds", clock)
     assert launch.choose("k", TABLE, H100, ("bf16", 4096), timed.append) is C

@@ -8,6 +8,7 @@ import torch
 
 from tests.triton.device import DEVICE
 from tuna_kernels import self_check
+from tuna_kernels.gpu import checked_cards
 from tuna_kernels.gpu.availability import is_interpreted
 
 
@@ -41,18 +42,18 @@ def test_an_unchecked_card_is_mentioned_once_and_a_checked_one_never(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = torch.device(DEVICE)
-    self_check._warn_once.cache_clear()
+    checked_cards._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="have not been checked on this card"):
-        self_check.warn_if_unchecked(device)
+        checked_cards.warn_if_unchecked(device)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        self_check.warn_if_unchecked(device)
-    self_check._remember(self_check._key(device, "triton"))
-    assert self_check.passed(device)
-    self_check._warn_once.cache_clear()
+        checked_cards.warn_if_unchecked(device)
+    checked_cards.remember(device, "triton")
+    assert checked_cards.passed(device)
+    checked_cards._warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        self_check.warn_if_unchecked(device)
+        checked_cards.warn_if_unchecked(device)
 
 
 def test_the_command_shows_every_check_and_says_how_many_passed(capsys: pytest.CaptureFixture[str]) -> None:

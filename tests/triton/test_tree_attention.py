@@ -23,6 +23,7 @@ from tests.tuna_kernels.bounds import assert_as_good_as_textbook
 from tuna.compare.memory_meter import allocator_peak
 from tuna_kernels import workspace_bytes
 from tuna_kernels.attention import bounds, reference
+from tuna_kernels.attention.call import AttentionCall
 from tuna_kernels.attention.tree_attention import tree_attention
 from tuna_kernels.attention.triton import launches
 from tuna_kernels.gpu import launch
@@ -144,7 +145,7 @@ def assert_equals_oracle(
         return tree_attention(*qkv, end, scale=scale, return_lse=True, backend="triton", **keywords)
 
     def oracle(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.tree_attention(*qkv, end, rows, depth, window=window, scale=scale, softcap=softcap)
+        return reference.tree_attention(AttentionCall(*qkv, end, rows, depth, window, scale, softcap))
 
     def plain(*qkv: Tensor) -> tuple[Tensor, Tensor]:
         return half_textbook(*qkv, reference.visible(end, rows, depth, window), scale, softcap)
@@ -292,10 +293,10 @@ def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     results = []
     for q, k, v in (far, near):
-        out, lse = launches.forward(q, k, v, tree.subtree_end, None, None, None, 0.25, None)
+        call = AttentionCall(q, k, v, tree.subtree_end, scale=0.25)
+        result = launches.forward(call)
         # gradients laid out near, whatever the inputs
-        grads = launches.backward(near[0], None, q, k, v, out, lse, tree.subtree_end, None, None, None, 0.25, None)
-        results.append((out, lse, *grads))
+        results.append((*result, *launches.backward(call, result, near[0], None)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -380,7 +381,7 @@ def test_splits_add_up_to_the_same_gradients() -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    """108 processors: few key blocks are split, many are not, none into more parts than there are query blocks."""
+    """108 multiprocessors: few key blocks are split, many are not, none into more parts than there are query blocks."""
     assert launches._splits(2048, 64, 108) == 1
     assert launches._splits(864, 64, 108) == 1
     assert launches._splits(432, 64, 108) == 2

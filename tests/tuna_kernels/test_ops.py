@@ -36,7 +36,7 @@ def leaves() -> tuple[Tensor, Tensor]:
 def test_opcheck_linear_logprobs(backend: str, entropy: bool, unit: bool) -> None:
     hidden, weight = leaves()
     weight = weight.detach() if unit else weight
-    arguments = (TREE.targets, TREE.rows, -100, 1.0, 5.0, entropy, unit, backend)
+    arguments = (1.0, 5.0, TREE.targets, TREE.rows, -100, entropy, unit, backend)
     opcheck(OPS.linear_logprobs.default, (hidden, weight, None, None, None, *arguments))
 
 
@@ -46,8 +46,8 @@ def test_opcheck_the_others(backend: str) -> None:
     logits = torch.randn(4, 9, requires_grad=True)
     opcheck(OPS.selective_logprobs.default, (logits, torch.tensor([1, -100, 3, 8]), 0.7, -100, backend))
     layout = (TREE.rows, TREE.targets, TREE.candidate_offsets, TREE.ranks, TREE.group_offsets)
-    settings = (1.0, None, "released", 0.1, 1.0, 1.0, -1, [], 0, 1 << 20, [True, True, False, False, False])
-    opcheck(OPS.linear_ranking_loss.default, (hidden, weight, None, None, None, *layout, *settings, backend))
+    settings = ("released", 0.1, 1.0, 1.0, -1, [], 0, 1 << 20, [True, True, False, False, False])
+    opcheck(OPS.linear_ranking_loss.default, (hidden, weight, None, None, None, 1.0, None, *layout, *settings, backend))
     scores = torch.randn(TREE.num_candidates, requires_grad=True)
     opcheck(OPS.ranking_loss.default, (scores, TREE.ranks, TREE.group_offsets, 0.1, "mean_per_lag", -1, []))
 

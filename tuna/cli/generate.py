@@ -188,12 +188,12 @@ class _Scorer:
     def __init__(self, console: Console, name: str, template: str, max_length: int) -> None:
         import torch
 
-        from tuna.models.loading import load_model
+        from tuna.models.loading import load_model, place_for
 
         self.console, self.name, self.template, self.max_length = console, name, template, max_length
         with console.status(f"loading {name} …"):
             self.model, self.tokenizer = load_model(name)
-            torch.nn.Module.to(self.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.nn.Module.to(self.model, place_for())
 
     def check(self, wanted: Sequence[Instruction]) -> None:
         """Refuse, before anything is paid, prompts that could not be scored."""

@@ -108,7 +108,7 @@ def check_kernels(*, as_json: bool) -> int:
     from tuna_kernels.gpu import availability
     from tuna_kernels.self_check import run_checks
 
-    if reason := availability.why_not():
+    if reason := availability.why_not_here():
         raise ValueError(f"--self-check: {reason}")
     interpreted = availability.is_interpreted()
     console = Terminal()

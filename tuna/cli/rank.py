@@ -92,12 +92,12 @@ def _scored(
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.gather.local_scores import score_responses
-    from tuna.models.loading import load_model
+    from tuna.models.loading import load_model, place_for
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     with console.status(f"scoring with {name} …"):
         model, tokenizer = load_model(name, dtype=getattr(torch, dtype))
-        torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+        torch.nn.Module.to(model, place_for())
         template = given_template(console, template, name, tokenizer)
         return score_responses(sets, model, tokenizer, name=name, template=template, max_length=max_length)
 

@@ -171,7 +171,7 @@ def _local(
     from tuna.data.templates import saved_template, unused_chat_template
     from tuna.gather.api.journal import Journal
     from tuna.gather.student import sample_locally
-    from tuna.models.loading import load_model
+    from tuna.models.loading import load_model, place_for
     from tuna.system.writing import content_hash
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -181,7 +181,7 @@ def _local(
     with Journal(output, "sample", {**parameters, "stop": list(sampling.stop)}) as journal:
         with console.status(f"loading {model} …"):
             network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-            torch.nn.Module.to(network, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.nn.Module.to(network, place_for())
         if saved_template(model) is None:
             warn(console, unused_chat_template(sampling.template, tokenizer))
         with progress_bar(console, "prompts") as bar:

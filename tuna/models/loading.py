@@ -105,7 +105,7 @@ def _tokenizer_at(place: str, name_or_path: str | os.PathLike[str]) -> PreTraine
     return tokenizer
 
 
-def place_for(device: str | None) -> torch.device:
+def place_for(device: str | None = None) -> torch.device:
     """Where to compute: the device of that name, or for None a GPU where there is one.
 
     Raises:

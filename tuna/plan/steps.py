@@ -15,16 +15,12 @@ from tuna.plan.settings import StepSettings
 from tuna.plan.workload import share_of
 from tuna_kernels import Group, PackedTree, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss
-from tuna_kernels.integrations.transformers.ranking_model import Request
+from tuna_kernels.integrations.transformers.ranking_model import ModelRequest
 from tuna_kernels.integrations.transformers.shared_keys import PromptKeys
-from tuna_kernels.integrations.transformers.two_phase.loss import (
-    SCORING_ROWS,
-    _Schedule,
-    _Scoring,
-    two_phase_ranking_loss,
-)
+from tuna_kernels.integrations.transformers.two_phase.loss import SCORING_ROWS, two_phase_ranking_loss
 from tuna_kernels.integrations.transformers.two_phase.passes import TreeGroups
 from tuna_kernels.integrations.transformers.two_phase.requests import BranchPass, KeepPass
+from tuna_kernels.integrations.transformers.two_phase.schedule import Schedule, Scoring
 
 __all__ = ["make_trainable", "prepared_step"]
 
@@ -84,9 +80,9 @@ def _fake_two_phase(
     """The passes of `two_phase_ranking_loss` on fake tensors."""
     with _disable_current_modes():
         groups = TreeGroups(tree)
-        upstream = torch.zeros(tree.num_slots)
-        scoring = _Scoring(tree, groups, "auto", SCORING_ROWS * groups.largest_pass(settings.candidates_per_pass))
-        schedule = _Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
+        grad_logprobs = torch.zeros(tree.num_slots)
+        scoring = Scoring(tree, groups, "auto", SCORING_ROWS * groups.largest_pass(settings.candidates_per_pass))
+        schedule = Schedule(groups, [True] * tree.num_candidates, settings.candidates_per_pass)
     kept: dict[tuple[int, ...], list[PromptKeys]] = {}
     for scored in _on_host(scoring.requests(scoring.passes)):
         layout = scored.layout
@@ -100,7 +96,7 @@ def _fake_two_phase(
             kept[kind] = scored.prompts
     del scored, kept  # or prompts would outlive their own passes
     number = {id(keys): g for g, keys in enumerate(scoring.prompts)}
-    for request in _on_host(schedule.requests(scoring.prompts, upstream, "auto", schedule.passes)):
+    for request in _on_host(schedule.requests(scoring.prompts, grad_logprobs, "auto", schedule.passes)):
         kind = (len(request.layout.input_ids), len(request.layout.slots), *lengths[number[id(request.prompt)]])
         if wanted(kind, 2 if isinstance(request, BranchPass) else 1):
             (loss,) = request(model)
@@ -112,7 +108,7 @@ def _likewise(keys: PromptKeys) -> PromptKeys:
     return PromptKeys({layer: (torch.empty_like(k), torch.empty_like(v)) for layer, (k, v) in keys.kept.items()})
 
 
-def _on_host(requests: Iterator[Request]) -> Iterator[Any]:
+def _on_host(requests: Iterator[ModelRequest]) -> Iterator[Any]:
     """Each request, its index arithmetic done on real tensors."""
     while True:
         with _disable_current_modes():

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from tuna_kernels import workspace_bytes
+from tuna_kernels.arguments import named_arguments
 
 __all__ = ["StepTracker"]
 
@@ -105,8 +106,9 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         result = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         extra = 0
         if func.namespace == "tuna_kernels":
-            extra = self._workspace(func._opname, args)
-            self.flops += self._kernel_flops(func._opname, args)
+            given = named_arguments(func)(*args, **(kwargs or {}))
+            extra = self._workspace(func._opname, given)
+            self.flops += self._kernel_flops(func._opname, given)
         elif (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         elif func.overloadpacket in _FLASH_FLOPS:
@@ -163,10 +165,9 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
 
     # Ops of tuna_kernels
 
-    def _workspace(self, op: str, args: Any) -> int:
+    def _workspace(self, op: str, given: Any) -> int:
         if op.startswith("tree_attention"):
-            first = 2 if op.endswith("backward") else 0
-            q, k = args[first : first + 2]
+            q, k = given.q, given.k
             shape = {
                 "batch": q.shape[0],
                 "heads": q.shape[1],
@@ -174,53 +175,52 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
                 "queries": q.shape[2],
                 "rows": k.shape[2],
                 "head_size": q.shape[3],
-                "longest": _depths(args, op)[0],
+                "longest": _depths(given)[0],
             }
             return workspace_bytes("tree_attention", shape, q.dtype, self._backends["attention"])
-        hidden, weight = args[0], args[1]
-        slots = args[6 if op == "linear_ranking_loss" else 5].shape[0]
-        shape = {"rows": min(hidden.shape[0], slots), "width": hidden.shape[1], "vocabulary": weight.shape[0]}
+        weight = given.weight
+        shape = {"rows": _scored_rows(given), "width": weight.shape[1], "vocabulary": weight.shape[0]}
         if op == "linear_ranking_loss":
             # under "released" the likelihood of every response counts, so every row has a gradient
-            shape |= {"logits_budget": args[19], "skips": int(args[12] == "paper"), "group_rows": _largest_group(args)}
+            shape |= {"logits_budget": given.logits_budget, "skips": int(given.preset == "paper")}
+            shape |= {"group_rows": _largest_group(given)}
             return workspace_bytes(op, shape, weight.dtype, self._backends["head"])
         return workspace_bytes("linear_logprobs", shape, weight.dtype, self._backends["head"])
 
-    def _kernel_flops(self, op: str, args: Any) -> int:
+    def _kernel_flops(self, op: str, given: Any) -> int:
         """Products of our ops, which `flop_registry` does not know."""
         if op.startswith("tree_attention"):
-            first = 2 if op.endswith("backward") else 0
-            q: Tensor = args[first]
-            return _ATTENTION_FLOPS[op] * q.shape[0] * q.shape[1] * q.shape[3] * _depths(args, op)[1]
-        hidden: Tensor = args[0]
-        weight: Tensor = args[1]
-        slots: int = args[6 if op == "linear_ranking_loss" else 5].shape[0]
-        product = 2 * min(hidden.shape[0], slots) * weight.numel()
+            q: Tensor = given.q
+            return _ATTENTION_FLOPS[op] * q.shape[0] * q.shape[1] * q.shape[3] * _depths(given)[1]
+        product: int = 2 * _scored_rows(given) * given.weight.numel()
         if op == "linear_logprobs":
-            return product * (2 if args[-2] else 1)  # with the unit gradient of a frozen weight
-        if op == "linear_logprobs_backward" and args[10].numel():
+            return product * (2 if given.keep_unit else 1)  # with the unit gradient of a frozen weight
+        if op == "linear_logprobs_backward" and given.unit.numel():
             return 0
-        wanted: list[bool] = args[-2][:2]
+        wanted: list[bool] = given.needs[:2]
         return product * (1 + sum(wanted))  # logits, then the gradients of hidden states and weight
 
 
-def _depths(args: Any, op: str) -> tuple[int, int]:
+def _scored_rows(given: Any) -> int:
+    rows: int = min(given.hidden.shape[0], given.targets.shape[0])
+    return rows
+
+
+def _depths(given: Any) -> tuple[int, int]:
     """Longest sequence, and pairs of a row and a row it sees, of an attention call; the tree itself is real."""
-    first = 2 if op.endswith("backward") else 0
-    rows, positions = args[first + 1].shape[2], args[9 if first else 5]
+    rows, positions = given.k.shape[2], given.position_ids
     if positions is None or isinstance(positions, FakeTensor):
-        return rows, args[first].shape[2] * rows
+        return rows, given.q.shape[2] * rows
     with _disable_current_modes():
         return int(positions.max()) + 1, int(positions.sum()) + rows
 
 
-def _largest_group(args: Any) -> int:
+def _largest_group(given: Any) -> int:
     """Slots of the largest group of a call of `linear_ranking_loss`."""
-    candidate_offsets, group_offsets = args[7], args[9]
-    if isinstance(candidate_offsets, FakeTensor):
-        return int(args[6].shape[0])
+    if isinstance(given.candidate_offsets, FakeTensor):
+        return int(given.targets.shape[0])
     with _disable_current_modes():
-        return int(candidate_offsets[group_offsets].diff().max())
+        return int(given.candidate_offsets[given.group_offsets].diff().max())
 
 
 def _flash_flops(units: int, args: Any) -> int:

@@ -21,7 +21,8 @@ from torch import nn
 from tuna.train.config import TunaConfig
 from tuna_kernels import PackedTree
 from tuna_kernels.head.ranking_loss import default_logits_budget
-from tuna_kernels.integrations.transformers.two_phase.loss import SCORING_ROWS, TwoPhaseOutput, why_not_two_phase
+from tuna_kernels.integrations.transformers.two_phase.loss import SCORING_ROWS, TwoPhaseOutput
+from tuna_kernels.integrations.transformers.two_phase.requests import why_not_two_phase
 
 logger = logging.getLogger(__name__)
 

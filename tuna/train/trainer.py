@@ -48,7 +48,7 @@ from tuna_kernels.integrations.transformers import (
     score_groups,
     two_phase_ranking_loss,
 )
-from tuna_kernels.integrations.transformers.ranking_model import Carrier, Request
+from tuna_kernels.integrations.transformers.ranking_model import Carrier, ModelRequest
 
 
 class TunaTrainer(DurableTrainer):
@@ -274,11 +274,11 @@ class TunaTrainer(DurableTrainer):
         """
         bare = self.accelerator.unwrap_model(model)
 
-        def forward(request: Request) -> tuple[Tensor, ...]:
+        def forward(request: ModelRequest) -> tuple[Tensor, ...]:
             with self.accelerator.autocast():
                 return request(bare)
 
-        def carry(request: Request) -> tuple[Tensor, ...]:
+        def carry(request: ModelRequest) -> tuple[Tensor, ...]:
             with _forward_replaced(
                 bare, forward
             ):  # also where nothing wraps it: FSDP2 turns the model into its wrapper
@@ -381,7 +381,7 @@ class TunaTrainer(DurableTrainer):
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, function: Callable[[Request], Any]) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, function: Callable[[ModelRequest], Any]) -> Iterator[None]:
     """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call.
 
     While ``function`` runs the module has its own forward again.
@@ -393,7 +393,7 @@ def _forward_replaced(module: nn.Module, function: Callable[[Request], Any]) -> 
         if own is not None:
             module.forward = own
 
-    def instead(request: Request) -> Any:
+    def instead(request: ModelRequest) -> Any:
         restore()
         return function(request)
 

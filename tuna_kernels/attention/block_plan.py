@@ -54,7 +54,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """Blocks that cover all queries, and the order that sorts the queries by row (None: they are sorted)."""
 
     blocks: tuple[Block, ...]
@@ -67,7 +67,7 @@ def plan_for(
     position_ids: Tensor | None,
     window: int | None,
     device: torch.device,
-) -> Plan:
+) -> BlockPlan:
     """The plan of a tree, from the cache where its arrays are known.
 
     Args:
@@ -113,7 +113,7 @@ def _build(
     depth_bytes: bytes | None,
     window: int | None,
     device: torch.device,
-) -> Plan:
+) -> BlockPlan:
     end = np.frombuffer(end_bytes, dtype=np.int64)
     depth = None if depth_bytes is None else np.frombuffer(depth_bytes, dtype=np.int64)
     check_subtree_end(end)
@@ -128,7 +128,7 @@ def _build(
             rows, order = rows[by_row], torch.from_numpy(by_row).to(device)
     visible = _Visible(end, depth, window)
     blocks = tuple(visible.block(rows, *cut, device) for cut in _cut(rows, end, visible))
-    return Plan(blocks, order)
+    return BlockPlan(blocks, order)
 
 
 def check_subtree_end(end: IntArray) -> None:

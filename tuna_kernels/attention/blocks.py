@@ -40,7 +40,7 @@ class Route(Protocol):
 
     def backward(
         self,
-        upstream: Upstream,
+        given: BlockBackward,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -53,7 +53,7 @@ class Route(Protocol):
 
 
 @dataclass(frozen=True)
-class Upstream:
+class BlockBackward:
     """What the backward of a block starts from: dO and O [B, H, m, d], lse and dlse [B, H, m] (dlse may be None)."""
 
     grad_out: Tensor
@@ -74,7 +74,7 @@ class _Math:
 
     def backward(
         self,
-        upstream: Upstream,
+        given: BlockBackward,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -84,12 +84,12 @@ class _Math:
     ) -> tuple[Tensor, Tensor, Tensor]:
         q = q * scale
         z, slope = _scores(q, k, block, softcap)
-        p = _probabilities(z, upstream.lse.unsqueeze(-1))
-        delta = (upstream.grad_out * upstream.out).sum(-1)
-        if upstream.grad_lse is not None:
-            delta -= upstream.grad_lse
-        dv = p.transpose(-1, -2) @ upstream.grad_out
-        dz = upstream.grad_out @ v.transpose(-1, -2)
+        p = _probabilities(z, given.lse.unsqueeze(-1))
+        delta = (given.grad_out * given.out).sum(-1)
+        if given.grad_lse is not None:
+            delta -= given.grad_lse
+        dv = p.transpose(-1, -2) @ given.grad_out
+        dz = given.grad_out @ v.transpose(-1, -2)
         dz.sub_(delta.unsqueeze(-1)).mul_(p)
         if slope is not None:
             dz.mul_(slope)
@@ -106,7 +106,7 @@ class _Flash:
 
     def backward(
         self,
-        upstream: Upstream,
+        given: BlockBackward,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -114,16 +114,16 @@ class _Flash:
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if _large(upstream.lse):
-            return MATH.backward(upstream, q, k, v, block, scale, softcap)
+        if _large(given.lse):
+            return MATH.backward(given, q, k, v, block, scale, softcap)
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = op(
-            upstream.grad_out,
+            given.grad_out,
             q,
             k,
             v,
-            upstream.out,
-            upstream.lse,
+            given.out,
+            given.lse,
             0.0,
             False,
             attn_mask=_bias(q, k, block),

@@ -10,46 +10,22 @@ import torch
 from torch import Tensor
 
 from tuna_kernels.attention.block_plan import check_rows, check_subtree_end
-from tuna_kernels.attention.torch import empty_outputs
+from tuna_kernels.attention.call import AttentionCall, AttentionGradients, AttentionResult
 from tuna_kernels.native import ELEMENTS, address, instruction_set, native
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; out in q's dtype, laid out as [B, Tq, Hq, dv] in memory."""
-    out, lse = empty_outputs(q, v)
-    call = _Call(q, k, v, out, lse, subtree_end, query_rows, position_ids, window, scale, softcap)
-    call.forward()
-    return out, lse
+def forward(call: AttentionCall) -> AttentionResult:
+    """See `tuna_kernels.attention.ops`."""
+    result = call.empty_result()
+    _NativeCall(call, result).forward()
+    return result
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` in the dtypes of q, k and v."""
-    call = _Call(q, k, v, out, lse, subtree_end, query_rows, position_ids, window, scale, softcap)
-    return call.backward(grad_out, grad_lse)
+    call: AttentionCall, result: AttentionResult, grad_out: Tensor, grad_lse: Tensor | None
+) -> AttentionGradients:
+    """See `tuna_kernels.attention.ops`."""
+    return _NativeCall(call, result).backward(grad_out, grad_lse)
 
 
 def workspace_bytes(
@@ -70,37 +46,22 @@ def workspace_bytes(
     meta = torch.empty(batch, heads, len(subtree_end), size, device="meta")
     keys = torch.empty(batch, key_heads, len(subtree_end), size, device="meta")
     values = torch.empty(batch, key_heads, len(subtree_end), size if value_size is None else value_size, device="meta")
-    call = _Call(meta, keys, values, meta, meta, subtree_end, None, None, None, 1.0, None)
-    return 4 * call.workspace(backward=backward)
+    call = AttentionCall(meta, keys, values, subtree_end)
+    return 4 * _NativeCall(call, AttentionResult(meta, meta)).workspace(backward=backward)
 
 
-class _Call:
+class _NativeCall:
     """One call of the native code; owns every tensor whose address it gives away."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        subtree_end: Tensor,
-        query_rows: Tensor | None,
-        position_ids: Tensor | None,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
-        end, rows, depth = subtree_end, query_rows, None if window is None else position_ids
+    def __init__(self, call: AttentionCall, result: AttentionResult) -> None:
+        self.call, self.result = call, result
+        q, k, v, end, rows, depth, window, scale, softcap = call
         check_subtree_end(end.numpy())
         if rows is not None:
             check_rows(rows.numpy(), len(end))
-        self.q, self.k, self.v = q, k, v
-        self._kept = [q, k, v, out, lse]
-        self._kept += [x for x in (end, rows, depth) if x is not None]
         self._native = native().Attention(
             subtree_end=end.data_ptr(),
-            depth=address(depth),
+            depth=address(None if window is None else depth),
             rows=len(end),
             window=window or 0,
             query_rows=address(rows),
@@ -113,11 +74,11 @@ class _Call:
             scale=scale,
             cap=softcap or 0.0,
             element=ELEMENTS[q.dtype],
-            q=_strided(self._kept[0]),
-            k=_strided(self._kept[1]),
-            v=_strided(self._kept[2]),
-            out=_strided(self._kept[3]),
-            lse=self._kept[4].data_ptr(),
+            q=_strided(q),
+            k=_strided(k),
+            v=_strided(v),
+            out=_strided(result.out),
+            lse=result.lse.data_ptr(),
         )
 
     def workspace(self, *, backward: bool) -> int:
@@ -131,22 +92,22 @@ class _Call:
         workspace = torch.empty(self.workspace(backward=False))
         self._native.forward(workspace=workspace.data_ptr(), threads=threads, instruction_set=instruction_set())
 
-    def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dq, dk, dv)`` from ``out`` and ``lse`` as they are."""
+    def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> AttentionGradients:
+        """From ``out`` and ``lse`` as they are."""
         threads = torch.get_num_threads()
         workspace = torch.empty(self.workspace(backward=True))
-        dq, dk, dv = (torch.empty_like(x) for x in (self.q, self.k, self.v))
+        gradients = self.call.empty_gradients()
         self._native.backward(
             grad_out=_strided(grad_out),
             grad_lse=address(grad_lse),
-            dq=_strided(dq),
-            dk=_strided(dk),
-            dv=_strided(dv),
+            dq=_strided(gradients.q),
+            dk=_strided(gradients.k),
+            dv=_strided(gradients.v),
             workspace=workspace.data_ptr(),
             threads=threads,
             instruction_set=instruction_set(),
         )
-        return dq, dk, dv
+        return gradients
 
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:

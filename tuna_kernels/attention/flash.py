@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tuna_kernels.attention.block_plan import host_bytes
+from tuna_kernels.attention.call import AttentionCall, AttentionGradients, AttentionResult
 from tuna_kernels.attention.segments import Part, parts_of
-from tuna_kernels.attention.torch import empty_outputs
 from tuna_kernels.errors import CannotServe
 
 MAX_LEVELS = 16
@@ -49,63 +49,42 @@ def installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, T, d], lse [B, Hq, T])``; out in q's dtype, laid out as [B, T, Hq, d] in memory."""
-    _check_window(position_ids, window)
-    result = empty_outputs(q, v)
-    if q.numel() == 0:
+def forward(call: AttentionCall) -> AttentionResult:
+    """See `tuna_kernels.attention.ops`."""
+    _check_window(call.position_ids, call.window)
+    result = call.empty_result()
+    if call.q.numel() == 0:
         return result
-    parts = _parts(subtree_end)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = _forward_part(parts[0], q, k, v, scale, softcap)
+    parts = _parts(call.subtree_end)
+    sequences = _sequences(call)
+    out, lse = _forward_part(parts[0], sequences)
     out = out.float()
     for part in parts[1:]:
-        part_out, part_lse = _forward_part(part, q, k, v, scale, softcap)
+        part_out, part_lse = _forward_part(part, sequences)
         old_lse = lse[:, part.queries]
         new_lse = torch.logaddexp(old_lse, part_lse)
         kept, added = (torch.exp(x - new_lse).unsqueeze(-1) for x in (old_lse, part_lse))
         out[:, part.queries] = out[:, part.queries] * kept + part_out * added
         lse[:, part.queries] = new_lse
-    result[0].copy_(out.transpose(1, 2))
-    result[1].copy_(lse.transpose(1, 2))
+    result.out.copy_(out.transpose(1, 2))
+    result.lse.copy_(lse.transpose(1, 2))
     return result
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` in the dtypes of q, k and v, summed over parts in float32."""
+    call: AttentionCall, result: AttentionResult, grad_out: Tensor, grad_lse: Tensor | None
+) -> AttentionGradients:
+    """See `tuna_kernels.attention.ops`; summed over parts in float32."""
     if grad_lse is not None:
         raise CannotServe("backend = 'flash' cannot serve a gradient of lse: flash-attn's backward takes none")
-    grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    if q.numel() == 0:
-        return grads[0], grads[1].zero_(), grads[2].zero_()
-    grad_out, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad_out, q, k, v, out, lse))
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-    for part in _parts(subtree_end):
-        of_part = _backward_part(part, grad_out, q, k, v, out, lse, scale, softcap)
+    grads = call.empty_gradients()
+    if call.q.numel() == 0:
+        return grads._replace(k=grads.k.zero_(), v=grads.v.zero_())
+    sequences = _sequences(call)
+    grad_out, out, lse = (x.transpose(1, 2) for x in (grad_out, *result))
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in sequences[:3]]
+    for part in _parts(call.subtree_end):
+        of_part = _backward_part(part, sequences, grad_out, AttentionResult(out, lse))
         for total, grad, index in zip(sums, of_part, (part.queries, part.keys, part.keys), strict=True):
             if index is None:
                 total += grad
@@ -113,7 +92,13 @@ def backward(
                 total[:, index] += grad
     for grad, total in zip(grads, sums, strict=True):
         grad.copy_(total.transpose(1, 2))
-    return grads[0], grads[1], grads[2]
+    return grads
+
+
+def _sequences(call: AttentionCall) -> AttentionCall:
+    """q, k and v as flash-attn has them, [B, T, H, d]."""
+    q, k, v = (x.transpose(1, 2) for x in call[:3])
+    return call._replace(q=q, k=k, v=v)
 
 
 def _check_window(position_ids: Tensor | None, window: int | None) -> None:
@@ -137,60 +122,50 @@ def _parts(subtree_end: Tensor) -> tuple[Part, ...]:
     return parts
 
 
-def _forward_part(
-    part: Part, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _forward_part(part: Part, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """(out [B, n, Hq, d], lse [B, n, Hq] float32) of a part; q, k and v are [B, T, H, d]."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-    batch = q.shape[0]
+    batch = call.q.shape[0]
     out, lse, _, _ = _flash_attn_varlen_forward(
-        _flat(q, part.queries),
-        _flat(k, part.keys),
-        _flat(v, part.keys),
+        _flat(call.q, part.queries),
+        _flat(call.k, part.keys),
+        _flat(call.v, part.keys),
         **_lengths(part, batch),
         dropout_p=0.0,
-        softmax_scale=scale,
+        softmax_scale=call.scale,
         causal=part.causal,
-        softcap=softcap or 0.0,
+        softcap=call.softcap or 0.0,
     )
     return _unflat(out, batch), _unflat(lse.T, batch)
 
 
 def _backward_part(
-    part: Part,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    softcap: float | None,
+    part: Part, call: AttentionCall, grad_out: Tensor, result: AttentionResult
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), [B, n, H, d], of a part."""
+    """(dq, dk, dv), [B, n, H, d], of a part; ``result`` is that of all parts."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-    batch = q.shape[0]
-    flat_q, flat_k, flat_v = _flat(q, part.queries), _flat(k, part.keys), _flat(v, part.keys)
+    batch = call.q.shape[0]
+    flat_q, flat_k, flat_v = _flat(call.q, part.queries), _flat(call.k, part.keys), _flat(call.v, part.keys)
     dq, dk, dv = torch.empty_like(flat_q), torch.empty_like(flat_k), torch.empty_like(flat_v)
     _flash_attn_varlen_backward(
         _flat(grad_out, part.queries),
         flat_q,
         flat_k,
         flat_v,
-        _flat(out, part.queries),
-        _flat(lse, part.queries).T.contiguous(),
+        _flat(result.out, part.queries),
+        _flat(result.lse, part.queries).T.contiguous(),
         dq,
         dk,
         dv,
         **_lengths(part, batch),
         dropout_p=0.0,
-        softmax_scale=scale,
+        softmax_scale=call.scale,
         causal=part.causal,
         window_size_left=-1,
         window_size_right=-1,
-        softcap=softcap or 0.0,
+        softcap=call.softcap or 0.0,
         alibi_slopes=None,
         deterministic=True,
     )

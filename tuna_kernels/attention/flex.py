@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from tuna_kernels.attention import reference
 from tuna_kernels.attention.block_plan import check_values
 from tuna_kernels.attention.bounds import BlockMap, block_map
+from tuna_kernels.attention.call import AttentionCall, AttentionResult
 from tuna_kernels.attention.sinks import beside_sinks
 
 BLOCK = 128
@@ -44,27 +45,14 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
-def tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq] float32)``."""
+def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> AttentionResult:
+    """lse is float32."""
     from torch.nn.attention.flex_attention import AuxRequest
 
+    q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap = call
     check_values(subtree_end, query_rows)
     if q.numel() == 0:
-        return reference.tree_attention(
-            q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
-        )
+        return reference.tree_attention(call, sinks)
     if not torch.is_grad_enabled():  # on CPU it refuses inputs that could have a gradient, wanted or not
         q, k, v = q.detach(), k.detach(), v.detach()
     blocks = block_map(subtree_end, query_rows, position_ids, window)
@@ -87,7 +75,7 @@ def tree_attention(
     if sinks is not None:
         share, lse = beside_sinks(lse, sinks)
         out = (out * share).to(out.dtype)
-    return out, lse
+    return AttentionResult(out, lse)
 
 
 def block_mask(blocks: BlockMap) -> Any:

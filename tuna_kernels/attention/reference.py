@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tuna_kernels.arguments import compute_dtype
 from tuna_kernels.attention.block_plan import check_values
+from tuna_kernels.attention.call import AttentionCall, AttentionResult
 
 
 def visible(
@@ -26,20 +27,9 @@ def visible(
     return seen
 
 
-def tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``, computed in float32, or float64 for float64 inputs."""
+def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> AttentionResult:
+    """Computed in float32, or float64 for float64 inputs."""
+    q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap = call
     check_values(subtree_end, query_rows)
     dtype = compute_dtype(q.dtype)
     heads = q.shape[1] // k.shape[1]
@@ -54,4 +44,4 @@ def tree_attention(
         column = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     probabilities = torch.softmax(scores, -1)[..., : seen.shape[1]]
-    return (probabilities @ values).to(q.dtype), torch.logsumexp(scores, -1)
+    return AttentionResult((probabilities @ values).to(q.dtype), torch.logsumexp(scores, -1))

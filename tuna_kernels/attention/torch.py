@@ -13,78 +13,54 @@ import torch
 from torch import Tensor
 
 from tuna_kernels.arguments import compute_dtype
-from tuna_kernels.attention.block_plan import Block, Plan, plan_for
-from tuna_kernels.attention.blocks import Upstream, choose
+from tuna_kernels.attention.block_plan import Block, BlockPlan, plan_for
+from tuna_kernels.attention.blocks import BlockBackward, choose
+from tuna_kernels.attention.call import AttentionCall, AttentionGradients, AttentionResult
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; out in q's dtype, laid out as [B, Tq, Hq, dv] in memory."""
-    plan = plan_for(subtree_end, query_rows, position_ids, window, q.device)
-    route = choose(q, v, softcap)
-    out, lse = empty_outputs(q, v)
-    q = _sorted(q, plan)
+def forward(call: AttentionCall) -> AttentionResult:
+    """See `tuna_kernels.attention.ops`."""
+    plan, k, v = _plan_of(call), call.k, call.v
+    route = choose(call.q, v, call.softcap)
+    out, lse = call.empty_result()
+    q = _sorted(call.q, plan)
     for block in plan.blocks:
         queries, keys, values = _fold(q, block, k.shape[1]), _gather(k, block), _gather(v, block)
-        block_out, block_lse = route.forward(queries, keys, values, block, scale, softcap)
+        block_out, block_lse = route.forward(queries, keys, values, block, call.scale, call.softcap)
         _put(out, block_out, block)
         _put(lse.unsqueeze(-1), block_lse.unsqueeze(-1), block)
-    return _unsorted(out, plan), _unsorted(lse, plan)
+    return AttentionResult(_unsorted(out, plan), _unsorted(lse, plan))
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` in the dtypes of q, k and v."""
-    plan = plan_for(subtree_end, query_rows, position_ids, window, q.device)
-    route = choose(q, v, softcap, grad_lse)
-    dtype, heads = compute_dtype(q.dtype), k.shape[1]
-    dq = torch.empty_like(q)
+    call: AttentionCall, result: AttentionResult, grad_out: Tensor, grad_lse: Tensor | None
+) -> AttentionGradients:
+    """See `tuna_kernels.attention.ops`."""
+    plan, k, v = _plan_of(call), call.k, call.v
+    route = choose(call.q, v, call.softcap, grad_lse)
+    dtype, heads = compute_dtype(call.q.dtype), k.shape[1]
+    dq = torch.empty_like(call.q)
     dk = torch.zeros_like(k, dtype=dtype)
     dv = torch.zeros_like(v, dtype=dtype)
-    q, out, lse, grad_out = (_sorted(x, plan) for x in (q, out, lse, grad_out))
+    q, out, lse, grad_out = (_sorted(x, plan) for x in (call.q, *result, grad_out))
     grad_lse = None if grad_lse is None else _sorted(grad_lse, plan)
     for block in plan.blocks:
-        upstream = Upstream(
+        given = BlockBackward(
             grad_out=_fold(grad_out, block, heads),
             out=_fold(out, block, heads),
             lse=_fold(lse.unsqueeze(-1), block, heads).squeeze(-1),
             grad_lse=None if grad_lse is None else _fold(grad_lse.unsqueeze(-1), block, heads).squeeze(-1),
         )
         queries, keys, values = _fold(q, block, heads), _gather(k, block), _gather(v, block)
-        block_dq, block_dk, block_dv = route.backward(upstream, queries, keys, values, block, scale, softcap)
+        block_dq, block_dk, block_dv = route.backward(given, queries, keys, values, block, call.scale, call.softcap)
         _put(dq, block_dq, block)
         _scatter_add(dk, block_dk, block)
         _scatter_add(dv, block_dv, block)
-    return _unsorted(dq, plan), dk.to(k.dtype), dv.to(v.dtype)
+    return AttentionGradients(_unsorted(dq, plan), dk.to(k.dtype), dv.to(v.dtype))
 
 
-def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``(out, lse)``. The layout of out spares the model's transpose back to [B, Tq, Hq·dv]."""
-    batch, heads, rows, _ = q.shape
-    out = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, rows, dtype=compute_dtype(q.dtype))
+def _plan_of(call: AttentionCall) -> BlockPlan:
+    return plan_for(call.subtree_end, call.query_rows, call.position_ids, call.window, call.q.device)
 
 
 def _fold(x: Tensor, block: Block, heads: int) -> Tensor:
@@ -115,11 +91,11 @@ def _scatter_add(total: Tensor, part: Tensor, block: Block) -> None:
         done += stop - start
 
 
-def _sorted(x: Tensor, plan: Plan) -> Tensor:
+def _sorted(x: Tensor, plan: BlockPlan) -> Tensor:
     return x if plan.order is None else x.index_select(2, plan.order)
 
 
-def _unsorted(x: Tensor, plan: Plan) -> Tensor:
+def _unsorted(x: Tensor, plan: BlockPlan) -> Tensor:
     """Back to the caller's order of queries."""
     if plan.order is None:
         return x

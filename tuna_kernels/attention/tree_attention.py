@@ -14,7 +14,6 @@ separate ones) and additive biases (no model among the tested families trains wi
 from __future__ import annotations
 
 import math
-import os
 from types import ModuleType
 from typing import Literal, overload
 
@@ -24,14 +23,15 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tuna_kernels.arguments import should_validate
 from tuna_kernels.attention import flash, flex, ops, reference
+from tuna_kernels.attention.call import AttentionCall
 from tuna_kernels.attention.triton import launches
-from tuna_kernels.dispatch import ENVIRONMENT_VARIABLE, mention_unchecked, resolve_backend
-from tuna_kernels.errors import CannotServe
+from tuna_kernels.dispatch import resolve_backend, why_not
 
 __all__ = ["tree_attention"]
 
 _AUTOGRAD: dict[str, ModuleType] = {"reference": reference, "flex": flex}
 """Backends that PyTorch differentiates; the others are in `attention.ops.BACKENDS`."""
+_BACKENDS = (*_AUTOGRAD, *ops.BACKENDS)
 
 
 @overload
@@ -133,16 +133,13 @@ def tree_attention(
     _check_sinks(sinks, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    chosen = _resolve(backend, q, k, v, query_rows)
+    chosen = choose_backend(backend, q, k, v, query_rows)
+    call = AttentionCall(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
     if chosen in _AUTOGRAD:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = _AUTOGRAD[chosen].tree_attention(
-                q, k, v, subtree_end, query_rows, position_ids, window=window, scale=scale, softcap=softcap, sinks=sinks
-            )
+            out, lse = _AUTOGRAD[chosen].tree_attention(call, sinks)
     else:
-        out, lse = ops.tree_attention(
-            q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap, chosen, sinks
-        )
+        out, lse = ops.tree_attention(*call, backend=chosen, sinks=sinks)
     return (out, lse) if return_lse else out
 
 
@@ -207,27 +204,18 @@ def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
 
 def check_backend(name: str, argument: str = "backend") -> None:
     """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
-    known = ("auto", *_AUTOGRAD, *ops.BACKENDS)
-    if name not in known:
-        raise ValueError(f"{argument} = {name!r} is not one of {known}")
+    if name not in ("auto", *_BACKENDS):
+        raise ValueError(f"{argument} = {name!r} is not one of {('auto', *_BACKENDS)}")
 
 
-def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
+def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
     """The backend of a call; those that only attention has, or that look at more than dtypes, are judged here."""
-    asked, origin = backend, "backend"
-    if backend == "auto":
-        asked, origin = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
-        if asked == "auto" and q.device.type == "cuda":
-            chosen = "torch" if launches.why_not(q, v) else "triton"
-            mention_unchecked(chosen, q.device)
-            return chosen
-    check_backend(asked, origin)
-    if asked not in ("triton", "flex", "flash"):
-        return resolve_backend(backend, q.device, q.dtype)
-    if asked == "triton":
-        reason = launches.why_not(q, v)
-    else:
-        reason = flex.why_not(q, k, v) if asked == "flex" else flash.why_not(q, v, query_rows)
-    if reason:
-        raise CannotServe(f"{origin} = {asked!r} cannot serve this call: {reason}")
-    return asked
+
+    def refuses(name: str) -> str:
+        if name == "triton":
+            return launches.why_not(q, v)
+        if name == "flex":
+            return flex.why_not(q, k, v)
+        return flash.why_not(q, v, query_rows) if name == "flash" else why_not(name, q.device, q.dtype)
+
+    return resolve_backend(backend, q.device, q.dtype, known=_BACKENDS, refuses=refuses)

@@ -13,7 +13,7 @@ import torch
 from tuna_kernels.versions import interpreter_clash
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETER_CLASH = interpreter_clash()  # found here, since `why_not` is traced by torch.compile
+INTERPRETER_CLASH = interpreter_clash()  # found here, since `why_not_here` is traced by torch.compile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,7 +22,7 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not() -> str:
+def why_not_here() -> str:
     """ "" if the kernels can run on this machine, else the reason why not."""
     if not INSTALLED:
         return "triton is not installed (pip install 'tuna-kernels[gpu]')"
@@ -33,9 +33,9 @@ def why_not() -> str:
     return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
 
 
-def supports(device: torch.device, *dtypes: torch.dtype) -> str:
+def why_not(device: torch.device, *dtypes: torch.dtype) -> str:
     """ "" if the kernels serve tensors on ``device`` of these types, else the reason why not."""
-    if reason := why_not():
+    if reason := why_not_here():
         return reason
     wanted = "cpu" if is_interpreted() else "cuda"
     if device.type != wanted:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from tuna_kernels.gpu import launch
+from tuna_kernels.gpu.availability import is_interpreted
+
+LOG2_E = tl.constexpr(launch.LOG2_E)
+LN_2 = tl.constexpr(math.log(2))
+INTERPRETED = tl.constexpr(is_interpreted())
+
+
+@triton.jit
+def dot(a, b, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator (None: 0) + a @ b, both rounded to TYPE, summed in float32; PRECISION: how float32 is multiplied.
+
+    Triton's interpreter keeps bfloat16 as integers and multiplies those: there the rounded values are multiplied in
+    float32, which gives the same products.
+    """
+    a, b = a.to(TYPE), b.to(TYPE)
+    if INTERPRETED and tl.bfloat16 == TYPE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

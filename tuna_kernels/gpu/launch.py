@@ -9,6 +9,7 @@ no part of that key where a row's bits would depend on it.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ INTERPRETER = 0  # stands for a compute capability in the tables of configuratio
 Table = Mapping[int, tuple[Config, ...]]
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_AUTOTUNE"
 CACHE = "autotune"
+LOG2_E = math.log2(math.e)  # here, since what launches kernels must not import triton before it is wanted
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Device:
 
     name: str
     capability: int  # 90 for compute capability 9.0
-    processors: int
+    num_sms: int  # streaming multiprocessors
 
 
 _INTERPRETED = Device("interpreter", INTERPRETER, 4)
@@ -46,7 +48,7 @@ def _cuda(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The GPU of a tensor; the interpreter counts as one of four processors."""
+    """The GPU of a tensor; the interpreter counts as one of four multiprocessors."""
     if is_interpreted():
         return _INTERPRETED
     index = tensor.device.index
@@ -58,6 +60,12 @@ def planned_device() -> Device:
     if is_interpreted():
         return _INTERPRETED
     return _cuda(torch.cuda.current_device()) if torch.cuda.is_available() else Device("NVIDIA H100", 90, 132)
+
+
+def float32_precision(highest: str) -> str:
+    """How a kernel multiplies float32: as ``highest`` says where `torch.get_float32_matmul_precision` asks for that,
+    else in TF32. Which of the exact ways a kernel takes is told in docs/numerics.md."""
+    return highest if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def candidates(table: Table, capability: int) -> tuple[Config, ...]:

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from tuna_kernels.head import tiled, tiled_selective
 from tuna_kernels.head.tiled import ForwardResult, TileOps
+from tuna_kernels.head.tiled_selective import SelectiveResult
 
 
 class HeadBackend(NamedTuple):
-    """Arguments and results are those of the functions of these names in ``tiled`` and ``selective``, less ``ops``."""
+    """Each with the arguments (but ``ops``) and results of its namesake in ``tiled`` or ``tiled_selective``."""
 
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]
     unit_rows: Callable[..., Tensor]
-    selective_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    selective_forward: Callable[..., SelectiveResult]
     selective_backward: Callable[..., None]
 
 

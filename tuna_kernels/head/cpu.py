@@ -13,8 +13,8 @@ from torch import Tensor
 from tuna_kernels.head.product_choice import BLAS, OWN, Choice, Run, choose
 from tuna_kernels.head.products import Multiply, Products, TorchMultiply
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import Head, RowGradient, SoftmaxState, Tile
-from tuna_kernels.native import ELEMENTS, WHY_NOT, address, instruction_set, native
+from tuna_kernels.head.tiled import LinearHead, RowGradient, SoftmaxState, Tile
+from tuna_kernels.native import ELEMENTS, WHY_NOT_HERE, address, instruction_set, native
 
 NAMES = {OWN: "our own", BLAS: "the BLAS's"}
 
@@ -32,7 +32,7 @@ def has_products(hidden: torch.dtype, weight: torch.dtype | None = None) -> bool
 
 def product_choice_of(dtype: torch.dtype) -> Choice | None:
     """Whose products of this type are taken (float32, or bfloat16 as it is); None where there are none of our own."""
-    if WHY_NOT or not native().has_products(instruction_set()) or dtype != _product_type(dtype, dtype):
+    if WHY_NOT_HERE or not native().has_products(instruction_set()) or dtype != _product_type(dtype, dtype):
         return None
 
     def products(multiply: Multiply) -> Run:
@@ -48,7 +48,7 @@ def product_choice_of(dtype: torch.dtype) -> Choice | None:
 
 def products_chosen() -> dict[str, str]:
     """By type of the operands, whose products are taken and why; chosen now where they were not yet."""
-    types = dict.fromkeys(_product_type(t, t) for t in (torch.float32, torch.bfloat16)) if not WHY_NOT else {}
+    types = dict.fromkeys(_product_type(t, t) for t in (torch.float32, torch.bfloat16)) if not WHY_NOT_HERE else {}
     chosen = {str(t).removeprefix("torch."): product_choice_of(t) for t in types}
     return {
         name: f"{NAMES[choice.way]} ({choice.reason})" if choice else "the BLAS's (none of our own for this processor)"
@@ -58,7 +58,7 @@ def products_chosen() -> dict[str, str]:
 
 def _product_type(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
     """The type in which our own products of such operands would be taken."""
-    packs = not WHY_NOT and instruction_set() == native().InstructionSet.avx512_bf16
+    packs = not WHY_NOT_HERE and instruction_set() == native().InstructionSet.avx512_bf16
     return torch.bfloat16 if packs and hidden == weight == torch.bfloat16 else torch.float32
 
 
@@ -99,18 +99,18 @@ class NativeTileOps:
             threads=torch.get_num_threads(),
         )
 
-    def softmax(self, tile: Tile, head: Head, state: SoftmaxState) -> None:
+    def softmax(self, tile: Tile, head: LinearHead, state: SoftmaxState) -> None:
         native().softmax_tile(
             _native_tile(tile, head.logit_scale, head.softcap),
             maximum=state.maximum.data_ptr(),
             sum=state.sum.data_ptr(),
             weighted=address(state.weighted),
-            shrink=address(state.shrink),
-            chosen=state.chosen.data_ptr(),
+            rescale=address(state.rescale),
+            target_logit=state.target_logit.data_ptr(),
             threads=torch.get_num_threads(),
         )
 
-    def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
+    def gradient(self, tile: Tile, head: LinearHead, gradient: RowGradient, *, is_capped: bool) -> None:
         native().gradient_tile(
             _native_tile(tile, head.logit_scale, head.softcap),
             maximum=gradient.maximum.data_ptr(),

@@ -12,6 +12,7 @@ from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.errors import CannotServe
 from tuna_kernels.head import parallel, reference
 from tuna_kernels.head.backends import unit_gradient_pays
+from tuna_kernels.head.tiled_linear import LinearCall
 
 # What logits are multiplied with or divided by, so that neither it nor its reciprocal leaves float32's normal numbers.
 SMALLEST, LARGEST = 1e-37, 1e37
@@ -114,21 +115,21 @@ def linear_logprobs(
             check_range("rows", rows, hidden.shape[0], "the rows of hidden")
     chosen = resolve_backend(backend, hidden.device, *dtypes)
     low_rank = low_rank_pair(hidden, lora, compute_dtype(*dtypes))
-    call = _Call(
+    call = _Options(
         rows, ignore_index, float(logit_scale), None if softcap is None else float(softcap), return_entropy,
         filter_eps, chosen, shard is not None,
     )  # fmt: skip
     if shard is None:
-        head = _Head(weight, bias, low_rank, accumulate_into).first(vocabulary)
+        head = _HeadTensors(weight, bias, low_rank, accumulate_into).first(vocabulary)
         logprobs, lse, entropy, _ = _compute(hidden, head, targets, call)
     else:
-        head = _Head(weight, bias, low_rank, accumulate_into)
+        head = _HeadTensors(weight, bias, low_rank, accumulate_into)
         logprobs, lse, entropy = _compute_sharded(hidden, head, targets, call, shard)
     wanted = (logprobs, *([lse] if return_lse else []), *([entropy] if return_entropy else []))
     return wanted if len(wanted) > 1 else logprobs
 
 
-class _Call(NamedTuple):
+class _Options(NamedTuple):
     """What a call is besides its tensors."""
 
     rows: Tensor | None
@@ -141,7 +142,7 @@ class _Call(NamedTuple):
     sharded: bool
 
 
-class _Head(NamedTuple):
+class _HeadTensors(NamedTuple):
     """A head's tensors along the vocabulary; ``low_rank`` is (scale * h A^T [T, r], B [V, r])."""
 
     weight: Tensor
@@ -149,11 +150,11 @@ class _Head(NamedTuple):
     low_rank: tuple[Tensor, Tensor] | None
     main_grad: Tensor | None
 
-    def first(self, entries: int) -> _Head:
+    def first(self, entries: int) -> _HeadTensors:
         """The first ``entries`` of the vocabulary."""
         if entries == self.weight.shape[0]:
             return self
-        return _Head(
+        return _HeadTensors(
             self.weight[:entries],
             None if self.bias is None else self.bias[:entries],
             None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:entries]),
@@ -161,8 +162,10 @@ class _Head(NamedTuple):
         )
 
 
-def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy, state)`` over the whole of ``head``; ``state`` [3, M] is that of `linear.forward`."""
+def _compute(
+    hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logprobs, lse, entropy, state)`` of the whole ``head``; ``state`` [3, M] as in `tiled_linear.forward`."""
     if call.backend == "reference":
         if head.main_grad is not None:
             raise CannotServe("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
@@ -189,27 +192,21 @@ def _compute(hidden: Tensor, head: _Head, targets: Tensor, call: _Call) -> tuple
     )
     low_hidden, low_weight = head.low_rank or (None, None)
     logprobs, lse, entropy, _unit, state = torch.ops.tuna_kernels.linear_logprobs(
-        hidden,
-        head.weight,
-        head.bias,
-        low_hidden,
-        low_weight,
-        targets,
-        call.rows,
-        call.ignore_index,
-        call.logit_scale,
-        call.softcap,
-        call.return_entropy,
-        keep_unit,
-        call.backend,
-        head.main_grad,
-        call.filter_eps,
+        *LinearCall(hidden, head.weight, head.bias, low_hidden, low_weight, call.logit_scale, call.softcap),
+        targets=targets,
+        rows=call.rows,
+        ignore_index=call.ignore_index,
+        want_entropy=call.return_entropy,
+        keep_unit=keep_unit,
+        backend=call.backend,
+        main_grad=head.main_grad,
+        filter_eps=call.filter_eps,
     )
     return logprobs, lse, entropy, state
 
 
 def _compute_sharded(
-    hidden: Tensor, head: _Head, targets: Tensor, call: _Call, shard: parallel.Shard
+    hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options, shard: parallel.Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same over the shards of a process group."""
     hidden = parallel.copy_to_group(hidden, shard.group)
@@ -224,14 +221,14 @@ def _compute_sharded(
     # The reference keeps its state in z itself.
     steep = call.softcap is None and call.backend != "reference"
     logprobs, lse, entropy, *_ = torch.ops.tuna_kernels.combine_shards(
-        logprobs,
-        lse,
-        entropy,
-        state.detach(),
-        mine,
-        counted,
-        max(abs(call.logit_scale), SMALLEST) if steep else 1.0,
-        shard.group,
+        logprobs=logprobs,
+        lse=lse,
+        entropy=entropy,
+        state=state.detach(),
+        mine=mine,
+        counted=counted,
+        factor=max(abs(call.logit_scale), SMALLEST) if steep else 1.0,
+        group=shard.group,
     )
     return logprobs, lse, entropy
 

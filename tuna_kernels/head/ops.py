@@ -1,4 +1,4 @@
-"""Registration with ``torch.library``: op, fake implementation, autograd. The arithmetic is in ``backends``.
+"""Registration with ``torch.library``: op, fake implementation, autograd. No arithmetic here.
 
 Ops take flat tensors, numbers and flags, and return fixed tuples, so ``torch.compile(fullgraph=True)``,
 ``opcheck``, autocast and ``torch.export`` see them. What is not wanted comes back empty. The ``reference`` backend
@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from tuna_kernels import derivatives
-from tuna_kernels.arguments import compute_dtype, dense_rows
+from tuna_kernels.arguments import compute_dtype, dense_rows, register_fake
 from tuna_kernels.head import tiled_linear, tiled_ranking
 from tuna_kernels.head.backends import head_backend
-from tuna_kernels.head.tiled_linear import LinearCall, Saved
-from tuna_kernels.head.tiled_ranking import Candidates, LossSettings
+from tuna_kernels.head.tiled_linear import InputGradients, LinearCall, LinearResult, Needs, Saved
+from tuna_kernels.head.tiled_ranking import Candidates, RankingResult
+from tuna_kernels.head.tiled_selective import SelectiveResult
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import Preset, Reduction, tuna_hinge
+from tuna_kernels.losses import Preset, PresetSettings, Reduction, tuna_hinge
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,13 +47,17 @@ def _kernel(function: Callable[P, R]) -> Callable[P, R]:
     return inner
 
 
-def _five_needed(ctx: Any) -> list[bool]:
-    """Which of hidden, weight, bias, low_rank_hidden, low_rank_weight (the first five inputs) need a gradient."""
-    return list(ctx.needs_input_grad[:5])
+def _call_of(given: Any) -> LinearCall:
+    """The call that an op's named arguments begin with."""
+    return LinearCall(*given[: len(LinearCall._fields)])
 
 
-def _or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [g if wanted else None for g, wanted in zip(gradients, needs, strict=True)]
+def _needs(ctx: Any) -> Needs:
+    return Needs(*(getattr(ctx.needs, name) for name in Needs._fields))
+
+
+def _by_name(gradients: Sequence[Tensor], needs: Needs) -> dict[str, Tensor | None]:
+    return {name: g for name, g, wanted in zip(Needs._fields, gradients, needs, strict=True) if wanted}
 
 
 # --- linear_logprobs ------------------------------------------------------------------------------------------
@@ -66,32 +71,36 @@ def linear_logprobs(
     bias: Tensor | None,
     low_rank_hidden: Tensor | None,
     low_rank_weight: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     targets: Tensor,
     rows: Tensor | None,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
     want_entropy: bool,
     keep_unit: bool,
     backend: str,
     main_grad: Tensor | None = None,
     filter_eps: float = 0.0,
 ) -> FiveTensors:
-    """logprobs, lse, entropy, unit, state (`linear.forward`); ``main_grad`` and ``filter_eps`` are for the backward."""
+    """`tiled_linear.forward`; ``main_grad`` and ``filter_eps`` serve the backward."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     return tiled_linear.forward(
         head_backend(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
     )
 
 
-@linear_logprobs.register_fake
-def _(hidden: Tensor, *rest: Any) -> FiveTensors:
-    targets, want_entropy, keep_unit = rest[4], rest[9], rest[10]
-    slots = targets.shape[0]
-    new = partial(hidden.new_empty, dtype=_compute_of(hidden, *rest[:4]))
-    unit_rows = torch.sym_min(hidden.shape[0], slots) if keep_unit else 0  # type: ignore[no-untyped-call]
-    entropy = new(slots if want_entropy else 0)
-    return new(slots), new(slots), entropy, new(unit_rows, hidden.shape[1]), new(3, slots)
+@register_fake(linear_logprobs)
+def _(given: Any) -> LinearResult:
+    hidden, slots = given.hidden, given.targets.shape[0]
+    new = partial(hidden.new_empty, dtype=_call_of(given).compute)
+    unit_rows = torch.sym_min(hidden.shape[0], slots) if given.keep_unit else 0  # type: ignore[no-untyped-call]
+    return LinearResult(
+        logprobs=new(slots),
+        lse=new(slots),
+        entropy=new(slots if given.want_entropy else 0),
+        unit=new(unit_rows, hidden.shape[1]),
+        state=new(3, slots),
+    )
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs_backward", mutates_args=())
@@ -102,107 +111,116 @@ def linear_logprobs_backward(
     bias: Tensor | None,
     low_rank_hidden: Tensor | None,
     low_rank_weight: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     targets: Tensor,
     rows: Tensor | None,
     entropy: Tensor,
     unit: Tensor,
     state: Tensor,
-    upstream: Tensor | None,
-    upstream_lse: Tensor | None,
-    upstream_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
     needs: Sequence[bool],
     backend: str,
     filter_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> FiveTensors:
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
-    saved = Saved(entropy, unit, state, upstream, upstream_lse, upstream_entropy)
-    a, b, c, d, e = needs
+    saved = Saved(entropy, unit, state, grad_logprobs, grad_lse, grad_entropy)
     return tiled_linear.backward(
-        head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e), filter_eps=filter_eps
+        head_backend(backend), call, targets, rows, ignore_index, saved, Needs(*needs), filter_eps=filter_eps
     )
 
 
 @torch.library.custom_op("tuna_kernels::linear_logprobs_backward_into", mutates_args=("main_grad",))
 @_kernel
 def linear_logprobs_backward_into(
-    main_grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     low_rank_hidden: Tensor | None,
     low_rank_weight: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     targets: Tensor,
     rows: Tensor | None,
     entropy: Tensor,
     unit: Tensor,
     state: Tensor,
-    upstream: Tensor | None,
-    upstream_lse: Tensor | None,
-    upstream_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
     needs: Sequence[bool],
     backend: str,
     filter_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    main_grad: Tensor,
+) -> FiveTensors:
     """``linear_logprobs_backward`` that adds the weight's gradient to ``main_grad`` and returns an empty one."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
-    saved = Saved(entropy, unit, state, upstream, upstream_lse, upstream_entropy)
-    a, b, c, d, e = needs
+    saved = Saved(entropy, unit, state, grad_logprobs, grad_lse, grad_entropy)
     return tiled_linear.backward(
-        head_backend(backend), call, targets, rows, ignore_index, saved, (a, b, c, d, e),
+        head_backend(backend), call, targets, rows, ignore_index, saved, Needs(*needs),
         filter_eps=filter_eps, main_grad=main_grad,
     )  # fmt: skip
 
 
-def _compute_of(*inputs: Tensor | None) -> torch.dtype:
-    """The type a call over these computes in."""
-    return compute_dtype(*(t.dtype for t in inputs if t is not None))
+def _fake_gradients(call: LinearCall, needs: Needs, dtype: torch.dtype | None) -> InputGradients:
+    none, pairs = call.hidden.new_empty, zip(call.tensors, needs, strict=True)
+    return InputGradients(
+        *(none(0, dtype=dtype) if t is None or not wanted else t.new_empty(t.shape, dtype=dtype) for t, wanted in pairs)
+    )
 
 
-def _fake_gradients(sources: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype | None) -> FiveTensors:
-    first = sources[0]
-    if first is None:
-        raise TypeError("hidden is never None")
-    made = [
-        first.new_empty(0, dtype=dtype) if t is None or not wanted else t.new_empty(t.shape, dtype=dtype)
-        for t, wanted in zip(sources, needs, strict=True)
-    ]
-    return made[0], made[1], made[2], made[3], made[4]
+@register_fake(linear_logprobs_backward)
+def _(given: Any) -> InputGradients:
+    return _fake_gradients(_call_of(given), Needs(*given.needs), dtype=None)
 
 
-@linear_logprobs_backward.register_fake
-def _(*arguments: Any) -> FiveTensors:
-    return _fake_gradients(arguments[:5], needs=arguments[16], dtype=None)
+@register_fake(linear_logprobs_backward_into)
+def _(given: Any) -> InputGradients:
+    return _fake_gradients(_call_of(given), Needs(*given.needs)._replace(weight=False), dtype=None)
 
 
-@linear_logprobs_backward_into.register_fake
-def _(main_grad: Tensor, *arguments: Any) -> FiveTensors:
-    hidden, _, *others = arguments[16]
-    return _fake_gradients(arguments[:5], needs=[hidden, False, *others], dtype=None)
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_linear(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], *output[2:])
-    ctx.settings = inputs[7], inputs[8], inputs[9], inputs[12], inputs[14]
-    ctx.main_grad = inputs[13]  # not saved: other micro-batches add to it before this backward runs
+    call, result = _call_of(inputs), LinearResult(*output)
+    ctx.save_for_backward(*call.tensors, inputs.targets, inputs.rows, result.entropy, result.unit, result.state)
+    settings = ("logit_scale", "softcap", "ignore_index", "backend", "filter_eps")
+    ctx.settings = {name: getattr(inputs, name) for name in settings}
+    ctx.main_grad = inputs.main_grad  # not saved: other micro-batches add to it before this backward runs
 
 
-def _linear_gradients(ctx: Any, saved: Sequence[Any], *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = _five_needed(ctx)
-    ignore_index, logit_scale, softcap, backend, filter_eps = ctx.settings
-    arguments = (*saved, *upstream[:3], ignore_index, logit_scale, softcap, needs, backend, filter_eps)
-    if ctx.main_grad is None or not needs[1]:
-        gradients = torch.ops.tuna_kernels.linear_logprobs_backward(*arguments)
+def _linear_gradients(
+    ctx: Any,
+    saved: Sequence[Any],
+    grad_logprobs: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    *_: Tensor | None,
+) -> dict[str, Tensor | None]:
+    needs = _needs(ctx)
+    *tensors, targets, rows, entropy, unit, state = saved
+    arguments: dict[str, Any] = {
+        **dict(zip(Needs._fields, tensors, strict=True)),
+        **ctx.settings,
+        "targets": targets,
+        "rows": rows,
+        "entropy": entropy,
+        "unit": unit,
+        "state": state,
+        "grad_logprobs": grad_logprobs,
+        "grad_lse": grad_lse,
+        "grad_entropy": grad_entropy,
+        "needs": list(needs),
+    }
+    if ctx.main_grad is None or not needs.weight:
+        gradients = torch.ops.tuna_kernels.linear_logprobs_backward(**arguments)
     else:
-        gradients = torch.ops.tuna_kernels.linear_logprobs_backward_into(ctx.main_grad, *arguments)
-        needs = [needs[0], False, *needs[2:]]
-    return (*_or_none(gradients, needs), *[None] * 10)
+        gradients = torch.ops.tuna_kernels.linear_logprobs_backward_into(**arguments, main_grad=ctx.main_grad)
+        needs = needs._replace(weight=False)
+    return _by_name(gradients, needs)
 
 
 derivatives.register(linear_logprobs, setup_context=_save_linear, backward=_linear_gradients)
@@ -223,21 +241,20 @@ def selective_logprobs(
     backend: str,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, maximum, log_sum (`selective.forward`)."""
     forward = head_backend(backend).selective_forward
     return forward(logits, targets, temperature, ignore_index, compute_dtype(logits.dtype))
 
 
-@selective_logprobs.register_fake
-def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    new = partial(logits.new_empty, dtype=compute_dtype(logits.dtype))
-    return new(targets.shape), new(targets.shape), new(targets.shape)
+@register_fake(selective_logprobs)
+def _(given: Any) -> SelectiveResult:
+    new = partial(given.logits.new_empty, given.targets.shape, dtype=compute_dtype(given.logits.dtype))
+    return SelectiveResult(new(), new(), new())
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward", mutates_args=())
 @_kernel
 def selective_logprobs_backward(
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -248,19 +265,20 @@ def selective_logprobs_backward(
 ) -> Tensor:
     gradient = logits.new_empty(logits.shape)
     backward = head_backend(backend).selective_backward
-    backward(upstream, logits, targets, maximum, log_sum, temperature, ignore_index, gradient)
+    backward(grad_logprobs, logits, targets, maximum, log_sum, temperature, ignore_index, gradient)
     return gradient
 
 
-@selective_logprobs_backward.register_fake
-def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+@register_fake(selective_logprobs_backward)
+def _(given: Any) -> Tensor:
+    fake: Tensor = given.logits.new_empty(given.logits.shape)
+    return fake
 
 
 @torch.library.custom_op("tuna_kernels::selective_logprobs_backward_", mutates_args=("logits",))
 @_kernel
 def selective_logprobs_backward_(
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -271,27 +289,29 @@ def selective_logprobs_backward_(
 ) -> None:
     """``logits`` become their gradient."""
     backward = head_backend(backend).selective_backward
-    backward(upstream, logits, targets, maximum, log_sum, temperature, ignore_index, logits)
+    backward(grad_logprobs, logits, targets, maximum, log_sum, temperature, ignore_index, logits)
 
 
-@selective_logprobs_backward_.register_fake
-def _(*_: Any) -> None:
+@register_fake(selective_logprobs_backward_)
+def _(given: Any) -> None:
     return None
 
 
-def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], *output[1:])
-    ctx.settings, ctx.inplace = inputs[2:5], inputs[5]
+def _save_selective(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    result = SelectiveResult(*output)
+    ctx.save_for_backward(inputs.logits, inputs.targets, result.maximum, result.log_sum)
+    ctx.settings = {name: getattr(inputs, name) for name in ("temperature", "ignore_index", "backend")}
+    ctx.inplace = inputs.inplace_backward
 
 
-def _selective_gradients(ctx: Any, saved: Sequence[Any], upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    logits, *of_softmax = saved
+def _selective_gradients(ctx: Any, saved: Sequence[Any], grad_logprobs: Tensor, *_: Tensor) -> dict[str, Tensor | None]:
+    logits, targets, maximum, log_sum = saved
+    logits = logits.detach() if ctx.inplace else logits
+    arguments: dict[str, Any] = {"targets": targets, "maximum": maximum, "log_sum": log_sum, **ctx.settings}
     if ctx.inplace:
-        gradient = logits.detach()
-        torch.ops.tuna_kernels.selective_logprobs_backward_(upstream, gradient, *of_softmax, *ctx.settings)
-        return gradient, *[None] * 5
-    gradient = torch.ops.tuna_kernels.selective_logprobs_backward(upstream, logits, *of_softmax, *ctx.settings)
-    return gradient, *[None] * 5
+        torch.ops.tuna_kernels.selective_logprobs_backward_(grad_logprobs, logits, **arguments)
+        return {"logits": logits}
+    return {"logits": torch.ops.tuna_kernels.selective_logprobs_backward(grad_logprobs, logits, **arguments)}
 
 
 derivatives.register(selective_logprobs, setup_context=_save_selective, backward=_selective_gradients)
@@ -324,23 +344,24 @@ def ranking_loss(
     return loss.to(compute_dtype(scores.dtype)), gradient.to(scores.dtype)
 
 
-@ranking_loss.register_fake
-def _(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@register_fake(ranking_loss)
+def _(given: Any) -> tuple[Tensor, Tensor]:
+    scores = given.scores
     return scores.new_empty((), dtype=compute_dtype(scores.dtype)), scores.new_empty(scores.shape)
 
 
-def _save_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_ranking(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
     ctx.save_for_forward(output[1])
 
 
 def _ranking_gradients(
-    ctx: Any, saved: Sequence[Any], upstream: Tensor | None, _gradient: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The loss is piecewise linear: its gradient is constant in the scores, and linear in the upstream."""
+    ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, _gradient: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The loss is piecewise linear: its gradient is constant in the scores, and linear in ``grad_loss``."""
     (gradient,) = saved
-    return (None if upstream is None else (gradient * upstream).to(gradient.dtype), *[None] * 6)
+    return {} if grad_loss is None else {"scores": (gradient * grad_loss).to(gradient.dtype)}
 
 
 def _ranking_tangents(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
@@ -364,13 +385,13 @@ def linear_ranking_loss(
     bias: Tensor | None,
     low_rank_hidden: Tensor | None,
     low_rank_weight: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     rows: Tensor,
     targets: Tensor,
     candidate_offsets: Tensor,
     ranks: Tensor,
     group_offsets: Tensor,
-    logit_scale: float,
-    softcap: float | None,
     preset: str,
     margin: float,
     length_penalty: float,
@@ -382,49 +403,47 @@ def linear_ranking_loss(
     needs: Sequence[bool],
     backend: str,
 ) -> ElevenTensors:
-    """loss, ranking, mle, scores, logprobs, upstream, and the five gradients for an upstream of 1.
-
-    The gradients stay in the compute type until the true upstream is known, so that scaling a loss up against
-    underflow in float16 still helps. ``groups`` < 0: denominators are those of the ranks at hand.
-    """
+    """`tiled_ranking.linear_ranking`. Its gradients stay in the compute type until the true ``grad_loss`` is known, so
+    that scaling a loss up against underflow in float16 still helps. ``groups`` < 0: denominators are those of the ranks
+    at hand."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     counts = LossCounts(groups, tuple(pairs_by_lag), tokens)
     if groups < 0:
         counts = LossCounts.from_ranks(ranks, group_offsets, targets.numel())
     kind: Preset = "paper" if preset == "paper" else "released"
-    a, b, c, d, e = needs
-    result = tiled_ranking.linear_ranking(
+    return tiled_ranking.linear_ranking(
         head_backend(backend),
         call,
         Candidates(rows, targets, candidate_offsets, ranks, group_offsets),
-        LossSettings(kind, margin, length_penalty, mle_weight, counts),
-        (a, b, c, d, e),
+        PresetSettings(kind, margin, length_penalty, mle_weight),
+        counts,
+        Needs(*needs),
         logits_budget,
     )
-    made = result.gradients
-    ready = (made.rows, made.weight, made.bias, made.low_rank_rows, made.low_rank_weight)
-    u, v, x, y, z = (result.logprobs.new_empty(0) if t is None else t for t in ready)
-    loss, ranking_, mle = (t.to(call.compute) for t in (result.total(mle_weight), result.ranking, result.mle))
-    return loss, ranking_, mle, result.scores, result.logprobs, result.upstream, u, v, x, y, z
 
 
-@linear_ranking_loss.register_fake
-def _(*arguments: Any) -> ElevenTensors:
-    hidden, targets, ranks = arguments[0], arguments[6], arguments[8]
-    dtype = _compute_of(*arguments[:5])
-    a, b, c = (hidden.new_empty((), dtype=dtype) for _ in range(3))
-    d, e = (hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2))
-    scores = hidden.new_empty(ranks.shape, dtype=dtype)
-    return a, b, c, scores, d, e, *_fake_gradients(arguments[:5], needs=arguments[-2], dtype=dtype)
+@register_fake(linear_ranking_loss)
+def _(given: Any) -> RankingResult:
+    call = _call_of(given)
+    new = partial(call.hidden.new_empty, dtype=call.compute)
+    return RankingResult(
+        loss=new(()),
+        ranking=new(()),
+        mle=new(()),
+        scores=new(given.ranks.shape),
+        logprobs=new(given.targets.shape),
+        grad_logprobs=new(given.targets.shape),
+        **{f"grad_{name}": g for name, g in _fake_gradients(call, Needs(*given.needs), call.compute)._asdict().items()},
+    )
 
 
 class _Ready:
     """Gradients made in the forward, handed over once: whoever takes them owns them and may scale in place."""
 
-    def __init__(self, gradients: Sequence[Tensor]) -> None:
+    def __init__(self, gradients: InputGradients) -> None:
         self._gradients: list[Tensor] | None = [g.detach() for g in gradients]
 
-    def take(self, needs: Sequence[bool]) -> list[Tensor] | None:
+    def take(self, needs: Needs) -> list[Tensor] | None:
         """None where they were taken, or one that is needed was not made: inside `torch.func` the caller of the loss
         may not see what is to be differentiated."""
         gradients, self._gradients = self._gradients, None
@@ -433,38 +452,36 @@ class _Ready:
         return gradients
 
 
-def _save_linear_ranking(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_linear_ranking(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10])
-    ctx.settings = inputs[10:]
-    ctx.ready = _Ready(output[6:])
+    named = inputs._asdict()
+    ctx.tensors = [name for name, x in named.items() if isinstance(x, Tensor)]
+    ctx.save_for_backward(*(named[name] for name in ctx.tensors))
+    ctx.settings = {name: x for name, x in named.items() if name not in ctx.tensors}
+    ctx.ready = _Ready(RankingResult(*output).gradients)
 
 
 def _linear_ranking_gradients(
-    ctx: Any, saved: Sequence[Any], scale: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
+    ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, *_: Tensor | None
+) -> dict[str, Tensor | None]:
     """The first backward takes the gradients that lie ready; a later one (retain_graph) makes them again, by the same
     call of the same op: a second backward gives the bits of the first."""
-    none: list[Tensor | None] = [None] * 17
-    if scale is None:
-        return (*[None] * 5, *none)
-    needs = _five_needed(ctx)
-    call = saved[:5]
-    ready = ctx.ready.take(needs) or _made_again(ctx, saved, needs)
-    if type(scale) not in (Tensor, FakeTensor) or is_functorch_wrapped_tensor(scale) or _has_tangent(scale):
+    if grad_loss is None:
+        return {}
+    needs, inputs = _needs(ctx), dict(zip(ctx.tensors, saved, strict=True))
+    ready = ctx.ready.take(needs)
+    if ready is None:
+        arguments = {**ctx.settings, **inputs, "needs": list(needs)}
+        ready = list(RankingResult(*torch.ops.tuna_kernels.linear_ranking_loss(**arguments)).gradients)
+    is_fake = type(grad_loss) is FakeTensor
+    if not (type(grad_loss) is Tensor or is_fake) or is_functorch_wrapped_tensor(grad_loss) or _has_tangent(grad_loss):
         # being traced, the graph's compiler decides what happens in place; under vmap there are several scales
-        ready = [g * scale for g in ready]
-    elif type(scale) is FakeTensor or scale.device.type != "cpu" or scale.item() != 1.0:  # free to read on CPU alone
-        ready = [g.mul_(scale) for g in ready]
-    gradients = [
-        g if t is None or not wanted else g.to(t.dtype) for g, t, wanted in zip(ready, call, needs, strict=True)
-    ]
-    return (*_or_none(gradients, needs), *none)
-
-
-def _made_again(ctx: Any, saved: Sequence[Any], needs: list[bool]) -> list[Tensor]:
-    *settings, _, backend = ctx.settings
-    return list(torch.ops.tuna_kernels.linear_ranking_loss(*saved, *settings, needs, backend)[6:])
+        ready = [g * grad_loss for g in ready]
+    elif is_fake or grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # free to read on the CPU alone
+        ready = [g.mul_(grad_loss) for g in ready]
+    return {
+        name: g.to(inputs[name].dtype) for name, g, wanted in zip(Needs._fields, ready, needs, strict=True) if wanted
+    }
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tuna_kernels import derivatives
+from tuna_kernels.arguments import register_fake
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,17 @@ def copy_to_group(x: Tensor, group: str) -> Tensor:
     return copied
 
 
+class Combined(NamedTuple):
+    """[M] each; ``entropy`` and ``above`` may be empty. For the backward: the shard's ``weight`` in the softmax, and by
+    how much its mean logit lies ``above`` that of all shards."""
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor
+    weight: Tensor
+    above: Tensor
+
+
 @torch.library.custom_op("tuna_kernels::combine_shards", mutates_args=())
 def combine_shards(
     logprobs: Tensor,
@@ -119,22 +131,21 @@ def combine_shards(
     factor: float,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Over all shards, from each rank's own: ``(logprobs, lse, entropy, weight, above)``, [M] each.
+    """Over all shards, from each rank's own: `Combined`.
 
-    The numbers come from ``state`` [3, M], the (chosen, maximum, log_sum) of `linear.forward` with its ``factor``,
-    which are exact for large logits too; ``logprobs`` and ``lse`` of the shard are there to be differentiated.
+    The numbers come from ``state`` [3, M], the (target_logit, maximum, log_sum) of `tiled_linear.forward`, and the
+    head's ``factor``, exact for large logits too; the shard's ``logprobs`` and ``lse`` are there to be differentiated.
     ``mine`` [M]: this rank owns the target; ``counted`` [M]: the slot is not ignored. A target that no rank or more
-    than one owns gives NaN. For the backward: the shard's ``weight`` in the softmax, and by how much its mean logit
-    lies ``above`` that of all shards (as ``entropy``, empty if that is).
+    than one owns gives NaN.
     """
     ranks = resolve(group)
-    chosen, top, log_sum = state.double()
+    target_logit, top, log_sum = state.double()
     maximum = top.clone()
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=ranks)
     reference = torch.where(maximum == -torch.inf, 0, maximum)
     of_shard = torch.where(top == -torch.inf, -torch.inf, factor * (top - reference) + log_sum)  # lse of the shard
     share = torch.exp(of_shard)
-    parts = [share, torch.where(mine, chosen, 0), mine.double()]
+    parts = [share, torch.where(mine, target_logit, 0), mine.double()]
     mean = of_shard - entropy.double() if entropy.numel() else entropy.double()  # of the shard's logits
     if entropy.numel():
         parts.append(torch.where(share == 0, 0, share * mean))
@@ -150,19 +161,20 @@ def combine_shards(
     whole_entropy = log_total - whole_mean if entropy.numel() else mean
     above = torch.where(share == 0, 0, mean - whole_mean) if entropy.numel() else mean
     whole_lse = factor * maximum + log_total
-    a, b, c, d, e = (finished(x) for x in (logprob, whole_lse, whole_entropy, share / sums[0], above))
-    return a, b, c, d, e
+    return Combined(*(finished(x) for x in (logprob, whole_lse, whole_entropy, share / sums[0], above)))
 
 
-@combine_shards.register_fake
-def _(logprobs: Tensor, lse: Tensor, entropy: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@register_fake(combine_shards)
+def _(given: Any) -> Combined:
     like = torch.empty_like
-    return like(logprobs), like(lse), like(entropy), like(lse), like(entropy)
+    logprobs, lse, entropy = like(given.logprobs), like(given.lse), like(given.entropy)
+    return Combined(logprobs, lse, entropy, weight=like(lse), above=like(entropy))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[4:6], *output[3:])
+    combined = Combined(*output)
+    ctx.save_for_backward(inputs.mine, inputs.counted, combined.weight, combined.above)
 
 
 def _gradients(
@@ -172,19 +184,18 @@ def _gradients(
     g_lse: Tensor | None,
     g_entropy: Tensor | None,
     *_: Tensor | None,
-) -> tuple[Any, ...]:
+) -> dict[str, Tensor | None]:
     """No rank needs another's numbers."""
     mine, counted, weight, above = saved
     zero = torch.zeros_like(weight)
     g = zero if g is None else torch.where(counted, g, 0)
     g_lse = zero if g_lse is None else torch.where(counted, g_lse, 0)
-    of_chosen = torch.where(mine, g, 0)
-    of_lse = of_chosen + (g_lse - g) * weight
-    none = [None] * 5
+    of_target = torch.where(mine, g, 0)
+    of_lse = of_target + (g_lse - g) * weight
     if g_entropy is None or not above.numel():
-        return of_chosen, of_lse, None, *none
+        return {"logprobs": of_target, "lse": of_lse}
     of_entropy = torch.where(counted, g_entropy, 0) * weight
-    return of_chosen, of_lse - of_entropy * above, of_entropy, *none
+    return {"logprobs": of_target, "lse": of_lse - of_entropy * above, "entropy": of_entropy}
 
 
 _INSTEAD = 'gather the head and leave out process_group, with backend="reference"'

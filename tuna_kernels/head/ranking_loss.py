@@ -12,8 +12,18 @@ from tuna_kernels.arguments import compute_dtype, should_validate
 from tuna_kernels.dispatch import resolve_backend
 from tuna_kernels.head import reference
 from tuna_kernels.head.logprobs import check_head, check_index, check_range, low_rank_pair
+from tuna_kernels.head.tiled_linear import LinearCall
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import REDUCTION_OF, Kind, Preset, first_best, preset_upstream, ranking_loss, weighted
+from tuna_kernels.losses import (
+    REDUCTION_OF,
+    Kind,
+    Preset,
+    PresetSettings,
+    first_best,
+    preset_loss,
+    ranking_loss,
+    weighted,
+)
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import PackedTree
 
@@ -114,26 +124,17 @@ def linear_ranking_loss(
     budget = default if logits_budget is None else logits_budget
     if budget < 0:
         raise ValueError(f"logits_budget = {budget} must not be negative")
-    settings = _Settings(preset, margin, length_penalty, mle_weight, counts)
+    settings = PresetSettings(preset, margin, length_penalty, mle_weight)
     chosen = resolve_backend(backend, hidden.device, *dtypes)
     low_rank = low_rank_pair(hidden, lora, compute_dtype(*dtypes))
-    head = _Head(bias, low_rank, float(logit_scale), None if softcap is None else float(softcap))
+    head = _HeadTerms(bias, low_rank, float(logit_scale), None if softcap is None else float(softcap))
     if chosen == "reference":
-        return _reference(hidden, weight, tree, head, settings)
-    return _fused(hidden, weight, tree, head, settings, budget, chosen)
+        return _reference(hidden, weight, tree, head, settings, counts or tree.loss_counts())
+    return _fused(hidden, weight, tree, head, settings, counts, budget, chosen)
 
 
 @dataclass(frozen=True)
-class _Settings:
-    preset: Preset
-    margin: float
-    length_penalty: float
-    mle_weight: float
-    counts: LossCounts | None
-
-
-@dataclass(frozen=True)
-class _Head:
+class _HeadTerms:
     bias: Tensor | None
     low_rank: tuple[Tensor, Tensor] | None
     logit_scale: float
@@ -141,34 +142,39 @@ class _Head:
 
 
 def _fused(
-    hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s: _Settings, budget: int, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    tree: PackedTree,
+    head: _HeadTerms,
+    s: PresetSettings,
+    counts: LossCounts | None,
+    budget: int,
+    backend: str,
 ) -> RankingLossOutput:
     low_hidden, low_weight = head.low_rank or (None, None)
-    counts = s.counts or LossCounts(-1, (), 0)  # the op counts those of the ranks at hand
-    sources = (hidden, weight, head.bias, low_hidden, low_weight)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in sources]
-    loss, ranking, mle, scores, logprobs, upstream, *_gradients = torch.ops.tuna_kernels.linear_ranking_loss(
-        *sources,
-        tree.rows,
-        tree.targets,
-        tree.candidate_offsets,
-        tree.ranks,
-        tree.group_offsets,
-        head.logit_scale,
-        head.softcap,
-        s.preset,
-        s.margin,
-        s.length_penalty,
-        s.mle_weight,
-        counts.groups,
-        list(counts.pairs_by_lag),
-        counts.tokens,
-        budget,
-        needs,
-        backend,
+    counts = counts or LossCounts(-1, (), 0)  # the op counts those of the ranks at hand
+    call = LinearCall(hidden, weight, head.bias, low_hidden, low_weight, head.logit_scale, head.softcap)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in call.tensors]
+    made = torch.ops.tuna_kernels.linear_ranking_loss(
+        *call,
+        rows=tree.rows,
+        targets=tree.targets,
+        candidate_offsets=tree.candidate_offsets,
+        ranks=tree.ranks,
+        group_offsets=tree.group_offsets,
+        preset=s.preset,
+        margin=s.margin,
+        length_penalty=s.length_penalty,
+        mle_weight=s.mle_weight,
+        groups=counts.groups,
+        pairs_by_lag=list(counts.pairs_by_lag),
+        tokens=counts.tokens,
+        logits_budget=budget,
+        needs=needs,
+        backend=backend,
     )
-    active = active_candidates(upstream.detach(), tree)
-    return RankingLossOutput(loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active)
+    loss, ranking, mle, scores, logprobs, grad_logprobs = (made[0], *(x.detach() for x in made[1:6]))
+    return RankingLossOutput(loss, ranking, mle, scores, logprobs, active_candidates(grad_logprobs, tree))
 
 
 def check_choices(kind: str, preset: str) -> None:
@@ -179,17 +185,18 @@ def check_choices(kind: str, preset: str) -> None:
         raise ValueError(f"preset = {preset!r} is not one of {get_args(Preset)}")
 
 
-def active_candidates(upstream: Tensor, tree: PackedTree) -> Tensor:
-    """[C] bool: whether any slot of the candidate has a gradient, of ``upstream`` [M]."""
-    slots = torch.arange(upstream.numel(), device=upstream.device)
+def active_candidates(grad_logprobs: Tensor, tree: PackedTree) -> Tensor:
+    """[C] bool: whether any slot of the candidate has a gradient, of ``grad_logprobs`` [M]."""
+    slots = torch.arange(grad_logprobs.numel(), device=grad_logprobs.device)
     candidate = torch.bucketize(slots, tree.candidate_offsets[1:], right=True)
-    counted = torch.zeros(tree.ranks.shape, dtype=torch.int64, device=upstream.device)
-    return counted.index_add(0, candidate, (upstream != 0).long()) > 0
+    counted = torch.zeros(tree.ranks.shape, dtype=torch.int64, device=grad_logprobs.device)
+    return counted.index_add(0, candidate, (grad_logprobs != 0).long()) > 0
 
 
-def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s: _Settings) -> RankingLossOutput:
+def _reference(
+    hidden: Tensor, weight: Tensor, tree: PackedTree, head: _HeadTerms, s: PresetSettings, counts: LossCounts
+) -> RankingLossOutput:
     """The textbook, term by term, with plain autograd from full logits."""
-    counts = s.counts or tree.loss_counts()
     logprobs, *_ = reference.linear_logprobs(
         hidden,
         weight,
@@ -216,18 +223,7 @@ def _reference(hidden: Tensor, weight: Tensor, tree: PackedTree, head: _Head, s:
         mle = -means[first_best(tree.ranks, tree.group_offsets)].sum() / max(counts.groups, 1)
     else:
         mle = -logprobs.sum() / max(counts.tokens, 1)
-    upstream = preset_upstream(
-        logprobs,
-        tree.candidate_offsets,
-        tree.ranks,
-        tree.group_offsets,
-        preset=s.preset,
-        margin=s.margin,
-        length_penalty=s.length_penalty,
-        mle_weight=s.mle_weight,
-        counts=counts,
-    ).upstream
+    closed = preset_loss(logprobs, tree.candidate_offsets, tree.ranks, tree.group_offsets, s, counts)
+    active = active_candidates(closed.grad_logprobs, tree)
     loss = ranking + weighted(mle, s.mle_weight)
-    return RankingLossOutput(
-        loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active_candidates(upstream, tree)
-    )
+    return RankingLossOutput(loss, ranking.detach(), mle.detach(), scores.detach(), logprobs.detach(), active)

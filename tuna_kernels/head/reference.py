@@ -41,13 +41,13 @@ def linear_logprobs(
     if rows is not None:
         logits = logits[rows]
     counted = targets != ignore_index
-    logits, chosen = _of_counted(logits, targets, counted)
+    logits, target_logit = _of_counted(logits, targets, counted)
     entropy = state = logits.new_empty(0)
     if want_state:
         with torch.no_grad():
             largest = logits.amax(-1)
             sums = (logits - largest.unsqueeze(-1)).exp().sum(-1)
-            state = torch.where(counted, torch.stack([chosen, largest, sums.log()]), 0)
+            state = torch.where(counted, torch.stack([target_logit, largest, sums.log()]), 0)
         # A shard without any probability has no weight, but its log-sum-exp a gradient of NaN, and 0 times that is NaN.
         logits = logits.masked_fill((largest == -torch.inf).unsqueeze(-1), 0)
     lse = torch.logsumexp(logits, -1)
@@ -56,14 +56,14 @@ def linear_logprobs(
         p = log_p.exp()
         entropy = -(p * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 times infinity counts as 0
         entropy = torch.where(counted, entropy, 0)
-    return torch.where(counted, chosen - lse, 0), torch.where(counted, lse, 0), entropy, state
+    return torch.where(counted, target_logit - lse, 0), torch.where(counted, lse, 0), entropy, state
 
 
 def selective_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, ignore_index: int) -> Tensor:
     """[...]: log-probability of each target under ``softmax(logits / temperature)``."""
     counted = targets != ignore_index
-    logits, chosen = _of_counted(logits.to(compute_dtype(logits.dtype)) / temperature, targets, counted)
-    return torch.where(counted, chosen - torch.logsumexp(logits, -1), 0)
+    logits, target_logit = _of_counted(logits.to(compute_dtype(logits.dtype)) / temperature, targets, counted)
+    return torch.where(counted, target_logit - torch.logsumexp(logits, -1), 0)
 
 
 def _of_counted(logits: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

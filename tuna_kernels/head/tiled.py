@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,7 +26,7 @@ SMALLEST_FACTOR = 1e-37  # not 0, so that -inf stays -inf
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``.
 
     Statistics of a row are kept of v, where ``z = factor * v``: with a softcap v = z, without one v is the product and
@@ -66,8 +66,8 @@ class SoftmaxState(NamedTuple):
     maximum: Tensor  # [R] of v
     sum: Tensor  # [R] float64, of e^(z - largest z)
     weighted: Tensor | None  # [R] float64, for the entropy
-    shrink: Tensor | None  # [R] when the tile is to become exponentials
-    chosen: Tensor  # [S] v of the targets
+    rescale: Tensor | None  # [R] when the tile is to become exponentials
+    target_logit: Tensor  # [S] v of the targets
 
 
 class RowGradient(NamedTuple):
@@ -104,10 +104,10 @@ class TileOps(Protocol):
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
         """``out[i] = source[index[i]]`` (None: i), converted to the compute type."""
 
-    def softmax(self, tile: Tile, head: Head, state: SoftmaxState) -> None:
-        """Merge the tile into the state; a softcap leaves z in the tile, ``shrink`` leaves exponentials."""
+    def softmax(self, tile: Tile, head: LinearHead, state: SoftmaxState) -> None:
+        """Merge the tile into the state; a softcap leaves z in the tile, ``rescale`` leaves exponentials."""
 
-    def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
+    def gradient(self, tile: Tile, head: LinearHead, gradient: RowGradient, *, is_capped: bool) -> None:
         """The tile becomes dL/d(h W^T)."""
 
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
@@ -139,7 +139,7 @@ class TilePlan:
 class _Loop:
     """Walks tiles of one call, owning its buffers."""
 
-    def __init__(self, ops: TileOps, inputs: Inputs, head: Head, slots: Slots, compute: torch.dtype) -> None:
+    def __init__(self, ops: TileOps, inputs: Inputs, head: LinearHead, slots: Slots, compute: torch.dtype) -> None:
         self.ops, self.inputs, self.head, self.slots, self.compute = ops, inputs, head, slots, compute
         types = {t.dtype for t in (*inputs, head.weight, head.low_rank_weight) if t is not None}
         shared = types.pop() if len(types) == 1 else compute
@@ -191,11 +191,11 @@ class _Loop:
 
 
 class ForwardResult(NamedTuple):
-    """Per row and per sorted slot, in the compute type; v is explained at `Head`."""
+    """Per row and per sorted slot, in the compute type; v is explained at `LinearHead`."""
 
     logprobs: Tensor  # [S]
     lse: Tensor  # [R]
-    chosen: Tensor  # [S] v of the targets
+    target_logit: Tensor  # [S] v of the targets
     maximum: Tensor  # [R] of v
     log_sum: Tensor  # [R] lse less the largest z
     entropy: Tensor | None  # [R]
@@ -205,7 +205,7 @@ class ForwardResult(NamedTuple):
 def forward(
     ops: TileOps,
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     *,
@@ -222,9 +222,9 @@ def forward(
     maximum = torch.full((total,), -torch.inf, dtype=compute, device=loop.device)
     sums = torch.zeros(total, dtype=torch.float64, device=loop.device)
     weighted = torch.zeros_like(sums) if want_entropy else None
-    shrink = loop.empty(total) if want_unit else None
+    rescale = loop.empty(total) if want_unit else None
     # A target outside the vocabulary is never found by a tile: its log-probability stays NaN.
-    chosen = torch.full((slots.targets.numel(),), torch.nan, dtype=compute, device=loop.device)
+    target_logit = torch.full((slots.targets.numel(),), torch.nan, dtype=compute, device=loop.device)
     width = head.weight.shape[1]
     unit = torch.zeros(total, width, dtype=compute, device=loop.device) if want_unit else None
     for columns in loop.columns():
@@ -236,24 +236,24 @@ def forward(
                 maximum[rows],
                 sums[rows],
                 None if weighted is None else weighted[rows],
-                None if shrink is None else shrink[rows],
-                loop.slots_of(chunk, chosen),
+                None if rescale is None else rescale[rows],
+                loop.slots_of(chunk, target_logit),
             )
             ops.softmax(tile, head, state)
-            if unit is not None and state.shrink is not None:
-                ops.scale_rows(unit[rows], state.shrink)
+            if unit is not None and state.rescale is not None:
+                ops.scale_rows(unit[rows], state.rescale)
                 loop.products.add_to_rows(unit[rows], tile.logits, head.weight, columns)
     log_sum = sums.log()
     entropy = None if weighted is None else (log_sum - weighted / sums).to(compute)
     if unit is not None:
         ops.scale_rows(unit, sums.reciprocal().to(compute))
-    return result_of(head, slots.row_of, chosen, maximum, log_sum, entropy, unit)
+    return result_of(head, slots.row_of, target_logit, maximum, log_sum, entropy, unit)
 
 
 def result_of(
-    head: Head,
+    head: LinearHead,
     row_of: Tensor | slice,
-    chosen: Tensor,
+    target_logit: Tensor,
     maximum: Tensor,
     log_sum: Tensor,
     entropy: Tensor | None = None,
@@ -261,9 +261,11 @@ def result_of(
 ) -> ForwardResult:
     """Log-probs and log-sum-exp in float64, the maximum taken off before anything is multiplied, then rounded."""
     compute = maximum.dtype
-    logprobs = head.factor * (chosen.double() - maximum.double()[row_of]) - log_sum[row_of]
+    logprobs = head.factor * (target_logit.double() - maximum.double()[row_of]) - log_sum[row_of]
     lse = head.factor * maximum.double() + log_sum
-    return ForwardResult(logprobs.to(compute), lse.to(compute), chosen, maximum, log_sum.to(compute), entropy, unit)
+    return ForwardResult(
+        logprobs.to(compute), lse.to(compute), target_logit, maximum, log_sum.to(compute), entropy, unit
+    )
 
 
 @dataclass(frozen=True)
@@ -280,13 +282,31 @@ class Gradients:
 
     @property
     def any(self) -> bool:
-        return any(t is not None for t in (self.rows, self.low_rank_rows, self.weight, self.low_rank_weight, self.bias))
+        return bool(self.of_rows or self.of_vocabulary)
+
+    @property
+    def of_rows(self) -> list[Tensor]:
+        return [t for t in (self.rows, self.low_rank_rows) if t is not None]
+
+    @property
+    def of_vocabulary(self) -> list[Tensor]:
+        return [t for t in (self.weight, self.low_rank_weight, self.bias) if t is not None]
+
+    def row_products(self, head: LinearHead) -> list[tuple[Tensor, Tensor]]:
+        """(gradient, weight): ``gradient += dL/dlogits weight``, over all of the vocabulary."""
+        pairs = (self.rows, head.weight), (self.low_rank_rows, head.low_rank_weight)
+        return [(out, weight) for out, weight in pairs if out is not None and weight is not None]
+
+    def weight_products(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+        """(gradient, source): ``gradient (+)= dL/dlogits^T source``, over all rows."""
+        pairs = (self.weight, inputs.hidden), (self.low_rank_weight, inputs.low_rank)
+        return [(out, source) for out, source in pairs if out is not None and source is not None]
 
 
 def backward(
     ops: TileOps,
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     gradient: RowGradient,
@@ -302,11 +322,10 @@ def backward(
     if not into.any:
         return
     loop = _Loop(ops, inputs, head, slots, compute)
-    for buffer in (into.rows, into.low_rank_rows):
-        if buffer is not None:
-            buffer.zero_()
+    for buffer in into.of_rows:
+        buffer.zero_()
     for columns in loop.columns():
-        sinks = _Sinks(loop, into, columns)
+        writer = GradientWriter(loop, into, columns)
         for chunk, bounds in enumerate(loop.chunks):
             rows = slice(*bounds)
             if block is None:
@@ -318,21 +337,24 @@ def backward(
                 ops.load(logits, block[:, columns], block_rows[rows])
             of_chunk = gradient.part(rows, loop.slots_of(chunk, gradient.slot_gradient))
             ops.gradient(loop.tile(logits, chunk, columns), head, of_chunk, is_capped=block is not None)
-            sinks.add(logits, rows)
-        sinks.finish()
+            writer.add(logits, rows)
+        writer.finish()
 
 
-class _Sinks:
+class GradientWriter:
     """Multiplies the gradient tiles of one vocabulary range into the gradients asked for."""
 
     def __init__(self, loop: _Loop, into: Gradients, columns: slice) -> None:
         self.loop, self.into, self.columns = loop, into, columns
         self.add_to = into.accumulate  # otherwise the first product overwrites, and later ones add
-        self.weight = self._buffer(into.weight)
-        self.low_rank_weight = self._buffer(into.low_rank_weight)
-        self.bias = self._buffer(into.bias)
+        self.tiles = replace(
+            into,
+            weight=self._tile(into.weight),
+            low_rank_weight=self._tile(into.low_rank_weight),
+            bias=self._tile(into.bias),
+        )
 
-    def _buffer(self, target: Tensor | None) -> Tensor | None:
+    def _tile(self, target: Tensor | None) -> Tensor | None:
         """A compute-type tile of a vocabulary-sized gradient: a view of it where it has that type."""
         if target is None:
             return None
@@ -342,28 +364,19 @@ class _Sinks:
         return tile if self.loop.chunks else tile.zero_()
 
     def add(self, gradient: Tensor, rows: slice) -> None:
-        inputs, head, into, products = self.loop.inputs, self.loop.head, self.into, self.loop.products
-        if into.rows is not None:
-            products.add_to_rows(into.rows[rows], gradient, head.weight, self.columns)
-        if into.low_rank_rows is not None and head.low_rank_weight is not None:
-            products.add_to_rows(into.low_rank_rows[rows], gradient, head.low_rank_weight, self.columns)
-        if self.weight is not None:
-            products.to_weight(self.weight, gradient, inputs.hidden, rows, add=self.add_to)
-        if self.low_rank_weight is not None and inputs.low_rank is not None:
-            products.to_weight(self.low_rank_weight, gradient, inputs.low_rank, rows, add=self.add_to)
-        if self.bias is not None:
-            torch.add(gradient.sum(0), self.bias if self.add_to else 0, out=self.bias)
+        loop, bias = self.loop, self.tiles.bias
+        for out, weight in self.into.row_products(loop.head):
+            loop.products.add_to_rows(out[rows], gradient, weight, self.columns)
+        for out, source in self.tiles.weight_products(loop.inputs):
+            loop.products.to_weight(out, gradient, source, rows, add=self.add_to)
+        if bias is not None:
+            torch.add(gradient.sum(0), bias if self.add_to else 0, out=bias)
         self.add_to = True
 
     def finish(self) -> None:
         """Write tiles that live in a buffer of their own, in the gradient's type."""
-        pairs = (
-            (self.weight, self.into.weight),
-            (self.low_rank_weight, self.into.low_rank_weight),
-            (self.bias, self.into.bias),
-        )
-        for tile, target in pairs:
-            if tile is not None and target is not None and tile.dtype != target.dtype:
+        for tile, target in zip(self.tiles.of_vocabulary, self.into.of_vocabulary, strict=True):
+            if tile.dtype != target.dtype:
                 target[self.columns].copy_(tile)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +11,11 @@ from torch import Tensor
 from tuna_kernels.arguments import compute_dtype, dense_rows
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
+from tuna_kernels.head.tiled import ForwardResult, Gradients, Inputs, LinearHead, RowGradient
 
 
-@dataclass(frozen=True)
-class LinearCall:
-    """The inputs of one call, as the ops take them.
+class LinearCall(NamedTuple):
+    """The inputs of one call; the ops take these fields as arguments, in this order.
 
     Attributes:
         hidden: [T, D]; weight: [V, D]; bias: [V]; low_rank_hidden: [T, r]; low_rank_weight: [V, r].
@@ -30,9 +30,13 @@ class LinearCall:
     softcap: float | None
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of `Needs` and `InputGradients`."""
+        return self[:5]
+
+    @property
     def compute(self) -> torch.dtype:
-        given = (self.hidden, self.weight, self.bias, self.low_rank_hidden, self.low_rank_weight)
-        return compute_dtype(*(t.dtype for t in given if t is not None))
+        return compute_dtype(*(t.dtype for t in self.tensors if t is not None))
 
     @property
     def inputs(self) -> Inputs:
@@ -42,10 +46,40 @@ class LinearCall:
         )
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LinearHead:
         bias = None if self.bias is None else self.bias.to(self.compute).contiguous()
         low = None if self.low_rank_weight is None else dense_rows(self.low_rank_weight)
-        return Head(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
+        return LinearHead(dense_rows(self.weight), bias, low, self.logit_scale, self.softcap)
+
+
+class Needs(NamedTuple):
+    """Which tensors of a `LinearCall` need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low_rank_hidden: bool
+    low_rank_weight: bool
+
+
+class InputGradients(NamedTuple):
+    """Of the tensors of a `LinearCall`; empty where not needed."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    low_rank_hidden: Tensor
+    low_rank_weight: Tensor
+
+
+class LinearResult(NamedTuple):
+    """What the forward gives, zero for ignored slots; entropy and unit may be empty."""
+
+    logprobs: Tensor  # [M]
+    lse: Tensor  # [M]
+    entropy: Tensor  # [M]
+    unit: Tensor  # [min(T, M), D]
+    state: Tensor  # [3, M]
 
 
 def forward(
@@ -57,8 +91,8 @@ def forward(
     *,
     want_entropy: bool,
     want_unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs [M], lse [M], entropy [M or 0], unit [min(T, M) or 0, D], state [3, M])``, zero for ignored slots."""
+) -> LinearResult:
+    """Log-probabilities and what the backward needs."""
     slots = Slots.build(targets, rows, ignore_index)
     result = backend.forward(
         call.inputs, call.head, slots, call.compute, want_entropy=want_entropy, want_unit=want_unit
@@ -74,13 +108,13 @@ def forward(
     if result.unit is not None:
         unit[: slots.rows.numel()] = result.unit
     state = state_of(slots, result, targets.numel())
-    return per_slot(result.logprobs), per_slot(result.lse[slots.row_of]), entropy, unit, state
+    return LinearResult(per_slot(result.logprobs), per_slot(result.lse[slots.row_of]), entropy, unit, state)
 
 
 def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
-    """[3, M] (chosen, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the softmax,
-    where lse itself would be too coarse for large logits."""
-    values = torch.stack([result.chosen, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
+    """[3, M] (target_logit, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the
+    softmax, where lse itself would be too coarse for large logits."""
+    values = torch.stack([result.target_logit, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
     return values.new_zeros(3, count).index_copy_(1, slots.slots, values)
 
 
@@ -88,26 +122,26 @@ def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
 class Saved:
     """What the forward kept for the backward, all [M] in the caller's slot order, and what flows in.
 
-    ``entropy`` and ``unit`` may be empty (not kept); upstream gradients may be None (zero).
+    ``entropy`` and ``unit`` may be empty (not kept); gradients that flow in may be None (zero).
     """
 
     entropy: Tensor
     unit: Tensor
     state: Tensor  # [3, M], of forward
-    upstream: Tensor | None
-    upstream_lse: Tensor | None
-    upstream_entropy: Tensor | None
+    grad_logprobs: Tensor | None
+    grad_lse: Tensor | None
+    grad_entropy: Tensor | None
 
 
 def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, Tensor, RowGradient]:
-    """Drop the rows all of whose slots have zero upstream; give the coefficients of the rest.
+    """Drop the rows all of whose slots have no gradient; give the coefficients of the rest.
 
     Returns ``(smaller slots, places of their rows in the given slots, coefficients)``.
     """
 
-    upstreams = (saved.upstream, saved.upstream_lse, saved.upstream_entropy)
+    incoming = (saved.grad_logprobs, saved.grad_lse, saved.grad_entropy)
     # A compiled graph hands an empty gradient to an output that was not wanted and came back empty.
-    given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in upstreams]
+    given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in incoming]
     active = torch.zeros(slots.slots.numel(), dtype=torch.bool, device=slots.slots.device)
     for u in given:
         if u is not None:
@@ -135,11 +169,11 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
     return slots, kept, coefficients
 
 
-def _times_slope(coefficients: RowGradient, call: LinearCall, chosen: Tensor) -> RowGradient:
-    """The slots' gradients taken on from z to the product: times dz/dx at their targets, whose v is ``chosen`` [S]."""
+def _times_slope(coefficients: RowGradient, call: LinearCall, target_logit: Tensor) -> RowGradient:
+    """The slots' gradients with respect to the product: times dz/dx at their targets, of v ``target_logit`` [S]."""
     gradient = coefficients.slot_gradient * call.logit_scale
     if call.softcap is not None:
-        gradient = gradient * (1 - (chosen / call.softcap) ** 2)
+        gradient = gradient * (1 - (target_logit / call.softcap) ** 2)
     return coefficients._replace(slot_gradient=gradient)
 
 
@@ -150,22 +184,18 @@ def backward(
     rows: Tensor | None,
     ignore_index: int,
     saved: Saved,
-    needs: tuple[bool, bool, bool, bool, bool],
+    needs: Needs,
     *,
     filter_eps: float = 0.0,
     main_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (hidden, weight, bias, low_rank_hidden, low_rank_weight), empty where not needed.
-
-    ``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty.
-    """
+) -> InputGradients:
+    """``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty."""
     all_slots = Slots.build(targets, rows, ignore_index)
     slots, kept, coefficients = row_gradient(all_slots, call, saved)
-    hidden, weight, bias, low_hidden, low_weight = needs
     add = main_grad is not None
 
     def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
-        """Rows without upstream keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
+        """Rows without a gradient keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
         beside a ``main_grad``, added to zeros in the compute type."""
         if source is None or not wanted:
             return call.hidden.new_empty(0)
@@ -173,40 +203,41 @@ def backward(
             return source.new_zeros(source.shape)
         return source.new_zeros(source.shape, dtype=call.compute) if add else source.new_empty(source.shape)
 
-    results = [
-        new(call.hidden, hidden, of_rows=True),
-        new(call.weight, weight and not add),
-        new(call.bias, bias),
-        new(call.low_rank_hidden, low_hidden, of_rows=True),
-        new(call.low_rank_weight, low_weight),
-    ]
-    if saved.unit.numel() and hidden and not any((weight, bias, low_hidden, low_weight)):
+    results = InputGradients(
+        hidden=new(call.hidden, needs.hidden, of_rows=True),
+        weight=new(call.weight, needs.weight and not add),
+        bias=new(call.bias, needs.bias),
+        low_rank_hidden=new(call.low_rank_hidden, needs.low_rank_hidden, of_rows=True),
+        low_rank_weight=new(call.low_rank_weight, needs.low_rank_weight),
+    )
+    if saved.unit.numel() and needs.hidden and not any(needs[1:]):
         of_targets = _times_slope(coefficients, call, saved.state[0, slots.slots])
         row_grads: Tensor | None = backend.unit_rows(call.head.weight, slots, saved.unit, kept, of_targets)
         low_rows = None
     else:
         count = slots.rows.numel()
-        row_grads = row_grads_like(call.hidden, count, call.compute) if hidden else None
+        row_grads = row_grads_like(call.hidden, count, call.compute) if needs.hidden else None
         low_rows = None
-        if low_hidden and call.low_rank_hidden is not None:
+        if needs.low_rank_hidden and call.low_rank_hidden is not None:
             low_rows = row_grads_like(call.low_rank_hidden, count, call.compute)
         into = Gradients(
             rows=row_grads,
             low_rank_rows=low_rows,
-            weight=main_grad if add and weight else results[1] if weight else None,
-            low_rank_weight=results[4] if low_weight else None,
-            bias=results[2] if bias else None,
+            weight=(main_grad if add else results.weight) if needs.weight else None,
+            low_rank_weight=results.low_rank_weight if needs.low_rank_weight else None,
+            bias=results.bias if needs.bias else None,
             accumulate=add,
             filter_eps=filter_eps,
         )
         backend.backward(call.inputs, call.head, slots, call.compute, coefficients, into)
-    for result, grads in ((results[0], row_grads), (results[3], low_rows)):
+    for result, grads in ((results.hidden, row_grads), (results.low_rank_hidden, low_rows)):
         if grads is not None:
             result.index_copy_(0, slots.rows, grads.to(result.dtype))
-    if add:
-        results[2] = results[2] if call.bias is None else results[2].to(call.bias.dtype)
-        results[4] = results[4] if call.low_rank_weight is None else results[4].to(call.low_rank_weight.dtype)
-    return results[0], results[1], results[2], results[3], results[4]
+    if add and call.bias is not None:
+        results = results._replace(bias=results.bias.to(call.bias.dtype))
+    if add and call.low_rank_weight is not None:
+        results = results._replace(low_rank_weight=results.low_rank_weight.to(call.low_rank_weight.dtype))
+    return results
 
 
 def row_grads_like(source: Tensor, rows: int, compute: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """``linear_ranking_loss`` over the tile loop, a few groups at a time.
 
-Within a byte budget the logits of some groups are kept in one block; scores, loss, closed-form upstream and
+Within a byte budget the logits of some groups are kept in one block; scores, loss, their closed-form gradient and
 gradients of those groups all come from it: three products, as many as the textbook loss, without its memory. A
 group whose logits alone exceed the budget is recomputed instead (four products).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,17 @@ from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.products import MIN_ROWS
 from tuna_kernels.head.slots import Slots
 from tuna_kernels.head.tiled import ForwardResult, Gradients
-from tuna_kernels.head.tiled_linear import LinearCall, Saved, row_gradient, row_grads_like, state_of
+from tuna_kernels.head.tiled_linear import (
+    InputGradients,
+    LinearCall,
+    Needs,
+    Saved,
+    row_gradient,
+    row_grads_like,
+    state_of,
+)
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import Preset, preset_upstream, weighted
+from tuna_kernels.losses import PresetSettings, preset_loss, weighted
 
 
 @dataclass(frozen=True)
@@ -33,30 +42,25 @@ class Candidates:
     group_offsets: Tensor  # [G+1]
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """Everything the loss is made of besides scores and ranks."""
+class RankingResult(NamedTuple):
+    """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a ``grad_loss`` of 1,
+    all in the compute type; gradients are empty where not needed."""
 
-    preset: Preset
-    margin: float
-    length_penalty: float
-    mle_weight: float
-    counts: LossCounts
-
-
-@dataclass(frozen=True)
-class Result:
-    """Loss parts (float64 scalars), per-candidate and per-slot results, and ready gradients (compute type or None)."""
-
+    loss: Tensor
     ranking: Tensor
     mle: Tensor
     scores: Tensor  # [C]
     logprobs: Tensor  # [M]
-    upstream: Tensor  # [M] dL/dlogprob
-    gradients: Gradients  # rows: [T, D], low_rank_rows: [T, r]
+    grad_logprobs: Tensor  # [M]
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_low_rank_hidden: Tensor
+    grad_low_rank_weight: Tensor
 
-    def total(self, mle_weight: float) -> Tensor:
-        return self.ranking + weighted(self.mle, mle_weight)
+    @property
+    def gradients(self) -> InputGradients:
+        return InputGradients(*self[6:])
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,16 @@ def linear_ranking(
     backend: HeadBackend,
     call: LinearCall,
     candidates: Candidates,
-    settings: LossSettings,
-    needs: tuple[bool, bool, bool, bool, bool],
+    settings: PresetSettings,
+    counts: LossCounts,
+    needs: Needs,
     logits_budget: int,
-) -> Result:
-    """Loss and gradients (for an upstream of 1) of all groups."""
+) -> RankingResult:
+    """Loss and gradients (for a `grad_loss` of 1) of all groups."""
     compute, device = call.compute, call.hidden.device
     slot_count = candidates.targets.numel()
     logprobs = torch.zeros(slot_count, dtype=compute, device=device)
-    upstream = torch.zeros_like(logprobs)
+    grad_logprobs = torch.zeros_like(logprobs)
     scores = torch.zeros(candidates.ranks.numel(), dtype=compute, device=device)
     ranking = torch.zeros((), dtype=torch.float64, device=device)
     mle = torch.zeros_like(ranking)
@@ -122,37 +127,48 @@ def linear_ranking(
         kept = block[: rows * head.vocabulary].view(rows, head.vocabulary) if part.keep and keeps else None
         result = backend.forward(inputs, head, slots, compute, block=kept)
         logprobs[part.slots] = torch.empty_like(result.logprobs).index_copy_(0, slots.slots, result.logprobs)
-        of_part = preset_upstream(
+        of_part = preset_loss(
             logprobs[part.slots],
             candidates.candidate_offsets[part.candidates.start : part.candidates.stop + 1] - part.slots.start,
             candidates.ranks[part.candidates],
             candidates.group_offsets[part.groups.start : part.groups.stop + 1] - part.candidates.start,
-            preset=settings.preset,
-            margin=settings.margin,
-            length_penalty=settings.length_penalty,
-            mle_weight=settings.mle_weight,
-            counts=settings.counts,
+            settings,
+            counts,
         )
         ranking += of_part.ranking
         mle += of_part.mle
         scores[part.candidates] = of_part.scores
-        upstream[part.slots] = of_part.upstream.to(compute)
+        grad_logprobs[part.slots] = of_part.grad_logprobs.to(compute)
         if gradients.any:
-            saved = _saved(slots, result, upstream[part.slots])
+            saved = _saved(slots, result, grad_logprobs[part.slots])
             started |= _add_gradients(backend, call, slots, saved, kept, replace(gradients, accumulate=started))
     if not started:
         for unwritten in (gradients.weight, gradients.low_rank_weight, gradients.bias):
             if unwritten is not None:
                 unwritten.zero_()
-    return Result(ranking, mle, scores, logprobs, upstream, gradients)
+    loss = ranking + weighted(mle, settings.mle_weight)
+    none = logprobs.new_empty(0)
+    return RankingResult(
+        loss=loss.to(compute),
+        ranking=ranking.to(compute),
+        mle=mle.to(compute),
+        scores=scores,
+        logprobs=logprobs,
+        grad_logprobs=grad_logprobs,
+        grad_hidden=none if gradients.rows is None else gradients.rows,
+        grad_weight=none.clone() if gradients.weight is None else gradients.weight,
+        grad_bias=none.clone() if gradients.bias is None else gradients.bias,
+        grad_low_rank_hidden=none.clone() if gradients.low_rank_rows is None else gradients.low_rank_rows,
+        grad_low_rank_weight=none.clone() if gradients.low_rank_weight is None else gradients.low_rank_weight,
+    )
 
 
-def _saved(slots: Slots, result: ForwardResult, upstream: Tensor) -> Saved:
-    empty = upstream.new_empty(0)
-    return Saved(empty, empty, state_of(slots, result, upstream.numel()), upstream, None, None)
+def _saved(slots: Slots, result: ForwardResult, grad_logprobs: Tensor) -> Saved:
+    empty = grad_logprobs.new_empty(0)
+    return Saved(empty, empty, state_of(slots, result, grad_logprobs.numel()), grad_logprobs, None, None)
 
 
-def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool]) -> Gradients:
+def _new_gradients(call: LinearCall, needs: Needs) -> Gradients:
     """In the compute type: parts of the batch are added up before anything is rounded. Those of rows are zeros, those
     of the size of the vocabulary (weight, low-rank weight, bias) are written whole by the first part that has any."""
 
@@ -162,13 +178,12 @@ def _new_gradients(call: LinearCall, needs: tuple[bool, bool, bool, bool, bool])
         make = torch.zeros if of_rows else torch.empty
         return make(source.shape, dtype=call.compute, device=source.device)
 
-    hidden, weight, bias, low_hidden, low_weight = needs
     return Gradients(
-        rows=new(call.hidden, hidden, of_rows=True),
-        low_rank_rows=new(call.low_rank_hidden, low_hidden, of_rows=True),
-        weight=new(call.weight, weight),
-        low_rank_weight=new(call.low_rank_weight, low_weight),
-        bias=new(call.bias, bias),
+        rows=new(call.hidden, needs.hidden, of_rows=True),
+        low_rank_rows=new(call.low_rank_hidden, needs.low_rank_hidden, of_rows=True),
+        weight=new(call.weight, needs.weight),
+        low_rank_weight=new(call.low_rank_weight, needs.low_rank_weight),
+        bias=new(call.bias, needs.bias),
     )
 
 

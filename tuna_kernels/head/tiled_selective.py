@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import Head, RowGradient, SoftmaxState, Tile, TileOps, result_of
+from tuna_kernels.head.tiled import LinearHead, RowGradient, SoftmaxState, Tile, TileOps, result_of
 
 CHUNK_BYTES = 16 << 20
+
+
+class SelectiveResult(NamedTuple):
+    """Of [N] rows, 0 for ignored ones; the last two for the backward (``tiled.ForwardResult``)."""
+
+    logprobs: Tensor
+    maximum: Tensor
+    log_sum: Tensor
 
 
 def _chunks(logits: Tensor, slots: Slots, compute: torch.dtype) -> Iterator[slice]:
@@ -26,11 +35,10 @@ def _tile(logits: Tensor, slots: Slots, part: slice) -> Tile:
 
 def forward(
     ops: TileOps, logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [N, V] divided by ``temperature``: ``(logprobs, maximum, log_sum)`` [N], the last two for the backward
-    (``tiled.ForwardResult``); ignored rows 0."""
+) -> SelectiveResult:
+    """Of logits [N, V] divided by ``temperature``."""
     slots = Slots.build(targets, None, ignore_index)
-    head = Head(logits, None, None, 1.0 / temperature, None)
+    head = LinearHead(logits, None, None, 1.0 / temperature, None)
     logprobs = torch.zeros(logits.shape[0], dtype=compute, device=logits.device)
     maximum, log_sum = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     for part in _chunks(logits, slots, compute):
@@ -44,19 +52,19 @@ def forward(
             maximum=torch.full((count,), -torch.inf, dtype=compute, device=logits.device),
             sum=torch.zeros(count, dtype=torch.float64, device=logits.device),
             weighted=None,
-            shrink=None,
-            chosen=torch.full((count,), torch.nan, dtype=compute, device=logits.device),
+            rescale=None,
+            target_logit=torch.full((count,), torch.nan, dtype=compute, device=logits.device),
         )
         ops.softmax(_tile(z, slots, part), head, state)
         rows = slots.rows[part]
-        result = result_of(head, slice(None), state.chosen, state.maximum, state.sum.log())
+        result = result_of(head, slice(None), state.target_logit, state.maximum, state.sum.log())
         logprobs[rows], maximum[rows], log_sum[rows] = result.logprobs, result.maximum, result.log_sum
-    return logprobs, maximum, log_sum
+    return SelectiveResult(logprobs, maximum, log_sum)
 
 
 def backward(
     ops: TileOps,
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -68,7 +76,7 @@ def backward(
     """Write the gradient to ``out`` [N, V] (may be ``logits``); p - onehot is taken before rounding to its dtype."""
     compute = maximum.dtype
     slots = Slots.build(targets, None, ignore_index)
-    head = Head(logits, None, None, 1.0 / temperature, None)
+    head = LinearHead(logits, None, None, 1.0 / temperature, None)
     in_place = out.data_ptr() == logits.data_ptr()
     for part in _chunks(logits, slots, compute):
         rows = slots.rows[part]
@@ -76,7 +84,7 @@ def backward(
         z = out[part] if direct else out.new_empty(rows.numel(), logits.shape[1], dtype=compute)
         if not (direct and in_place):
             ops.load(z, logits, rows)
-        g = upstream[rows].to(compute)
+        g = grad_logprobs[rows].to(compute)
         of_rows = RowGradient(maximum[rows], log_sum[rows], -g, None, None, g)
         ops.gradient(_tile(z, slots, part), head, of_rows, is_capped=False)
         if not direct:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tuna_kernels.head.products import Products, TorchMultiply
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import Head, RowGradient, SoftmaxState, Tile
+from tuna_kernels.head.tiled import LinearHead, RowGradient, SoftmaxState, Tile
 
 
 class TorchTileOps:
@@ -21,28 +21,28 @@ class TorchTileOps:
         else:
             out.copy_(source.index_select(0, index))
 
-    def softmax(self, tile: Tile, head: Head, state: SoftmaxState) -> None:
+    def softmax(self, tile: Tile, head: LinearHead, state: SoftmaxState) -> None:
         v = _transform_(tile, head)
         rows, columns, slots = _targets_in(tile)
-        state.chosen[slots] = v[rows, columns]
+        state.target_logit[slots] = v[rows, columns]
         before = state.maximum.clone()
         torch.maximum(before, v.amax(1), out=state.maximum)
         # Nothing but -inf so far: subtract 0, so that the sums stay 0 rather than NaN.
         reference = torch.where(state.maximum == -torch.inf, 0, state.maximum)
         fall = (before - reference) * head.factor
-        shrink = fall.exp()
+        rescale = fall.exp()
         below = _below(v, reference, head)
         exponentials = below.exp()
         if state.weighted is not None:
             product = torch.where(exponentials == 0, 0, exponentials * below)
-            moved = torch.where(shrink == 0, 0, state.sum * fall)
-            state.weighted.add_(moved).mul_(shrink).add_(product.sum(1))
-        state.sum.mul_(shrink).add_(exponentials.sum(1))
-        if state.shrink is not None:
-            state.shrink.copy_(shrink)
+            moved = torch.where(rescale == 0, 0, state.sum * fall)
+            state.weighted.add_(moved).mul_(rescale).add_(product.sum(1))
+        state.sum.mul_(rescale).add_(exponentials.sum(1))
+        if state.rescale is not None:
+            state.rescale.copy_(rescale)
             tile.logits.copy_(_chain_(exponentials, v, head))
 
-    def gradient(self, tile: Tile, head: Head, gradient: RowGradient, *, is_capped: bool) -> None:
+    def gradient(self, tile: Tile, head: LinearHead, gradient: RowGradient, *, is_capped: bool) -> None:
         v = tile.logits if is_capped and head.softcap is not None else _transform_(tile, head)
         log_p = _below(v, gradient.maximum, head) - gradient.log_sum.unsqueeze(1)
         d = log_p.exp()
@@ -62,7 +62,7 @@ class TorchTileOps:
         return Products(TorchMultiply(compute), self.load, slots, compute)
 
 
-def _transform_(tile: Tile, head: Head) -> Tensor:
+def _transform_(tile: Tile, head: LinearHead) -> Tensor:
     """v of the tile; a softcap leaves it in the tile itself, otherwise the tile keeps x."""
     v = tile.logits
     if tile.bias is not None:
@@ -75,13 +75,13 @@ def _transform_(tile: Tile, head: Head) -> Tensor:
     return tile.logits
 
 
-def _below(v: Tensor, maximum: Tensor, head: Head) -> Tensor:
+def _below(v: Tensor, maximum: Tensor, head: LinearHead) -> Tensor:
     """``z - largest z``: the difference first."""
     below = v - maximum.unsqueeze(1)
     return below if head.factor == 1.0 else below.mul_(head.factor)
 
 
-def _chain_(gradient: Tensor, v: Tensor, head: Head) -> Tensor:
+def _chain_(gradient: Tensor, v: Tensor, head: LinearHead) -> Tensor:
     """``gradient *= dz/dx`` in place."""
     if head.softcap is not None:
         gradient.mul_(1 - (v / head.softcap) ** 2)

@@ -188,7 +188,7 @@ static void score(const Task& task, const Queries& queries, const Keys& keys, co
   }
 }
 
-// z becomes e^(z - top) under the running maximum, which may rise; returns by what earlier sums shrink.
+// z becomes e^(z - top) under the running maximum, which may rise; returns the factor that rescales earlier sums.
 static float exponential_row(float* z, int64_t n, float& top, float& sum) {
   const float before = top;
   float maximum = before;
@@ -202,10 +202,10 @@ static float exponential_row(float* z, int64_t n, float& top, float& sum) {
     z[j] = exp_of(z[j] - reference);
     total += z[j];
   }
-  const float shrink = before == kHidden ? 0.f : exp_of(before - reference);
+  const float rescale = before == kHidden ? 0.f : exp_of(before - reference);
   top = maximum;
-  sum = sum * shrink + total;
-  return shrink;
+  sum = sum * rescale + total;
+  return rescale;
 }
 
 static void forward_queries(const Task& task, const Queries& queries) {
@@ -221,9 +221,9 @@ static void forward_queries(const Task& task, const Queries& queries) {
     const int64_t n = seen.width;
     score(task, queries, keys, seen);
     for (int64_t m = 0; m < rows; ++m) {
-      const float shrink = exponential_row(b.scores + m * n, n, b.top[m], b.sum[m]);
-      if (shrink == 1.f) continue;
-      for (int64_t j = 0; j < e; ++j) b.out[m * e + j] *= shrink;
+      const float rescale = exponential_row(b.scores + m * n, n, b.top[m], b.sum[m]);
+      if (rescale == 1.f) continue;
+      for (int64_t j = 0; j < e; ++j) b.out[m * e + j] *= rescale;
     }
     multiply<true>({b.out, e, b.scores, n, 1, b.values + keys.offset * e, e, rows, e, n});
   }

@@ -225,13 +225,13 @@ void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlot
   const float maximum = top > before ? top : before;
   for (int64_t s = slots.offsets[row]; s < slots.offsets[row + 1]; ++s) {
     const int64_t column = slots.targets[s] - tile.first_column;
-    if (column >= 0 && column < n) state.chosen[s] = sign * (bias ? x[column] + bias[column] : x[column]);
+    if (column >= 0 && column < n) state.target_logit[s] = sign * (bias ? x[column] + bias[column] : x[column]);
   }
   // Nothing but -infinity so far: leave the sums at 0 rather than make -inf - -inf.
   const float reference = maximum == kLowest ? 0.f : maximum;
   const Line line{x, bias, n, slope, sign * reference};
   double sum = 0., weighted = 0.;
-  if (state.shrink) {
+  if (state.rescale) {
     sum = is_capped ? capped_exponential_row(x, n, transform.scale, transform.cap, reference)
                     : exponential_row(x, line);
   } else if (state.weighted) {
@@ -241,14 +241,14 @@ void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlot
   }
   const bool is_first = before == kLowest;
   const float fall = is_first ? kLowest : sign * slope * (before - reference);  // of the old largest z
-  const float shrink = exp_of(fall);
+  const float rescale = exp_of(fall);
   if (state.weighted) {
-    const double moved = shrink > 0.f ? state.sum[row] * fall : 0.;
-    state.weighted[row] = (state.weighted[row] + moved) * shrink + weighted;
+    const double moved = rescale > 0.f ? state.sum[row] * fall : 0.;
+    state.weighted[row] = (state.weighted[row] + moved) * rescale + weighted;
   }
   state.maximum[row] = maximum;
-  state.sum[row] = state.sum[row] * shrink + sum;
-  if (state.shrink) state.shrink[row] = shrink;
+  state.sum[row] = state.sum[row] * rescale + sum;
+  if (state.rescale) state.rescale[row] = rescale;
 }
 
 void gradient_one_row(const Tile& tile, const Transform& transform, const RowSlots& slots,

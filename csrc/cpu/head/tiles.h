@@ -36,14 +36,14 @@ struct RowSlots {
 
 // Running state of the online softmax, one entry a row.
 struct SoftmaxState {
-  float* maximum;    // [rows] running maximum of v
-  double* sum;       // [rows] running sum of e^(z - largest z)
-  double* weighted;  // [rows] running sum of e^(z - largest z) (z - largest z); null unless the entropy is wanted
-  float* shrink;     // [rows] e^(old largest z - new one); null unless the tile becomes exponentials
-  float* chosen;     // [slots] v of each slot's target, written where the tile holds it
+  float* maximum;       // [rows] running maximum of v
+  double* sum;          // [rows] running sum of e^(z - largest z)
+  double* weighted;     // [rows] running sum of e^(z - largest z) (z - largest z); null unless the entropy is wanted
+  float* rescale;       // [rows] e^(old largest z - new one); null unless the tile becomes exponentials
+  float* target_logit;  // [slots] v of each slot's target, written where the tile holds it
 };
 
-// Merge the tile into the state. With a cap the tile is left holding z, else it is left alone; with `shrink` it
+// Merge the tile into the state. With a cap the tile is left holding z, else it is left alone; with `rescale` it
 // is left holding e^(z - largest z) dz/dx, ready to be multiplied by the weight (the unit gradient of a frozen head).
 void softmax_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const SoftmaxState& state,
                   int threads);

@@ -12,8 +12,9 @@ from tests.tuna.plan.models import CONFIGS, WORKLOAD, config_of
 from tuna.plan.settings import StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import at_depth, explicit_config, layer_period, model_config
+from tuna.plan.tracker import StepTracker
 from tuna.plan.workload import METHODS, Method, Workload
-from tuna_kernels import Group
+from tuna_kernels import Group, linear_logprobs
 
 GIB = 2**30
 
@@ -120,3 +121,13 @@ def test_bad_sizes_are_refused() -> None:
         explicit_config(vocab_size=10, hidden_size=9, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     with pytest.raises(ValueError, match="prompt_tokens = 0 must be at least 1"):
         Workload(5, 0, 5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_products_of_the_head_are_counted(frozen: bool) -> None:
+    """Forward one, backward three: logits again, two gradients. Of a frozen head two in all, its unit gradient kept."""
+    hidden, weight = torch.ones(20, 8, requires_grad=True), torch.ones(50, 8, requires_grad=not frozen)
+    tracker = StepTracker()
+    with tracker:
+        linear_logprobs(hidden, weight, torch.zeros(20, dtype=torch.int64), backend="torch").sum().backward()
+    assert tracker.flops == (2 if frozen else 4) * 2 * 20 * 50 * 8

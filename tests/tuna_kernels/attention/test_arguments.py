@@ -84,7 +84,9 @@ def test_auto_is_native_code_where_it_serves(dtype: torch.dtype, monkeypatch: py
 def test_auto_on_cuda_is_triton_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no GPU here: the choice is asked for inputs that only say that they lie on one."""
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    choose = functools.partial(tuna_kernels.attention.tree_attention._resolve, "auto", on_gpu, on_gpu, on_gpu, None)
+    choose = functools.partial(
+        tuna_kernels.attention.tree_attention.choose_backend, "auto", on_gpu, on_gpu, on_gpu, None
+    )
     for reason, chosen in (("", "triton"), ("no", "torch")):
         monkeypatch.setattr(launches, "why_not", lambda *_, reason=reason: reason)
         monkeypatch.delenv("TUNA_KERNELS_BACKEND", raising=False)

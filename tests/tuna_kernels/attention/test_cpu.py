@@ -245,7 +245,7 @@ def test_opcheck() -> None:
     detached = [x.detach() for x in leaves]
     torch.library.opcheck(
         ops.tree_attention_backward.default,
-        (torch.ones_like(out), torch.ones_like(lse), *detached, out, lse, *arguments[3:]),
+        (*detached, *arguments[3:-1], out, lse, torch.ones_like(out), torch.ones_like(lse), "cpu"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

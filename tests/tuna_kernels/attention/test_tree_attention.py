@@ -253,12 +253,12 @@ def test_opcheck() -> None:
             torch.library.opcheck(
                 ops.tree_attention_backward.default,
                 (
-                    torch.ones_like(out),
-                    grad_lse,
-                    *detached[:3],
+                    *detached[:-1],
                     out.detach(),
                     lse.detach(),
-                    *detached[3:],
+                    torch.ones_like(out),
+                    grad_lse,
+                    "torch",
                 ),
                 test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
             )

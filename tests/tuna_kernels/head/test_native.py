@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tuna_kernels import available_backends, linear_logprobs
 from tuna_kernels.head.cpu import NativeTileOps
-from tuna_kernels.head.tiled import Head, RowGradient, SoftmaxState, Tile
+from tuna_kernels.head.tiled import LinearHead, RowGradient, SoftmaxState, Tile
 
 pytestmark = pytest.mark.skipif(bool(available_backends()["cpu"]), reason=available_backends()["cpu"])
 OPS = NativeTileOps()
@@ -27,7 +27,7 @@ def native_exp(x: Tensor) -> Tensor:
     """The gradient of a row with maximum 0, log of the sum 0 and softmax weight 1 is e^x."""
     out = x.clone()
     rows = RowGradient(torch.zeros(1), torch.zeros(1), torch.ones(1), None, None, torch.empty(0))
-    OPS.gradient(one_row(out), Head(torch.empty(0, 0), None, None, 1.0, None), rows, is_capped=False)
+    OPS.gradient(one_row(out), LinearHead(torch.empty(0, 0), None, None, 1.0, None), rows, is_capped=False)
     return out
 
 
@@ -35,7 +35,7 @@ def native_tanh(x: Tensor) -> Tensor:
     """A cap of 1 leaves tanh(x) in the tile."""
     out = x.clone()
     state = SoftmaxState(torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.float64), None, None, torch.empty(0))
-    OPS.softmax(one_row(out), Head(torch.empty(0, 0), None, None, 1.0, 1.0), state)
+    OPS.softmax(one_row(out), LinearHead(torch.empty(0, 0), None, None, 1.0, 1.0), state)
     return out
 
 
@@ -120,7 +120,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_tile_operations() -> None:
             None,
             torch.zeros(64),
         )
-        OPS.softmax(tile, Head(logits, None, None, 0.9, 20.0), state)
+        OPS.softmax(tile, LinearHead(logits, None, None, 0.9, 20.0), state)
         results.append((*(t for t in state if t is not None), tile.logits))
     torch.set_num_threads(before)
     for other in results[1:]:

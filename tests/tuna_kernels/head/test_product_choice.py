@@ -18,7 +18,7 @@ from tuna_kernels.head import cpu, product_choice
 from tuna_kernels.head.product_choice import BLAS, OWN, VARIABLE, Choice, Run, choose
 
 needs_products = pytest.mark.skipif(
-    bool(cpu.WHY_NOT) or not cpu.native().has_products(cpu.instruction_set()), reason="there are no products of our own"
+    bool(cpu.WHY_NOT_HERE) or not cpu.native().has_products(cpu.instruction_set()), reason="no products of our own"
 )
 
 

@@ -17,7 +17,7 @@ from tuna_kernels.head.slots import Slots
 
 FROM_ENVIRONMENT = cpu.instruction_set
 HALVES = (torch.bfloat16, torch.float16)
-pytestmark = pytest.mark.skipif(bool(cpu.WHY_NOT), reason=cpu.WHY_NOT)
+pytestmark = pytest.mark.skipif(bool(cpu.WHY_NOT_HERE), reason=cpu.WHY_NOT_HERE)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"], scope="module", autouse=True)

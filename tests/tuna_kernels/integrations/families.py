@@ -26,7 +26,8 @@ from tests.tuna_kernels.integrations.family_settings import SETTINGS, SMALL, UNT
 from tests.tuna_kernels.integrations.tiny_models import GROUPS, randomized, separate_scores
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, score_groups
 from tuna_kernels.integrations.transformers.attention_hook import DENSE
-from tuna_kernels.integrations.transformers.two_phase.loss import two_phase_ranking_loss, why_not_two_phase
+from tuna_kernels.integrations.transformers.two_phase.loss import two_phase_ranking_loss
+from tuna_kernels.integrations.transformers.two_phase.requests import why_not_two_phase
 from tuna_kernels.tree import pack_groups
 
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.attention.triton.tiles import base2_scores, dot, key_block, load_rows, query_block, visible
-from tuna_kernels.gpu.device_math import LOG2_E
+from tuna_kernels.attention.triton.tiles import base2_scores, key_block, load_rows, query_block, visible
+from tuna_kernels.gpu.device_math import LOG2_E, dot
 
 
 @triton.jit
@@ -48,9 +48,7 @@ def _walk_keys(
     last,
     T,
     k_stride_row,
-    k_stride_column,
     v_stride_row,
-    v_stride_column,
     window,
     product_scale,
     cap,
@@ -61,7 +59,6 @@ def _walk_keys(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -70,9 +67,9 @@ def _walk_keys(
         block = tl.load(list_ptr + step)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         here = columns < T
-        k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, k_stride_column, here, D, PAD_D, MASKED)
-        v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, v_stride_column, here, DV, PAD_V, MASKED)
-        s = base2_scores(dot(q, tl.trans(k), TYPE, UPCAST, PRECISION), product_scale, cap, SOFTCAP)
+        k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, here, D, PAD_D, MASKED)
+        v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, here, DV, PAD_V, MASKED)
+        s = base2_scores(dot(q, tl.trans(k), None, TYPE, PRECISION), product_scale, cap, SOFTCAP)
         p = tl.exp2(s - lse[:, None])
         if MASKED:
             columns, here, end, depth = key_block(block, end_ptr, depth_ptr, T, BLOCK_N, WINDOW)
@@ -80,9 +77,9 @@ def _walk_keys(
                 rows[:, None], columns[None, :], end[None, :], row_depth[:, None], depth[None, :], window, WINDOW
             )
             p = tl.where(seen, p, 0.0)
-        dp = dot(grad_out, tl.trans(v), TYPE, UPCAST, PRECISION)
+        dp = dot(grad_out, tl.trans(v), None, TYPE, PRECISION)
         ds = _score_gradient(s, p, dp, delta[:, None], cap, SOFTCAP)
-        dq += dot(ds, k, TYPE, UPCAST, PRECISION)
+        dq += dot(ds, k, None, TYPE, PRECISION)
     return dq
 
 
@@ -112,27 +109,21 @@ def dq_kernel(
     q_stride_batch,
     q_stride_head,
     q_stride_row,
-    q_stride_column,
     k_stride_batch,
     k_stride_head,
     k_stride_row,
-    k_stride_column,
     v_stride_batch,
     v_stride_head,
     v_stride_row,
-    v_stride_column,
     out_stride_batch,
     out_stride_head,
     out_stride_row,
-    out_stride_column,
     grad_out_stride_batch,
     grad_out_stride_head,
     grad_out_stride_row,
-    grad_out_stride_column,
     dq_stride_batch,
     dq_stride_head,
     dq_stride_row,
-    dq_stride_column,
     product_scale,
     cap,
     scale,
@@ -146,7 +137,6 @@ def dq_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GRAD_LSE: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -162,56 +152,27 @@ def dq_kernel(
     v_base = v_ptr + batch * v_stride_batch + kv_head * v_stride_head
     out_base = out_ptr + batch * out_stride_batch + head * out_stride_head
     grad_base = grad_out_ptr + batch * grad_out_stride_batch + head * grad_out_stride_head
-    out = load_rows(out_base, slots, values, out_stride_row, out_stride_column, here, DV, PAD_V, True)
-    grad_out = load_rows(grad_base, slots, values, grad_out_stride_row, grad_out_stride_column, here, DV, PAD_V, True)
+    out = load_rows(out_base, slots, values, out_stride_row, here, DV, PAD_V, True)
+    grad_out = load_rows(grad_base, slots, values, grad_out_stride_row, here, DV, PAD_V, True)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     of_row = (batch * tl.num_programs(1) + head) * Tq + slots
     if GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + of_row, mask=here, other=0.0)
     tl.store(delta_ptr + of_row, delta, mask=here)
     lse = tl.load(lse_ptr + of_row, mask=here, other=0.0) * LOG2_E
-    q = load_rows(q_base, slots, columns, q_stride_row, q_stride_column, here, D, PAD_D, True)
+    q = load_rows(q_base, slots, columns, q_stride_row, here, D, PAD_D, True)
     dq = tl.zeros([BLOCK_M, PAD_D], tl.float32)
     blocks_ptr = list_ptr + block.to(tl.int64) * list_width
     full = tl.load(full_ptr + block)
     live = tl.load(live_ptr + block)
     for masked in tl.static_range(2):
         dq = _walk_keys(
-            dq,
-            q,
-            grad_out,
-            lse,
-            delta,
-            rows,
-            row_depth,
-            k_base,
-            v_base,
-            end_ptr,
-            depth_ptr,
-            blocks_ptr,
-            full if masked else 0,
-            live if masked else full,
-            T,
-            k_stride_row,
-            k_stride_column,
-            v_stride_row,
-            v_stride_column,
-            window,
-            product_scale,
-            cap,
-            D,
-            DV,
-            PAD_D,
-            PAD_V,
-            BLOCK_N,
-            WINDOW,
-            SOFTCAP,
-            UPCAST,
-            PRECISION,
-            masked == 1,
-        )
+            dq, q, grad_out, lse, delta, rows, row_depth, k_base, v_base, end_ptr, depth_ptr, blocks_ptr,
+            full if masked else 0, live if masked else full, T, k_stride_row, v_stride_row, window, product_scale, cap,
+            D, DV, PAD_D, PAD_V, BLOCK_N, WINDOW, SOFTCAP, PRECISION, masked == 1,
+        )  # fmt: skip
     dq_base = dq_ptr + batch * dq_stride_batch + head * dq_stride_head
-    pointers = dq_base + slots.to(tl.int64)[:, None] * dq_stride_row + columns[None, :] * dq_stride_column
+    pointers = dq_base + slots.to(tl.int64)[:, None] * dq_stride_row + columns[None, :]
     tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), mask=here[:, None] & (columns < D)[None, :])
 
 
@@ -236,9 +197,7 @@ def _walk_queries(
     last,
     Tq,
     q_stride_row,
-    q_stride_column,
     grad_out_stride_row,
-    grad_out_stride_column,
     window,
     product_scale,
     cap,
@@ -250,7 +209,6 @@ def _walk_queries(
     ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -262,23 +220,21 @@ def _walk_queries(
         block = tl.load(list_ptr + step)
         slots, rows, row_depth = query_block(block, rows_ptr, order_ptr, depth_ptr, Tq, BLOCK_M, ROWS, WINDOW)
         here = rows >= 0
-        q = load_rows(q_base, slots, size, q_stride_row, q_stride_column, here, D, PAD_D, MASKED)
-        grad_out = load_rows(
-            grad_base, slots, values, grad_out_stride_row, grad_out_stride_column, here, DV, PAD_V, MASKED
-        )
+        q = load_rows(q_base, slots, size, q_stride_row, here, D, PAD_D, MASKED)
+        grad_out = load_rows(grad_base, slots, values, grad_out_stride_row, here, DV, PAD_V, MASKED)
         lse = tl.load(lse_base + slots, mask=here, other=0.0) * LOG2_E
         delta = tl.load(delta_base + slots, mask=here, other=0.0)
-        s = base2_scores(dot(k, tl.trans(q), TYPE, UPCAST, PRECISION), product_scale, cap, SOFTCAP)
+        s = base2_scores(dot(k, tl.trans(q), None, TYPE, PRECISION), product_scale, cap, SOFTCAP)
         p = tl.exp2(s - lse[None, :])
         if MASKED:
             seen = visible(
                 rows[None, :], columns[:, None], end[:, None], row_depth[None, :], depth[:, None], window, WINDOW
             )
             p = tl.where(seen, p, 0.0)
-        dv += dot(p, grad_out, TYPE, UPCAST, PRECISION)
-        dp = dot(v, tl.trans(grad_out), TYPE, UPCAST, PRECISION)
+        dv += dot(p, grad_out, None, TYPE, PRECISION)
+        dp = dot(v, tl.trans(grad_out), None, TYPE, PRECISION)
         ds = _score_gradient(s, p, dp, delta[None, :], cap, SOFTCAP)
-        dk += dot(ds, q, TYPE, UPCAST, PRECISION)
+        dk += dot(ds, q, None, TYPE, PRECISION)
     return dk, dv
 
 
@@ -308,29 +264,23 @@ def dkv_kernel(
     q_stride_batch,
     q_stride_head,
     q_stride_row,
-    q_stride_column,
     k_stride_batch,
     k_stride_head,
     k_stride_row,
-    k_stride_column,
     v_stride_batch,
     v_stride_head,
     v_stride_row,
-    v_stride_column,
     grad_out_stride_batch,
     grad_out_stride_head,
     grad_out_stride_row,
-    grad_out_stride_column,
     dk_stride_split,
     dk_stride_batch,
     dk_stride_head,
     dk_stride_row,
-    dk_stride_column,
     dv_stride_split,
     dv_stride_batch,
     dv_stride_head,
     dv_stride_row,
-    dv_stride_column,
     product_scale,
     cap,
     scale,
@@ -343,7 +293,6 @@ def dkv_kernel(
     ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -355,8 +304,8 @@ def dkv_kernel(
     columns, here, end, depth = key_block(block, end_ptr, depth_ptr, T, BLOCK_N, WINDOW)
     k_base = k_ptr + batch * k_stride_batch + kv_head * k_stride_head
     v_base = v_ptr + batch * v_stride_batch + kv_head * v_stride_head
-    k = load_rows(k_base, columns, size, k_stride_row, k_stride_column, here, D, PAD_D, True)
-    v = load_rows(v_base, columns, values, v_stride_row, v_stride_column, here, DV, PAD_V, True)
+    k = load_rows(k_base, columns, size, k_stride_row, here, D, PAD_D, True)
+    v = load_rows(v_base, columns, values, v_stride_row, here, DV, PAD_V, True)
     dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
     dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
     blocks_ptr = list_ptr + block.to(tl.int64) * list_width
@@ -371,48 +320,16 @@ def dkv_kernel(
         of_head = (batch * kv_heads * group + head) * Tq
         for masked in tl.static_range(2):
             dk, dv = _walk_queries(
-                dk,
-                dv,
-                k,
-                v,
-                columns,
-                end,
-                depth,
-                q_base,
-                grad_base,
-                lse_ptr + of_head,
-                delta_ptr + of_head,
-                rows_ptr,
-                order_ptr,
-                depth_ptr,
-                blocks_ptr,
-                tl.maximum(first, full) if masked else first,
-                last if masked else tl.minimum(last, full),
-                Tq,
-                q_stride_row,
-                q_stride_column,
-                grad_out_stride_row,
-                grad_out_stride_column,
-                window,
-                product_scale,
-                cap,
-                D,
-                DV,
-                PAD_D,
-                PAD_V,
-                BLOCK_M,
-                ROWS,
-                WINDOW,
-                SOFTCAP,
-                UPCAST,
-                PRECISION,
-                masked == 1,
-            )
+                dk, dv, k, v, columns, end, depth, q_base, grad_base, lse_ptr + of_head, delta_ptr + of_head, rows_ptr,
+                order_ptr, depth_ptr, blocks_ptr, tl.maximum(first, full) if masked else first,
+                last if masked else tl.minimum(last, full), Tq, q_stride_row, grad_out_stride_row, window,
+                product_scale, cap, D, DV, PAD_D, PAD_V, BLOCK_M, ROWS, WINDOW, SOFTCAP, PRECISION, masked == 1,
+            )  # fmt: skip
     split = split.to(tl.int64)
     dk_base = dk_ptr + split * dk_stride_split + batch * dk_stride_batch + kv_head * dk_stride_head
     dv_base = dv_ptr + split * dv_stride_split + batch * dv_stride_batch + kv_head * dv_stride_head
     rows = columns.to(tl.int64)[:, None]
-    dk_pointers = dk_base + rows * dk_stride_row + size[None, :] * dk_stride_column
-    dv_pointers = dv_base + rows * dv_stride_row + values[None, :] * dv_stride_column
+    dk_pointers = dk_base + rows * dk_stride_row + size[None, :]
+    dv_pointers = dv_base + rows * dv_stride_row + values[None, :]
     tl.store(dk_pointers, (dk * scale).to(dk_ptr.dtype.element_ty), mask=here[:, None] & (size < D)[None, :])
     tl.store(dv_pointers, dv.to(dv_ptr.dtype.element_ty), mask=here[:, None] & (values < DV)[None, :])

@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.attention.triton.tiles import base2_scores, dot, key_block, load_rows, query_block, visible
-from tuna_kernels.gpu.device_math import LN_2
+from tuna_kernels.attention.triton.tiles import base2_scores, key_block, load_rows, query_block, visible
+from tuna_kernels.gpu.device_math import LN_2, dot
 
 
 @triton.jit
@@ -34,9 +34,7 @@ def _walk(
     last,
     T,
     k_stride_row,
-    k_stride_column,
     v_stride_row,
-    v_stride_column,
     window,
     scale,
     cap,
@@ -47,7 +45,6 @@ def _walk(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -57,8 +54,8 @@ def _walk(
         block = tl.load(list_ptr + step)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         here = columns < T
-        k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, k_stride_column, here, D, PAD_D, MASKED)
-        s = base2_scores(dot(q, tl.trans(k), TYPE, UPCAST, PRECISION), scale, cap, SOFTCAP)
+        k = load_rows(k_base, columns, tl.arange(0, PAD_D), k_stride_row, here, D, PAD_D, MASKED)
+        s = base2_scores(dot(q, tl.trans(k), None, TYPE, PRECISION), scale, cap, SOFTCAP)
         if MASKED:
             columns, here, end, depth = key_block(block, end_ptr, depth_ptr, T, BLOCK_N, WINDOW)
             seen = visible(
@@ -72,8 +69,8 @@ def _walk(
         p = tl.exp2(s - shift[:, None])
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, 1)
-        v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, v_stride_column, here, DV, PAD_V, MASKED)
-        accumulator = accumulator * rescale[:, None] + dot(p, v, TYPE, UPCAST, PRECISION)
+        v = load_rows(v_base, columns, tl.arange(0, PAD_V), v_stride_row, here, DV, PAD_V, MASKED)
+        accumulator = accumulator * rescale[:, None] + dot(p, v, None, TYPE, PRECISION)
         top = new_top
     return accumulator, total, top
 
@@ -100,19 +97,15 @@ def forward_kernel(
     q_stride_batch,
     q_stride_head,
     q_stride_row,
-    q_stride_column,
     k_stride_batch,
     k_stride_head,
     k_stride_row,
-    k_stride_column,
     v_stride_batch,
     v_stride_head,
     v_stride_row,
-    v_stride_column,
     out_stride_batch,
     out_stride_head,
     out_stride_row,
-    out_stride_column,
     scale,
     cap,
     D: tl.constexpr,
@@ -124,7 +117,6 @@ def forward_kernel(
     ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -136,7 +128,7 @@ def forward_kernel(
     q_base = q_ptr + batch * q_stride_batch + head * q_stride_head
     k_base = k_ptr + batch * k_stride_batch + kv_head * k_stride_head
     v_base = v_ptr + batch * v_stride_batch + kv_head * v_stride_head
-    q = load_rows(q_base, slots, tl.arange(0, PAD_D), q_stride_row, q_stride_column, here, D, PAD_D, True)
+    q = load_rows(q_base, slots, tl.arange(0, PAD_D), q_stride_row, here, D, PAD_D, True)
     accumulator = tl.zeros([BLOCK_M, PAD_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -145,43 +137,15 @@ def forward_kernel(
     live = tl.load(live_ptr + block)
     for masked in tl.static_range(2):
         accumulator, total, top = _walk(
-            accumulator,
-            total,
-            top,
-            q,
-            rows,
-            row_depth,
-            k_base,
-            v_base,
-            end_ptr,
-            depth_ptr,
-            blocks_ptr,
-            full if masked else 0,
-            live if masked else full,
-            T,
-            k_stride_row,
-            k_stride_column,
-            v_stride_row,
-            v_stride_column,
-            window,
-            scale,
-            cap,
-            D,
-            DV,
-            PAD_D,
-            PAD_V,
-            BLOCK_N,
-            WINDOW,
-            SOFTCAP,
-            UPCAST,
-            PRECISION,
-            masked == 1,
-        )
+            accumulator, total, top, q, rows, row_depth, k_base, v_base, end_ptr, depth_ptr, blocks_ptr,
+            full if masked else 0, live if masked else full, T, k_stride_row, v_stride_row, window, scale, cap, D, DV,
+            PAD_D, PAD_V, BLOCK_N, WINDOW, SOFTCAP, PRECISION, masked == 1,
+        )  # fmt: skip
     total = tl.where(here, total, 1.0)  # a row that exists and sees nothing keeps 0: NaN, not a number
     out = accumulator / total[:, None]
     columns = tl.arange(0, PAD_V)
     out_base = out_ptr + batch * out_stride_batch + head * out_stride_head
-    pointers = out_base + slots.to(tl.int64)[:, None] * out_stride_row + columns[None, :] * out_stride_column
+    pointers = out_base + slots.to(tl.int64)[:, None] * out_stride_row + columns[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=here[:, None] & (columns < DV)[None, :])
     lse = (top + tl.log2(total)) * LN_2
     tl.store(lse_ptr + (batch * tl.num_programs(1) + head) * Tq + slots, lse, mask=here)

@@ -1,9 +1,9 @@
-"""Tree attention in Triton kernels: the launches. The kernels are in `triton/attention_forward` and `_backward`, the
-block lists they walk in `attention.bounds`.
+"""Tree attention in Triton kernels: the launches. The kernels are in `forward` and `backward`, the block lists
+they walk in `attention.bounds`.
 
 Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, where the key
-blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on, nothing
-is copied. All results are the same bits every time, for the same GPU and configuration.
+blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on but for
+the last, which is 1. All results are the same bits every time, for the same GPU and configuration.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tuna_kernels.attention.block_plan import check_values
 from tuna_kernels.attention.bounds import BlockMap, block_map
-from tuna_kernels.attention.torch import empty_outputs
+from tuna_kernels.attention.call import AttentionCall, AttentionGradients, AttentionResult
 from tuna_kernels.attention.triton.config import candidates
 from tuna_kernels.gpu import availability, launch
 from tuna_kernels.gpu.static_case import Config
@@ -29,12 +29,10 @@ MAX_SPLITS = 16
 _MAKING_A_LIST = 24
 """Bytes a pair of blocks takes while the lists are made: flags, sort keys and places, beyond the int32 that is kept."""
 
-_LOG2E = 1.4426950408889634
-
 
 def why_not(q: Tensor, v: Tensor) -> str:
     """ "" if these inputs are served, else the reason why not."""
-    if reason := availability.supports(q.device, q.dtype):
+    if reason := availability.why_not(q.device, q.dtype):
         return reason
     for name, x in (("q and k", q), ("v", v)):
         if x.shape[3] > MAX_SIZE:
@@ -44,24 +42,14 @@ def why_not(q: Tensor, v: Tensor) -> str:
     return ""
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [B, Hq, Tq, dv], lse [B, Hq, Tq])``; out in q's dtype, laid out as [B, Tq, Hq, dv] in memory."""
+def forward(call: AttentionCall) -> AttentionResult:
+    """See `tuna_kernels.attention.ops`."""
     from tuna_kernels.attention.triton.forward import forward_kernel
 
-    blocks = _map(subtree_end, query_rows, position_ids, window)
-    out, lse = empty_outputs(q, v)
-    if out.numel() == 0:
-        return out, lse
+    blocks, result = _map(call), call.empty_result()
+    if result.out.numel() == 0:
+        return result
+    q, k, v, window = call.q, call.k, call.v, call.window
 
     def run(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -70,46 +58,34 @@ def forward(
             (-(-q.shape[2] // block_m), q.shape[1], q.shape[0]),
             config,
             q.device,
-            (q, k, v, out, lse, *_arrays(blocks, block_m, block_n)),
+            (q, k, v, *result, *_arrays(blocks, block_m, block_n)),
             (q.shape[2], k.shape[2], q.shape[1] // k.shape[1], -(-k.shape[2] // block_n), window or 0),
-            (q, k, v, out),
-            _score_factors(scale, softcap),
-            _flags(q, v, blocks, softcap),
+            (q, k, v, result.out),
+            _score_factors(call),
+            _flags(call, blocks),
         )
 
-    _run_chosen("forward", q, v, blocks, softcap, run)
-    return out, lse
+    _run_chosen("forward", call, run)
+    return result
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    subtree_end: Tensor,
-    query_rows: Tensor | None,
-    position_ids: Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` in the dtypes of q, k and v."""
+    call: AttentionCall, result: AttentionResult, grad_out: Tensor, grad_lse: Tensor | None
+) -> AttentionGradients:
+    """See `tuna_kernels.attention.ops`."""
     from tuna_kernels.attention.triton.backward import dkv_kernel, dq_kernel
 
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
-    blocks = _map(subtree_end, query_rows, position_ids, window)
+    dq, dk, dv = gradients = call.empty_gradients()
+    if call.q.numel() == 0:
+        return gradients._replace(k=dk.zero_(), v=dv.zero_())
+    blocks, (out, lse) = _map(call), result
+    q, k, v, window = call.q, call.k, call.v, call.window
     batch, heads, queries, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     delta = torch.empty_like(lse)
-    factors = (*_score_factors(scale, softcap), scale)
-    flags = _flags(q, v, blocks, softcap)
-
-    upstream_lse = delta if grad_lse is None else grad_lse
+    factors = (*_score_factors(call), call.scale)
+    flags = _flags(call, blocks)
+    of_queries = (q, k, v, out, grad_out, dq, lse, delta if grad_lse is None else grad_lse, delta)
 
     def run_dq(config: Config) -> None:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -118,7 +94,7 @@ def backward(
             (-(-queries // block_m), heads, batch),
             config,
             q.device,
-            (q, k, v, out, grad_out, dq, lse, upstream_lse, delta, *_arrays(blocks, block_m, block_n)),
+            (*of_queries, *_arrays(blocks, block_m, block_n)),
             (queries, total, heads // kv_heads, -(-total // block_n), window or 0),
             (q, k, v, out, grad_out, dq),
             factors,
@@ -128,7 +104,7 @@ def backward(
     def run_dkv(config: Config) -> list[Tensor]:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         query_blocks, key_blocks = -(-queries // block_m), -(-total // block_n)
-        splits = _splits(key_blocks * kv_heads * batch, query_blocks, launch.device_of(q).processors)
+        splits = _splits(key_blocks * kv_heads * batch, query_blocks, launch.device_of(q).num_sms)
         parts = [x.unsqueeze(0) for x in (dk, dv)]
         if splits > 1:
             parts = [x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (dk, dv)]
@@ -145,12 +121,12 @@ def backward(
         )
         return parts
 
-    _run_chosen("dq", q, v, blocks, softcap, run_dq)
-    parts = _run_chosen("dkv", q, v, blocks, softcap, run_dkv)
+    _run_chosen("dq", call, run_dq)
+    parts = _run_chosen("dkv", call, run_dkv)
     if len(parts[0]) > 1:
         dk.copy_(parts[0].sum(0))
         dv.copy_(parts[1].sum(0))
-    return dq, dk, dv
+    return gradients
 
 
 def workspace_bytes(
@@ -165,7 +141,7 @@ def workspace_bytes(
 ) -> int:
     """Peak of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
 
-    Delta and an upstream of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
+    Delta and a gradient of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
     block lists, which the first layer makes and all others share. A bound for any configuration, tuned or not.
     """
     most, sums = {"forward": 0, "dq": 0, "dkv": 0}, 0
@@ -173,16 +149,16 @@ def workspace_bytes(
         for config in candidates(kernel, device.capability, _padded(size), _products(dtype)):
             query_blocks, key_blocks = -(-queries // config.blocks["BLOCK_M"]), -(-rows // config.blocks["BLOCK_N"])
             most[kernel] = max(most[kernel], query_blocks * key_blocks)
-            splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.processors)
+            splits = _splits(max(1, key_blocks * kv_heads * batch), query_blocks, device.num_sms)
             if kernel == "dkv" and splits > 1:
                 sums = max(sums, (2 * splits + 1) * 4 * batch * kv_heads * rows * size)
     lists = 4 * sum(most.values()) + _MAKING_A_LIST * max(most.values())
     return lists + 16 * rows + 24 * queries + 8 * batch * heads * queries + sums
 
 
-def _map(subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None) -> BlockMap:
-    check_values(subtree_end, query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
-    return block_map(subtree_end, query_rows, position_ids, window)
+def _map(call: AttentionCall) -> BlockMap:
+    check_values(call.subtree_end, call.query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
+    return block_map(call.subtree_end, call.query_rows, call.position_ids, call.window)
 
 
 def _arrays(blocks: BlockMap, block_m: int, block_n: int, *, of_keys: bool = False) -> tuple[Tensor, ...]:
@@ -192,13 +168,15 @@ def _arrays(blocks: BlockMap, block_m: int, block_n: int, *, of_keys: bool = Fal
     return (blocks.end, *optional, lists.index, lists.full, lists.live)
 
 
-def _score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+def _score_factors(call: AttentionCall) -> tuple[float, float]:
     """(factor on products, cap) such that `base2_scores` gives log2(e) times the scores."""
-    return (scale * _LOG2E, 1.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    if call.softcap is None:
+        return call.scale * launch.LOG2_E, 1.0
+    return call.scale / call.softcap, call.softcap * launch.LOG2_E
 
 
-def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dict[str, Any]:
-    size, values = q.shape[3], v.shape[3]
+def _flags(call: AttentionCall, blocks: BlockMap) -> dict[str, Any]:
+    size, values = call.q.shape[3], call.v.shape[3]
     return {
         "D": size,
         "DV": values,
@@ -206,19 +184,14 @@ def _flags(q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None) -> dic
         "PAD_V": _padded(values),
         "ROWS": blocks.rows is not None,
         "WINDOW": blocks.window is not None,
-        "SOFTCAP": softcap is not None,
-        "UPCAST": availability.is_interpreted() and q.dtype == torch.bfloat16,
-        "PRECISION": _precision(),
+        "SOFTCAP": call.softcap is not None,
+        "PRECISION": launch.float32_precision("ieee"),
     }
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _products(dtype: torch.dtype) -> str:
     """How matrices are multiplied, as `candidates` wants it."""
-    return _precision() if dtype == torch.float32 else "half"
+    return launch.float32_precision("ieee") if dtype == torch.float32 else "half"
 
 
 def _padded(size: int) -> int:
@@ -226,26 +199,24 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _run_chosen(
-    kernel: str, q: Tensor, v: Tensor, blocks: BlockMap, softcap: float | None, run: Callable[[Config], Result]
-) -> Result:
+def _run_chosen(kernel: str, call: AttentionCall, run: Callable[[Config], Result]) -> Result:
     """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
-    device = launch.device_of(q)
-    size = max(_padded(q.shape[3]), _padded(v.shape[3]))
-    configs = candidates(kernel, device.capability, size, _products(q.dtype), softcap=softcap is not None)
+    device, dtype, capped = launch.device_of(call.q), call.q.dtype, call.softcap is not None
+    size = max(_padded(call.q.shape[3]), _padded(call.v.shape[3]))
+    configs = candidates(kernel, device.capability, size, _products(dtype), softcap=capped)
     table = {launch.INTERPRETER: configs}
-    key = (q.dtype, size, _products(q.dtype), blocks.window is not None, softcap is not None)
+    key = (dtype, size, _products(dtype), call.window is not None, capped)
     return run(launch.choose(f"attention_{kernel}", table, device, key, run))
 
 
-def _splits(programs: int, query_blocks: int, processors: int) -> int:
+def _splits(programs: int, query_blocks: int, num_sms: int) -> int:
     """Over how many programs a key block is split: four programs for each of a GPU's places for two, if need be.
 
     A prompt's key block may be seen by every query, and nothing shorter than its walk ends the kernel. With that many
     programs the longest walk is about an even share of all work. The workspace is then bounded by the GPU, not by the
     problem: some 8 programs per multiprocessor, each with its BLOCK_N rows of dK and dV.
     """
-    return max(1, min(MAX_SPLITS, query_blocks, -(-8 * processors // programs)))
+    return max(1, min(MAX_SPLITS, query_blocks, -(-8 * num_sms // programs)))
 
 
 def _launch(
@@ -259,8 +230,8 @@ def _launch(
     factors: tuple[float, ...],
     flags: dict[str, Any],
 ) -> None:
-    """All kernels take their arguments in this order."""
-    strides = [stride for x in strided for stride in x.stride()]
+    """All kernels take their arguments in this order; rows are dense."""
+    strides = [stride for x in strided for stride in x.stride()[:-1]]
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[grid](
             *pointers,

@@ -44,8 +44,7 @@ def _case(kernel: str, dtype: str, size: int, **flags: bool) -> StaticCase:
     if kernel != "forward":
         signature |= {"scale": "fp32"}
     padded = max(16, 1 << (size - 1).bit_length())
-    constants: dict[str, Any] = {"D": size, "DV": size, "PAD_D": padded, "PAD_V": padded, "UPCAST": False}
-    constants |= {f"{name}_stride_column": 1 for name in tensors}
+    constants: dict[str, Any] = {"D": size, "DV": size, "PAD_D": padded, "PAD_V": padded}
     constants |= {name: flags.get(name, False) for name in ("ROWS", "WINDOW", "SOFTCAP")}
     precision = constants["PRECISION"] = "tf32" if flags.get("TF32") else "ieee"
     if kernel == "dq":

@@ -14,14 +14,13 @@ def load_rows(
     rows,  # [R] which rows
     columns,  # [C] arange of the padded head size
     stride_row,
-    stride_column,
     here,  # [R] bool, rows that exist; looked at where MASKED
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Tile [R, C], zero beyond the head size and in rows that do not exist. Offsets are 64-bit."""
-    pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
+    pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     if MASKED and SIZE != PADDED:
         return tl.load(pointers, mask=here[:, None] & (columns < SIZE)[None, :], other=0.0)
     if MASKED:
@@ -29,18 +28,6 @@ def load_rows(
     if SIZE != PADDED:
         return tl.load(pointers, mask=(columns < SIZE)[None, :], other=0.0)
     return tl.load(pointers)
-
-
-@triton.jit
-def dot(a, b, TYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b, both rounded to TYPE, summed in float32.
-
-    UPCAST multiplies the rounded values in float32: Triton's interpreter keeps bfloat16 as integers and cannot.
-    """
-    a, b = a.to(TYPE), b.to(TYPE)
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

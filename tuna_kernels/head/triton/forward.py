@@ -1,14 +1,14 @@
-"""Log-sum-exp, entropy and chosen logits of hidden rows under an LM head: tiles only, no logits in memory.
+"""Log-sum-exp, entropy and target logits of hidden rows under an LM head: tiles only, no logits in memory.
 
-Grid: blocks of rows x splits of the vocabulary, one axis. A program owns ROWS hidden rows and a run of vocabulary
-tiles; each tile is one product [ROWS, COLUMNS] in registers, merged into a running softmax. It writes its rows'
+Grid: blocks of rows x splits of the vocabulary, one axis. A program owns BLOCK_M hidden rows and a run of vocabulary
+tiles; each tile is one product [BLOCK_M, BLOCK_N] in registers, merged into a running softmax. It writes its rows'
 partial (maximum, sum, weighted sum) at [split, row], and v of every slot whose target it met. ``finish_kernel`` merges
 the splits in order. No locks, no atomics, one writer for every element.
 
-How the vocabulary is split depends on its size and on the number of processors, never on the rows: one to eight tiles
-a split, at least one split a processor where there are that many tiles. So one row fills the GPU as well as many do
-(with few rows the weight's bandwidth is the bound, and the unused rows of a tile cost nothing), and a row's bits do not
-depend on what else is in the batch, while configuration and GPU stay the same.
+How the vocabulary is split depends on its size and on the number of multiprocessors, never on the rows: one to eight
+tiles a split, at least one split a multiprocessor where there are that many tiles. So one row fills the GPU as well as
+many do (with few rows the weight's bandwidth is the bound, and the unused rows of a tile cost nothing), and a row's
+bits do not depend on what else is in the batch, while configuration and GPU stay the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tuna_kernels.gpu import launch
 from tuna_kernels.gpu.device_math import LN_2, LOG2_E
 from tuna_kernels.gpu.static_case import ARCHITECTURES, Config, StaticCase
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import ForwardResult, Head, Inputs
+from tuna_kernels.head.tiled import ForwardResult, Inputs, LinearHead
 from tuna_kernels.head.triton.products import HALF, in_kernel, product_type
 from tuna_kernels.head.triton.tiles import (
     add_product,
@@ -33,7 +33,7 @@ from tuna_kernels.head.triton.tiles import (
     program_tile,
     rate_of,
     row_slots,
-    store_chosen,
+    store_target_logit,
     to_v,
 )
 
@@ -51,7 +51,7 @@ def forward_kernel(
     maximum,  # [splits, R] float32, of v
     total,  # [splits, R]
     weighted,  # [splits, R] or None
-    chosen,  # [S] float32, v
+    target_logit,  # [S] float32, v
     row_count,
     vocabulary,
     width,
@@ -69,36 +69,36 @@ def forward_kernel(
     LOW_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    block, split = program_tile(row_count, splits, ROWS, GROUP)
-    row = block * ROWS + tl.arange(0, ROWS)
+    block, split = program_tile(row_count, splits, BLOCK_M, GROUP_M)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < row_count
     source = tl.load(rows + row, mask=live, other=0)
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    t = tl.zeros([ROWS], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_M], tl.float32)
+    t = tl.zeros([BLOCK_M], tl.float32)
     start = split * tiles_per_split
-    for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(vocabulary, COLUMNS))):
-        first = tile * COLUMNS
-        column = tl.arange(0, COLUMNS)
+    for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(vocabulary, BLOCK_N))):
+        first = tile * BLOCK_N
+        column = tl.arange(0, BLOCK_N)
         entries = tl.minimum(first + column, vocabulary - 1).to(tl.int64)
-        x = tl.zeros([ROWS, COLUMNS], tl.float32)
+        x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         x = add_product(
-            x, hidden, source, hidden_stride, weight, entries, weight_stride, width, DEPTH, EVEN, TYPE, PRECISION
+            x, hidden, source, hidden_stride, weight, entries, weight_stride, width, BLOCK_K, EVEN, TYPE, PRECISION
         )
         if low_hidden is not None:
             x = add_product(
                 x, low_hidden, source, low_hidden_stride, low_weight, entries, low_weight_stride, rank, 16, False,
                 LOW_TYPE, PRECISION,
             )  # fmt: skip
-        count = tl.minimum(vocabulary - first, COLUMNS).to(tl.int32)
+        count = tl.minimum(vocabulary - first, BLOCK_N).to(tl.int32)
         v = to_v(x, bias, first, column, count, scale, cap, CAPPED)
-        store_chosen(v, first, column, count, chosen, targets, first_slot, slots, most_slots)
+        store_target_logit(v, first, column, count, target_logit, targets, first_slot, slots, most_slots)
         m, s, t = merge_softmax(v, m, s, t, rate_of(scale, CAPPED), weighted is not None)
     at = split * row_count + row
     tl.store(maximum + at, m, mask=live)
@@ -112,7 +112,7 @@ def finish_kernel(
     maximum,  # [splits, R]
     total,
     weighted,  # or None
-    chosen,  # [S]
+    target_logit,  # [S]
     offsets,  # [R + 1] or None: row r has slot r
     lse,  # [R] out, nats
     row_maximum,  # [R] out, of v
@@ -122,16 +122,16 @@ def finish_kernel(
     row_count,
     splits,
     spread,  # logits per unit of v
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Merge the splits of each row, in order; grid: blocks of rows."""
     rate = spread * LOG2_E
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < row_count
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    t = tl.zeros([ROWS], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_M], tl.float32)
+    t = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
         at = split[None, :].to(tl.int64) * row_count + row[:, None]
@@ -142,13 +142,13 @@ def finish_kernel(
         reference = tl.where(larger == float("-inf"), 0.0, larger)
         fall = (m - reference) * rate
         below = (part_m - reference[:, None]) * rate
-        shrink = tl.exp2(fall)
+        rescale = tl.exp2(fall)
         factor = tl.exp2(below)
         if weighted is not None:
             part_t = tl.load(weighted + at, mask=there, other=0.0)
             moved = part_t + part_s * tl.maximum(below, -1e4)
-            t = (t + s * tl.maximum(fall, -1e4)) * shrink + tl.sum(moved * factor, 1)
-        s = s * shrink + tl.sum(part_s * factor, 1)
+            t = (t + s * tl.maximum(fall, -1e4)) * rescale + tl.sum(moved * factor, 1)
+        s = s * rescale + tl.sum(part_s * factor, 1)
         m = larger
     log_s = tl.log2(s)
     tl.store(lse + row, m * spread + log_s * LN_2, mask=live)
@@ -158,16 +158,16 @@ def finish_kernel(
         tl.store(entropy + row, (log_s - t / s) * LN_2, mask=live)
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     for j in range(0, most_slots):
-        v = tl.load(chosen + first_slot + j, mask=j < slots, other=0.0)
+        v = tl.load(target_logit + first_slot + j, mask=j < slots, other=0.0)
         # The largest is taken off before the logarithm is: near probability 1 both differences are small and exact.
         tl.store(logprobs + first_slot + j, (v - m) * spread - log_s * LN_2, mask=j < slots)
 
 
 def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Config:
-    return Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8}, warps, stages)
+    return Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "GROUP_M": 8}, warps, stages)
 
 
-# What the compiler said decided (`STATIC`, `static.compile_case`): registers are the bound. A [128, 128] float32 tile
+# What the compiler said decided (`STATIC`, `make gpu-static`): registers are the bound. A [128, 128] float32 tile
 # is 64 registers a thread of 8 warps; epilogue and addresses fit beside it without a spill. Depth 64 is 128 bytes of a
 # 16-bit row, one shared-memory swizzle; stages fill what the architecture has (99 KiB on 86, 89, 120). Candidates for
 # tuning: [128, 256], which spills a little in the epilogue and reads shared memory less; a shallower, a narrower.
@@ -175,7 +175,7 @@ def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Confi
 # holds the parts in registers: smaller tiles, and 16 deep.
 _ONE = _tile(128, 128, 64, 8, 4)
 CONFIGS_16: dict[int, tuple[Config, ...]] = {
-    launch.INTERPRETER: (Config({"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "GROUP": 2}),),
+    launch.INTERPRETER: (Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 2}),),
     80: (_tile(128, 128, 64, 8, 3), _tile(128, 128, 32, 8, 4), _tile(128, 64, 64, 8, 3)),
     86: (_tile(128, 128, 32, 8, 3), _tile(128, 64, 64, 8, 3)),
     89: (_tile(128, 128, 32, 8, 3), _tile(128, 64, 64, 8, 3)),
@@ -193,7 +193,7 @@ CONFIGS_32: dict[int, tuple[Config, ...]] = {
 }
 
 
-def head_table(inputs: Inputs, head: Head, *, want_entropy: bool) -> launch.Table:
+def head_table(inputs: Inputs, head: LinearHead, *, want_entropy: bool) -> launch.Table:
     """The configurations for these types and terms."""
     if product_type(inputs.hidden.dtype, head.weight.dtype) not in HALF:
         return CONFIGS_32
@@ -201,7 +201,7 @@ def head_table(inputs: Inputs, head: Head, *, want_entropy: bool) -> launch.Tabl
     return RICH_16 if is_rich else CONFIGS_16
 
 
-FINISH = Config({"ROWS": 32, "SPLITS": 32}, num_warps=4)
+FINISH = Config({"BLOCK_M": 32, "SPLITS": 32}, num_warps=4)
 
 
 class Partials(NamedTuple):
@@ -210,27 +210,27 @@ class Partials(NamedTuple):
     maximum: Tensor  # [splits, R] of v
     total: Tensor
     weighted: Tensor | None
-    chosen: Tensor  # [S] v; NaN where no tile held the target
+    target_logit: Tensor  # [S] v; NaN where no tile held the target
 
     @classmethod
     def empty(cls, splits: int, rows: int, slots: int, device: torch.device, *, weighted: bool) -> Partials:
         new = torch.empty
         shape = (splits, rows)
-        chosen = torch.full((slots,), torch.nan, device=device)
+        target_logit = torch.full((slots,), torch.nan, device=device)
         return cls(
             new(shape, device=device),
             new(shape, device=device),
             new(shape, device=device) if weighted else None,
-            chosen,
+            target_logit,
         )
 
 
-def tiles_per_split(tiles: int, processors: int) -> int:
-    """Vocabulary tiles a program walks: at least a split a processor, at most eight tiles; whatever the rows."""
-    return max(1, min(8, tiles // processors))
+def tiles_per_split(tiles: int, num_sms: int) -> int:
+    """Vocabulary tiles a program walks: at least a split a multiprocessor, at most eight tiles; whatever the rows."""
+    return max(1, min(8, tiles // num_sms))
 
 
-def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bool) -> Partials:
+def launch_forward(inputs: Inputs, head: LinearHead, slots: Slots, *, want_entropy: bool) -> Partials:
     """Run ``forward_kernel`` over all rows of ``slots``."""
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight
     rows, (vocabulary, width) = slots.rows.numel(), weight.shape
@@ -238,10 +238,10 @@ def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bo
     products = in_kernel(inputs, head)
 
     def run(config: Config) -> Partials:
-        per_split = tiles_per_split(triton.cdiv(vocabulary, config.blocks["COLUMNS"]), device.processors)
-        splits = triton.cdiv(vocabulary, per_split * config.blocks["COLUMNS"])
+        per_split = tiles_per_split(triton.cdiv(vocabulary, config.blocks["BLOCK_N"]), device.num_sms)
+        splits = triton.cdiv(vocabulary, per_split * config.blocks["BLOCK_N"])
         out = Partials.empty(splits, rows, slots.targets.numel(), hidden.device, weighted=want_entropy)
-        forward_kernel[(triton.cdiv(rows, config.blocks["ROWS"]) * splits,)](
+        forward_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]) * splits,)](
             hidden,
             weight,
             head.bias,
@@ -252,7 +252,7 @@ def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bo
             slots.targets,
             *out[:2],
             out.weighted,
-            out.chosen,
+            out.target_logit,
             rows,
             vocabulary,
             width,
@@ -267,7 +267,7 @@ def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bo
             splits,
             CAPPED=head.softcap is not None,
             **products._asdict(),
-            EVEN=width % config.blocks["DEPTH"] == 0,
+            EVEN=width % config.blocks["BLOCK_K"] == 0,
             **config.blocks,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -279,17 +279,19 @@ def launch_forward(inputs: Inputs, head: Head, slots: Slots, *, want_entropy: bo
     return run(launch.choose("head_forward", table, device, key, run))
 
 
-def finish(partials: Partials, head: Head, offsets: Tensor | None, rows: int, *, want_entropy: bool) -> ForwardResult:
+def finish(
+    partials: Partials, head: LinearHead, offsets: Tensor | None, rows: int, *, want_entropy: bool
+) -> ForwardResult:
     """Merge the splits and subtract: per row log-sum-exp and entropy, per slot the log-probability."""
-    new = partials.chosen.new_empty
-    lse, maximum, log_sum, logprobs = new(rows), new(rows), new(rows), torch.empty_like(partials.chosen)
+    new = partials.target_logit.new_empty
+    lse, maximum, log_sum, logprobs = new(rows), new(rows), new(rows), torch.empty_like(partials.target_logit)
     entropy = new(rows) if want_entropy else None
     if rows:
-        finish_kernel[(triton.cdiv(rows, FINISH.blocks["ROWS"]),)](
+        finish_kernel[(triton.cdiv(rows, FINISH.blocks["BLOCK_M"]),)](
             partials.maximum,
             partials.total,
             partials.weighted,
-            partials.chosen,
+            partials.target_logit,
             offsets,
             lse,
             maximum,
@@ -302,7 +304,7 @@ def finish(partials: Partials, head: Head, offsets: Tensor | None, rows: int, *,
             **FINISH.blocks,
             num_warps=FINISH.num_warps,
         )
-    return ForwardResult(logprobs, lse, partials.chosen, maximum, log_sum, entropy, None)
+    return ForwardResult(logprobs, lse, partials.target_logit, maximum, log_sum, entropy, None)
 
 
 # --- what can be compiled -------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ STRIDES = ("hidden_stride", "weight_stride", "low_hidden_stride", "low_weight_st
 SIZES = dict.fromkeys(("row_count", "vocabulary", "width", "rank", *STRIDES), "i32")
 POINTERS = {"rows": "*i64", "offsets": "*i64", "targets": "*i64"}
 FINISHED = (
-    *("maximum", "total", "weighted", "chosen"),
+    *("maximum", "total", "weighted", "target_logit"),
     *("lse", "row_maximum", "log_sum", "entropy", "logprobs"),
 )
 ALIGNED = ("hidden", "weight", "hidden_stride", "weight_stride", "width")
@@ -347,7 +349,7 @@ def head_case(
 def _cases() -> Iterator[StaticCase]:
     for element in NAMES:
         for entropy in (False, True):
-            partials = {"maximum": "*fp32", "total": "*fp32", "chosen": "*fp32"}
+            partials = {"maximum": "*fp32", "total": "*fp32", "target_logit": "*fp32"}
             partials |= {"tiles_per_split": "i32", "splits": "i32"} | ({"weighted": "*fp32"} if entropy else {})
             name = "head_forward entropy" if entropy else "head_forward"
             constants: dict[str, object] = {} if entropy else {"weighted": None}

@@ -1,9 +1,9 @@
 """dL/dlogits of hidden rows under an LM head, a slab of the vocabulary at a time, in the type the products want.
 
 Grid: blocks of rows x tiles of the slab, one axis. A program computes one tile of logits again, turns it into its
-gradient in float32 (p − onehot, weighted by each slot's upstream, with the terms of log-sum-exp and entropy and the
-slope of the softcap) and rounds it once into ``slab`` [R, columns]. cuBLAS does the rest (``head.py``). With a bias or
-a filter it also writes each column's sum, or largest absolute value, over its rows: one partial a row block.
+gradient in float32 (p − onehot, weighted by each slot's gradient, with the terms of log-sum-exp and entropy and the
+slope of the softcap) and rounds it once into ``slab`` [R, columns]. cuBLAS does the rest (``launches.py``). With a bias
+or a filter it also writes each column's sum, or largest absolute value, over its rows: one partial a row block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from tuna_kernels.gpu import launch
 from tuna_kernels.gpu.static_case import Config, StaticCase
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import Head, Inputs, RowGradient
+from tuna_kernels.head.tiled import Inputs, LinearHead, RowGradient
 from tuna_kernels.head.triton.forward import NAMES, head_case, head_table
 from tuna_kernels.head.triton.products import in_kernel
 from tuna_kernels.head.triton.tiles import add_product, program_tile, row_slots, to_gradient, to_v
@@ -62,22 +62,22 @@ def gradient_kernel(
     LOW_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    block, tile = program_tile(row_count, tl.cdiv(last_column - first_column, COLUMNS), ROWS, GROUP)
-    row = block * ROWS + tl.arange(0, ROWS)
+    block, tile = program_tile(row_count, tl.cdiv(last_column - first_column, BLOCK_N), BLOCK_M, GROUP_M)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < row_count
     source = tl.load(rows + row, mask=live, other=0)
-    first = first_column + tile * COLUMNS
-    column = tl.arange(0, COLUMNS)
-    count = tl.minimum(last_column - first, COLUMNS).to(tl.int32)
+    first = first_column + tile * BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    count = tl.minimum(last_column - first, BLOCK_N).to(tl.int32)
     entries = tl.minimum(first + column, vocabulary - 1).to(tl.int64)
-    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x = add_product(
-        x, hidden, source, hidden_stride, weight, entries, weight_stride, width, DEPTH, EVEN, TYPE, PRECISION
+        x, hidden, source, hidden_stride, weight, entries, weight_stride, width, BLOCK_K, EVEN, TYPE, PRECISION
     )
     if low_hidden is not None:
         x = add_product(
@@ -99,7 +99,7 @@ def gradient_kernel(
         targets, first_slot, slots, most_slots, scale, cap, CAPPED, entropy_weight is not None,
     )  # fmt: skip
     inside = column < count
-    at = tile * COLUMNS + column
+    at = tile * BLOCK_N + column
     stored = d
     if factor is not None:
         stored = d * tl.load(factor)
@@ -114,7 +114,7 @@ def gradient_kernel(
 
 def launch_gradient(
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     gradient: RowGradient,
     slab: Tensor,
@@ -136,9 +136,9 @@ def launch_gradient(
     products = in_kernel(inputs, head)
 
     def run(config: Config) -> tuple[Tensor | None, Tensor | None]:
-        blocks = triton.cdiv(rows, config.blocks["ROWS"])
+        blocks = triton.cdiv(rows, config.blocks["BLOCK_M"])
         sums, peaks = (torch.empty(blocks, columns, device=slab.device) if w else None for w in (want_sums, want_peaks))
-        gradient_kernel[(blocks * triton.cdiv(columns, config.blocks["COLUMNS"]),)](
+        gradient_kernel[(blocks * triton.cdiv(columns, config.blocks["BLOCK_N"]),)](
             hidden,
             weight,
             head.bias,
@@ -172,7 +172,7 @@ def launch_gradient(
             first + columns,
             CAPPED=head.softcap is not None,
             **products._asdict(),
-            EVEN=width % config.blocks["DEPTH"] == 0,
+            EVEN=width % config.blocks["BLOCK_K"] == 0,
             **config.blocks,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tuna_kernels.gpu.device_math import LOG2_E
+from tuna_kernels.gpu import launch
 from tuna_kernels.head.backend import HeadBackend
 from tuna_kernels.head.slots import Slots
-from tuna_kernels.head.tiled import ForwardResult, Gradients, Head, Inputs, RowGradient
+from tuna_kernels.head.tiled import ForwardResult, Gradients, Inputs, LinearHead, RowGradient
+from tuna_kernels.head.tiled_selective import SelectiveResult
 from tuna_kernels.head.triton.forward import Partials, finish, launch_forward
 from tuna_kernels.head.triton.gradient import launch_gradient
 from tuna_kernels.head.triton.logits import launch_logits_forward, launch_logits_gradient, splits_of
@@ -36,7 +37,7 @@ def _slabs(rows: int, vocabulary: int, itemsize: int) -> Iterator[tuple[int, int
 
 def forward(
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     *,
@@ -69,7 +70,9 @@ def _gathered(source: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype)
 
 
-def _products(inputs: Inputs, head: Head, slots: Slots, out: Tensor, first: int, last: int, hidden: Tensor) -> None:
+def _products(
+    inputs: Inputs, head: LinearHead, slots: Slots, out: Tensor, first: int, last: int, hidden: Tensor
+) -> None:
     """``h W^T + h2 W2^T`` of vocabulary entries ``first … last`` into ``out``, float32, by cuBLAS."""
     multiply(out, hidden, head.weight[first:last].to(hidden.dtype).t(), add=False)
     if inputs.low_rank is not None and head.low_rank_weight is not None:
@@ -78,7 +81,7 @@ def _products(inputs: Inputs, head: Head, slots: Slots, out: Tensor, first: int,
         multiply(out, _gathered(inputs.low_rank, slots, low_type), low_weight.t(), add=True)
 
 
-def _forward_in_block(inputs: Inputs, head: Head, slots: Slots, block: Tensor) -> ForwardResult:
+def _forward_in_block(inputs: Inputs, head: LinearHead, slots: Slots, block: Tensor) -> ForwardResult:
     rows = slots.rows.numel()
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
     hidden = _gathered(inputs.hidden, slots, dtype)
@@ -89,7 +92,7 @@ def _forward_in_block(inputs: Inputs, head: Head, slots: Slots, block: Tensor) -
     return finish(partials, head, slots.offsets, rows, want_entropy=False)
 
 
-def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResult:
+def _forward_with_unit(inputs: Inputs, head: LinearHead, slots: Slots) -> ForwardResult:
     """Slab by slab: logits by cuBLAS, their softmax, then exponentials against the running maximum times W."""
     rows, width = slots.rows.numel(), head.weight.shape[1]
     device, new = inputs.hidden.device, torch.empty
@@ -103,14 +106,14 @@ def _forward_with_unit(inputs: Inputs, head: Head, slots: Slots) -> ForwardResul
     unit = torch.zeros(rows, width, device=device)
     ones, zeros, none = torch.ones(rows, device=device), torch.zeros(rows, device=device), new(0, device=device)
     maximum = torch.full((rows,), -torch.inf, device=device)
-    rate = LOG2_E.value * head.factor
+    rate = launch.LOG2_E * head.factor
     at = 0
     for (first, last), logits, count in zip(slabs, shapes, splits, strict=True):
         _products(inputs, head, slots, logits, first, last, hidden)
         part = partials.maximum[at : at + count]
         sums = partials.total[at : at + count]
         launch_logits_forward(
-            logits, head, slots.targets, slots.offsets, part, sums, None, partials.chosen, first=first
+            logits, head, slots.targets, slots.offsets, part, sums, None, partials.target_logit, first=first
         )
         larger = torch.maximum(maximum, part.amax(0))
         reference = torch.where(larger == -torch.inf, 0, larger)
@@ -145,7 +148,7 @@ def _against_underflow(gradient: RowGradient, logit_scale: float, dtype: torch.d
 
 def backward(
     inputs: Inputs,
-    head: Head,
+    head: LinearHead,
     slots: Slots,
     compute: torch.dtype,
     gradient: RowGradient,
@@ -158,18 +161,14 @@ def backward(
     if not into.any:
         return
     rows, vocabulary = slots.rows.numel(), head.vocabulary
-    for buffer in (into.rows, into.low_rank_rows):
-        if buffer is not None:
-            buffer.zero_()
+    for buffer in into.of_rows if rows or into.accumulate else [*into.of_rows, *into.of_vocabulary]:
+        buffer.zero_()
     if rows == 0:
-        for buffer in (into.weight, into.low_rank_weight, into.bias):
-            if buffer is not None and not into.accumulate:
-                buffer.zero_()
         return
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
     factor = _against_underflow(gradient, head.logit_scale, dtype)
-    sinks = _Sinks(inputs, head, slots, into, dtype, factor)
-    base2 = gradient._replace(log_sum=gradient.log_sum * LOG2_E.value)
+    writer = SlabWriter(inputs, head, slots, into, dtype, factor)
+    base2 = gradient._replace(log_sum=gradient.log_sum * launch.LOG2_E)
     storage = torch.empty(
         rows * slab_columns(rows, vocabulary, dtype.itemsize), dtype=dtype, device=inputs.hidden.device
     )
@@ -186,8 +185,8 @@ def backward(
                 rows=block_rows, first=first, factor=factor, want_sums=into.bias is not None,
             )  # fmt: skip
             peaks = None
-        sinks.add(slab, sums, first, last, _kept(peaks, into.filter_eps))
-    sinks.finish()
+        writer.add(slab, sums, first, last, _kept(peaks, into.filter_eps))
+    writer.finish()
 
 
 def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
@@ -198,34 +197,34 @@ def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
     return None if kept.numel() == peaks.numel() else kept
 
 
-class _Sinks:
-    """Multiplies slabs into the gradients asked for."""
+class SlabWriter:
+    """Multiplies slabs of gradients, all rows at once, into the gradients asked for."""
 
     def __init__(
-        self, inputs: Inputs, head: Head, slots: Slots, into: Gradients, dtype: torch.dtype, factor: Tensor | None
+        self, inputs: Inputs, head: LinearHead, slots: Slots, into: Gradients, dtype: torch.dtype, factor: Tensor | None
     ) -> None:
-        self.head, self.into, self.dtype = head, into, dtype
+        self.into, self.dtype = into, dtype
         self.unscale = None if factor is None else factor.reciprocal()
-        self.hidden = _gathered(inputs.hidden, slots, dtype) if into.weight is not None else None
-        low = inputs.low_rank if into.low_rank_weight is not None else None
-        self.low_hidden = None if low is None else _gathered(low, slots, low.dtype)
+        self.row_products = into.row_products(head)
+        self.weight_products = [
+            (out, _gathered(source, slots, dtype if source is inputs.hidden else source.dtype))
+            for out, source in into.weight_products(inputs)
+        ]
 
     def add(self, slab: Tensor, sums: Tensor | None, first: int, last: int, kept: Tensor | None) -> None:
         """``slab`` [R, last - first]; of its columns only ``kept`` are multiplied (None: all)."""
-        into, head = self.into, self.head
+        into = self.into
 
         def columns(source: Tensor) -> Tensor:
             part = source[first:last]
             return part if kept is None else part.index_select(0, kept)
 
         slab = slab if kept is None else slab.index_select(1, kept)
-        if into.rows is not None:
-            multiply(into.rows, slab, columns(head.weight).to(self.dtype), add=True)
-        if into.low_rank_rows is not None and head.low_rank_weight is not None:
-            multiply(into.low_rank_rows, slab, columns(head.low_rank_weight), add=True)
-        for out, right in ((into.weight, self.hidden), (into.low_rank_weight, self.low_hidden)):
-            if out is not None and right is not None:
-                self._columns(out[first:last], slab, right, kept)
+        for out, weight in self.row_products:
+            part = columns(weight)
+            multiply(out, slab, part.to(self.dtype) if out is into.rows else part, add=True)
+        for out, right in self.weight_products:
+            self._columns(out[first:last], slab, right, kept)
         if into.bias is not None and sums is not None:
             bias = into.bias[first:last]
             bias.copy_(bias + sums if into.accumulate else sums)
@@ -250,30 +249,28 @@ class _Sinks:
 
     def finish(self) -> None:
         if self.unscale is not None:
-            for buffer in (self.into.rows, self.into.low_rank_rows):
-                if buffer is not None:
-                    buffer.mul_(self.unscale)
+            for buffer in self.into.of_rows:
+                buffer.mul_(self.unscale)
 
 
 def selective_forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``selective.forward``."""
+) -> SelectiveResult:
+    """As ``tiled_selective.forward``."""
     rows, targets = logits.shape[0], targets.contiguous()
     if rows == 0:
         empty = logits.new_empty(0, dtype=compute)
-        return empty, empty.clone(), empty.clone()
-    head = Head(logits, None, None, 1.0 / temperature, None)
+        return SelectiveResult(empty, empty.clone(), empty.clone())
+    head = LinearHead(logits, None, None, 1.0 / temperature, None)
     partials = Partials.empty(splits_of(logits), rows, rows, logits.device, weighted=False)
     launch_logits_forward(logits, head, targets, None, *partials, ignore_index=ignore_index)
     result = finish(partials, head, None, rows, want_entropy=False)
     counted = targets != ignore_index
-    a, b, c = (torch.where(counted, x, 0) for x in (result.logprobs, result.maximum, result.log_sum))
-    return a, b, c
+    return SelectiveResult(*(torch.where(counted, x, 0) for x in (result.logprobs, result.maximum, result.log_sum)))
 
 
 def selective_backward(
-    upstream: Tensor,
+    grad_logprobs: Tensor,
     logits: Tensor,
     targets: Tensor,
     maximum: Tensor,
@@ -282,12 +279,12 @@ def selective_backward(
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """As ``selective.backward``."""
+    """As ``tiled_selective.backward``."""
     if logits.shape[0] == 0:
         return
-    head = Head(logits, None, None, 1.0 / temperature, None)
-    g, targets = upstream.to(maximum.dtype).contiguous(), targets.contiguous()
-    gradient = RowGradient(maximum, log_sum * LOG2_E.value, -g, None, None, g)
+    head = LinearHead(logits, None, None, 1.0 / temperature, None)
+    g, targets = grad_logprobs.to(maximum.dtype).contiguous(), targets.contiguous()
+    gradient = RowGradient(maximum, log_sum * launch.LOG2_E, -g, None, None, g)
     launch_logits_gradient(logits, head, targets, None, gradient, out, ignore_index=ignore_index)
 
 

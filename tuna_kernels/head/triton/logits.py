@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tuna_kernels.gpu import launch
 from tuna_kernels.gpu.static_case import ARCHITECTURES, Config, StaticCase
-from tuna_kernels.head.tiled import Head, RowGradient
+from tuna_kernels.head.tiled import LinearHead, RowGradient
 from tuna_kernels.head.triton.tiles import (
     merge_softmax,
     program_tile,
     rate_of,
     row_slots,
-    store_chosen,
+    store_target_logit,
     to_gradient,
     to_v,
 )
@@ -40,7 +40,7 @@ def logits_forward_kernel(
     maximum,  # [splits, R] float32 out, of v
     total,  # [splits, R] out
     weighted,  # [splits, R] out or None
-    chosen,  # [S] out, v
+    target_logit,  # [S] out, v
     row_count,
     column_count,
     first_column,  # vocabulary entry of column 0
@@ -51,29 +51,29 @@ def logits_forward_kernel(
     splits,
     CAPPED: tl.constexpr,
     TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    block, split = program_tile(row_count, splits, ROWS, 1)
-    row = block * ROWS + tl.arange(0, ROWS)
+    block, split = program_tile(row_count, splits, BLOCK_M, 1)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < row_count
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     read = live
     if offsets is None:
         read = live & (tl.load(targets + row, mask=live, other=0) != ignore_index)
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    t = tl.zeros([ROWS], tl.float32)
-    column = tl.arange(0, COLUMNS)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_M], tl.float32)
+    t = tl.zeros([BLOCK_M], tl.float32)
+    column = tl.arange(0, BLOCK_N)
     start = split * TILES
-    for tile in range(start, tl.minimum(start + TILES, tl.cdiv(column_count, COLUMNS))):
-        first = tile * COLUMNS
-        count = tl.minimum(column_count - first, COLUMNS).to(tl.int32)
+    for tile in range(start, tl.minimum(start + TILES, tl.cdiv(column_count, BLOCK_N))):
+        first = tile * BLOCK_N
+        count = tl.minimum(column_count - first, BLOCK_N).to(tl.int32)
         there = read[:, None] & (column < count)[None, :]
         x = tl.load(logits + row[:, None] * logits_stride + (first + column)[None, :], mask=there, other=0.0)
         entry = first_column + first
         v = to_v(x.to(tl.float32), bias, entry, column, count, scale, cap, CAPPED)
-        store_chosen(v, entry, column, count, chosen, targets, first_slot, slots, most_slots)
+        store_target_logit(v, entry, column, count, target_logit, targets, first_slot, slots, most_slots)
         m, s, t = merge_softmax(v, m, s, t, rate_of(scale, CAPPED), weighted is not None)
     at = split * row_count + row
     tl.store(maximum + at, m, mask=live)
@@ -105,11 +105,11 @@ def logits_gradient_kernel(
     scale,
     cap,
     CAPPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    block, tile = program_tile(row_count, tl.cdiv(column_count, COLUMNS), ROWS, 1)
-    row = block * ROWS + tl.arange(0, ROWS)
+    block, tile = program_tile(row_count, tl.cdiv(column_count, BLOCK_N), BLOCK_M, 1)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < row_count
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     read = live
@@ -121,9 +121,9 @@ def logits_gradient_kernel(
     row_top = tl.load(row_maximum + row, mask=live, other=0.0)
     row_log_sum = tl.load(log_sum + row, mask=live, other=0.0)
     row_weight = tl.load(softmax_weight + row, mask=live, other=0.0)
-    first = tile * COLUMNS
-    column = tl.arange(0, COLUMNS)
-    count = tl.minimum(column_count - first, COLUMNS).to(tl.int32)
+    first = tile * BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    count = tl.minimum(column_count - first, BLOCK_N).to(tl.int32)
     inside = column < count
     x = tl.load(
         logits + source[:, None] * logits_stride + (first + column)[None, :],
@@ -148,9 +148,15 @@ def logits_gradient_kernel(
 
 # Bandwidth is the bound: 8 elements a thread, in few enough registers for half of all threads and more to be resident.
 # The gradient takes several rows a program, as its column sums are one partial a row block.
-_INTERPRETED = Config({"ROWS": 16, "COLUMNS": 32})
-FORWARD: launch.Table = {launch.INTERPRETER: (_INTERPRETED,), 80: (Config({"ROWS": 1, "COLUMNS": 1024}, num_warps=4),)}
-GRADIENT: launch.Table = {launch.INTERPRETER: (_INTERPRETED,), 80: (Config({"ROWS": 4, "COLUMNS": 512}, num_warps=8),)}
+_INTERPRETED = Config({"BLOCK_M": 16, "BLOCK_N": 32})
+FORWARD: launch.Table = {
+    launch.INTERPRETER: (_INTERPRETED,),
+    80: (Config({"BLOCK_M": 1, "BLOCK_N": 1024}, num_warps=4),),
+}
+GRADIENT: launch.Table = {
+    launch.INTERPRETER: (_INTERPRETED,),
+    80: (Config({"BLOCK_M": 4, "BLOCK_N": 512}, num_warps=8),),
+}
 
 
 def _config(table: launch.Table, logits: Tensor) -> Config:
@@ -159,18 +165,18 @@ def _config(table: launch.Table, logits: Tensor) -> Config:
 
 def splits_of(logits: Tensor) -> int:
     """Partials a row has in `launch_logits_forward`."""
-    return int(triton.cdiv(logits.shape[1], _config(FORWARD, logits).blocks["COLUMNS"] * TILES_PER_SPLIT))
+    return int(triton.cdiv(logits.shape[1], _config(FORWARD, logits).blocks["BLOCK_N"] * TILES_PER_SPLIT))
 
 
 def launch_logits_forward(
     logits: Tensor,
-    head: Head,
+    head: LinearHead,
     targets: Tensor,
     offsets: Tensor | None,
     maximum: Tensor,
     total: Tensor,
     weighted: Tensor | None,
-    chosen: Tensor,
+    target_logit: Tensor,
     *,
     first: int = 0,
     ignore_index: int = -1,
@@ -180,7 +186,7 @@ def launch_logits_forward(
     ``offsets`` None: row r has slot r, unless its target is ``ignore_index``.
     """
     config, (rows, columns) = _config(FORWARD, logits), logits.shape
-    logits_forward_kernel[(triton.cdiv(rows, config.blocks["ROWS"]) * splits_of(logits),)](
+    logits_forward_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]) * splits_of(logits),)](
         logits,
         head.bias,
         offsets,
@@ -188,7 +194,7 @@ def launch_logits_forward(
         maximum,
         total,
         weighted,
-        chosen,
+        target_logit,
         rows,
         columns,
         first,
@@ -206,7 +212,7 @@ def launch_logits_forward(
 
 def launch_logits_gradient(
     logits: Tensor,
-    head: Head,
+    head: LinearHead,
     targets: Tensor,
     offsets: Tensor | None,
     gradient: RowGradient,
@@ -223,9 +229,9 @@ def launch_logits_gradient(
     ``gradient.log_sum`` is in base 2 here. ``rows`` [R]: the row of ``logits`` each row of ``out`` is made from.
     """
     config, (count, columns) = _config(GRADIENT, logits), out.shape
-    blocks = triton.cdiv(count, config.blocks["ROWS"])
+    blocks = triton.cdiv(count, config.blocks["BLOCK_M"])
     sums = torch.empty(blocks, columns, device=out.device) if want_sums else None
-    logits_gradient_kernel[(blocks * triton.cdiv(columns, config.blocks["COLUMNS"]),)](
+    logits_gradient_kernel[(blocks * triton.cdiv(columns, config.blocks["BLOCK_N"]),)](
         logits,
         rows,
         head.bias,
@@ -262,7 +268,7 @@ def _cases() -> Iterator[StaticCase]:
             common = {"logits": f"*{element}", "targets": "*i64"} | sizes
             common |= {} if plain else {"bias": "*fp32", "offsets": "*i64"}
             absent: dict[str, object] = dict.fromkeys(("bias", "offsets")) if plain else {}
-            outputs = dict.fromkeys(("maximum", "total", "chosen"), "*fp32") | {"splits": "i32"}
+            outputs = dict.fromkeys(("maximum", "total", "target_logit"), "*fp32") | {"splits": "i32"}
             yield StaticCase(
                 name=f"logits_forward {suffix}",
                 kernel=lambda: logits_forward_kernel,

@@ -8,8 +8,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from tuna_kernels.gpu import launch
 from tuna_kernels.gpu.availability import is_interpreted
-from tuna_kernels.head.tiled import Head, Inputs
+from tuna_kernels.head.tiled import Inputs, LinearHead
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -28,26 +29,17 @@ def product_type(left: torch.dtype, right: torch.dtype) -> torch.dtype:
     return left if left == right else torch.float32
 
 
-def float32_precision() -> str:
-    """As ``torch.get_float32_matmul_precision()`` asks; ``highest``: six bfloat16 products on tensor cores, which
-    is as exact as float32 and several times as fast as the plain units; else TF32."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee" if is_interpreted() else "bf16x6"
-
-
-def in_kernel(inputs: Inputs, head: Head) -> Products:
+def in_kernel(inputs: Inputs, head: LinearHead) -> Products:
     """For ``h W^T`` and the low-rank addition."""
 
     def common(left: Tensor, right: Tensor) -> Any:
-        dtype = product_type(left.dtype, right.dtype)
-        # The interpreter multiplies the bits of bfloat16; converted, its products are the same.
-        return TYPES[torch.float32 if is_interpreted() and dtype == torch.bfloat16 else dtype]
+        return TYPES[product_type(left.dtype, right.dtype)]
 
     low = tl.float32
     if inputs.low_rank is not None and head.low_rank_weight is not None:
         low = common(inputs.low_rank, head.low_rank_weight)
-    return Products(common(inputs.hidden, head.weight), low, float32_precision())
+    precision = launch.float32_precision("ieee" if is_interpreted() else "bf16x6")  # the interpreter has no bf16x6
+    return Products(common(inputs.hidden, head.weight), low, precision)
 
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:

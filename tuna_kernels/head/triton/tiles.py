@@ -1,8 +1,8 @@
 """What kernels do to one tile: the product, the way from product to logits, the softmax, the gradient.
 
-Rows keep v, where a logit is ``z = factor * v`` (``tiled.Head``), and take differences of it before they multiply by
-``rate = log2(e) * factor``: ``e^(z - m) = 2^(rate (v - v_m))`` is one instruction, and neither the rounding of a large
-z nor a fused multiply-add comes between. Nothing here calls libdevice, which the interpreter does not have.
+Rows keep v, where a logit is ``z = factor * v`` (``tiled.LinearHead``), and take differences of it before they multiply
+by ``rate = log2(e) * factor``: ``e^(z - m) = 2^(rate (v - v_m))`` is one instruction, and neither the rounding of a
+large z nor a fused multiply-add comes between. Nothing here calls libdevice, which the interpreter does not have.
 """
 
 from __future__ import annotations
@@ -10,51 +10,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuna_kernels.gpu.device_math import LN_2, LOG2_E, tanh
+from tuna_kernels.gpu.device_math import LN_2, LOG2_E, dot, tanh
 
 
 @triton.jit
-def program_tile(row_count, column_blocks, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """(block of rows, block of columns) of a program of a 1-D grid: GROUP row blocks walk along together, so that
+def program_tile(row_count, column_blocks, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """(block of rows, block of columns) of a program of a 1-D grid: GROUP_M row blocks walk along together, so that
     a weight tile is read from DRAM once for all of them and their hidden rows stay in L2."""
     pid = tl.program_id(0).to(tl.int64)
-    row_blocks = tl.cdiv(row_count, ROWS)
-    in_group = GROUP * column_blocks
-    first = pid // in_group * GROUP
-    size = tl.minimum(row_blocks - first, GROUP)
+    row_blocks = tl.cdiv(row_count, BLOCK_M)
+    in_group = GROUP_M * column_blocks
+    first = pid // in_group * GROUP_M
+    size = tl.minimum(row_blocks - first, GROUP_M)
     within = pid % in_group
     return first + within % size, within // size
 
 
 @triton.jit
 def add_product(
-    acc,  # [ROWS, COLUMNS] float32
+    acc,  # [BLOCK_M, BLOCK_N] float32
     left,  # pointer to [·, width], rows `left_rows` of `left_stride` elements
-    left_rows,  # [ROWS] int64
+    left_rows,  # [BLOCK_M] int64
     left_stride,
     right,  # pointer to [·, width]
-    right_rows,  # [COLUMNS] int64
+    right_rows,  # [BLOCK_N] int64
     right_stride,
     width,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,  # DEPTH divides width
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_K divides width
     TYPE: tl.constexpr,  # both are converted to this
     PRECISION: tl.constexpr,  # how float32 is multiplied
 ):
     """``acc + left[left_rows] @ right[right_rows]^T``."""
-    depth = tl.arange(0, DEPTH)
+    depth = tl.arange(0, BLOCK_K)
     a_at = left + left_rows[:, None] * left_stride + depth[None, :]
     b_at = right + right_rows[None, :] * right_stride + depth[:, None]
-    for k in range(0, width, DEPTH):
+    for k in range(0, width, BLOCK_K):
         if EVEN:
             a = tl.load(a_at)
             b = tl.load(b_at)
         else:
             a = tl.load(a_at, mask=depth[None, :] < width - k, other=0.0)
             b = tl.load(b_at, mask=depth[:, None] < width - k, other=0.0)
-        acc = tl.dot(a.to(TYPE), b.to(TYPE), acc, input_precision=PRECISION)
-        a_at += DEPTH
-        b_at += DEPTH
+        acc = dot(a, b, acc, TYPE, PRECISION)
+        a_at += BLOCK_K
+        b_at += BLOCK_K
     return acc
 
 
@@ -70,7 +70,7 @@ def rate_of(scale, CAPPED: tl.constexpr):
 
 @triton.jit
 def to_v(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
-    """v of products ``x`` [ROWS, COLUMNS] of vocabulary entries ``first + column``.
+    """v of products ``x`` [BLOCK_M, BLOCK_N] of vocabulary entries ``first + column``.
 
     ``column`` is int32 within the tile, to spare registers; from ``count`` on they lie past the vocabulary: −inf.
     """
@@ -90,14 +90,14 @@ def merge_softmax(v, maximum, total, weighted, rate, WEIGHTED: tl.constexpr):
     larger = tl.maximum(maximum, tl.max(v, 1))
     reference = tl.where(larger == float("-inf"), 0.0, larger)  # nothing but -inf so far: sums stay 0, not NaN
     fall = (maximum - reference) * rate
-    shrink = tl.exp2(fall)
+    rescale = tl.exp2(fall)
     below = (v - reference[:, None]) * rate
     exponentials = tl.exp2(below)
     if WEIGHTED:
         moved = total * tl.maximum(fall, -1e4)
         # Where 2^below is 0, below may be −inf: bounded, their product is 0.
-        weighted = (weighted + moved) * shrink + tl.sum(exponentials * tl.maximum(below, -1e4), 1)
-    total = total * shrink + tl.sum(exponentials, 1)
+        weighted = (weighted + moved) * rescale + tl.sum(exponentials * tl.maximum(below, -1e4), 1)
+    total = total * rescale + tl.sum(exponentials, 1)
     return larger, total, weighted
 
 
@@ -122,7 +122,7 @@ def target_column(targets, first_slot, slots, j, first, count):
 
 
 @triton.jit
-def store_chosen(v, first, column, count, chosen, targets, first_slot, slots, most_slots):
+def store_target_logit(v, first, column, count, target_logit, targets, first_slot, slots, most_slots):
     """Write v of each slot whose target is in the tile: one tile holds it, so there is one writer.
 
     ``first_slot``, ``slots``, ``most_slots``: from `row_slots`.
@@ -131,20 +131,20 @@ def store_chosen(v, first, column, count, chosen, targets, first_slot, slots, mo
         target = target_column(targets, first_slot, slots, j, first, count)
         if tl.max(target, 0) >= 0:
             value = tl.sum(tl.where(column[None, :] == target[:, None], v, 0.0), 1)
-            tl.store(chosen + first_slot + j, value, mask=target >= 0)
+            tl.store(target_logit + first_slot + j, value, mask=target >= 0)
 
 
 @triton.jit
 def to_gradient(
-    v,  # [ROWS, COLUMNS]
+    v,  # [BLOCK_M, BLOCK_N]
     first,
     column,
     count,  # as in to_v
-    maximum,  # [ROWS] of v
-    log_sum,  # [ROWS] log2 of the sum against it
-    softmax_weight,  # [ROWS]
-    entropy_weight,  # [ROWS], read if WEIGHTED
-    entropy,  # [ROWS]
+    maximum,  # [BLOCK_M] of v
+    log_sum,  # [BLOCK_M] log2 of the sum against it
+    softmax_weight,  # [BLOCK_M]
+    entropy_weight,  # [BLOCK_M], read if WEIGHTED
+    entropy,  # [BLOCK_M]
     slot_gradient,  # pointer [S] or None
     targets,
     first_slot,

@@ -32,7 +32,7 @@ class HeadOptions(TypedDict):
 
 
 @dataclass(frozen=True)
-class Head:
+class ModelHead:
     """An LM head: weight [V, D], bias [V] or None, lora (A [r, D], B [V, r], scale) or None."""
 
     weight: Tensor
@@ -51,7 +51,7 @@ class Head:
         }
 
 
-def read_head(model: PreTrainedModel, *, ahead: bool = False) -> Head:
+def read_head(model: PreTrainedModel, *, ahead: bool = False) -> ModelHead:
     """The head of a causal LM, with what peft has put on it.
 
     Args:
@@ -80,7 +80,7 @@ def read_head(model: PreTrainedModel, *, ahead: bool = False) -> Head:
     for name, weight in () if lora is None else (("LoRA A", lora[0]), ("LoRA B", lora[1])):
         _check_whole(name, weight, ahead)
     config = model.config.get_text_config()
-    return Head(linear.weight, linear.bias, lora, _logit_scale(model, config), _softcap(config))
+    return ModelHead(linear.weight, linear.bias, lora, _logit_scale(model, config), _softcap(config))
 
 
 def _logit_scale(model: PreTrainedModel, config: Any) -> float:

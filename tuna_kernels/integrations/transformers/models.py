@@ -41,7 +41,7 @@ from tuna_kernels.losses import Kind, Preset
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import Group, PackedTree
 
-__all__ = ["GroupScores", "LossSettings", "RankingModel", "model_ranking_loss", "prepare_model", "score_groups"]
+__all__ = ["GroupScores", "LossOptions", "RankingModel", "model_ranking_loss", "prepare_model", "score_groups"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -142,7 +142,7 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True)
-class LossSettings:
+class LossOptions:
     """The loss and its kernels, as in `linear_ranking_loss`."""
 
     kind: Kind = "tuna"
@@ -176,7 +176,7 @@ class LossRequest:
     """`model_ranking_loss` as a request: the fields of `RankingLossOutput`."""
 
     tree: PackedTree
-    settings: LossSettings
+    settings: LossOptions
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         prepare_model(model)
@@ -244,7 +244,7 @@ def model_ranking_loss(
     Raises:
         ValueError, IndexError: as `score_groups` and `linear_ranking_loss`.
     """
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
+    settings = LossOptions(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
     return RankingLossOutput(*carrier(model)(LossRequest(tree, settings)))
 
 

@@ -8,7 +8,7 @@ outside its own forward and never call the model's forward at all, so they have 
     engine.backward(model_ranking_loss(engine, tree).loss)
 
 `score_groups`, `model_ranking_loss` and `two_phase_ranking_loss` take a `RankingModel`, or any wrapper around one,
-wherever they take a model. What travels is a `Request`; what comes back is a plain tuple of tensors, the only form
+wherever they take a model. What travels is a `ModelRequest`; what comes back is a plain tuple of tensors, the only form
 in which every wrapper finds them.
 """
 
@@ -19,10 +19,10 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["RankingModel", "Request"]
+__all__ = ["ModelRequest", "RankingModel"]
 
 
-class Request(Protocol):
+class ModelRequest(Protocol):
     """Something to compute with a bare causal LM, in one call."""
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
@@ -30,7 +30,7 @@ class Request(Protocol):
         ...
 
 
-Carrier: TypeAlias = Callable[[Request], tuple[Tensor, ...]]
+Carrier: TypeAlias = Callable[[ModelRequest], tuple[Tensor, ...]]
 """Carries requests out, through whatever surrounds the model."""
 
 
@@ -51,7 +51,7 @@ class RankingModel(nn.Module):
         """The LM's configuration, where engines look for sizes."""
         return self.model.config
 
-    def forward(self, request: Request) -> tuple[Tensor, ...]:
+    def forward(self, request: ModelRequest) -> tuple[Tensor, ...]:
         """The tensors that the request computes with the LM."""
         return request(self.model)
 

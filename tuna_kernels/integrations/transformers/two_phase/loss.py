@@ -1,7 +1,7 @@
 """The ranking loss in two phases: the gradient of all k candidates in the memory of a few.
 
     1. Score all candidates without a graph. The gradient of the loss with respect to every log-probability is a
-       closed form of the scores (`losses.preset_upstream`); the keys and values of each prompt are kept.
+       closed form of the scores (`losses.preset_loss`); the keys and values of each prompt are kept.
     2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
        values as constants; their gradients are summed in float32. Then once forward through the prompt, and
        backward from that sum.
@@ -10,7 +10,7 @@ The chain rule in another order: exact up to rounding. At no time is the graph o
 price is one more forward, and the last prompt token once a pass (`passes`).
 
 Scoring takes one forward while that is no more than `SCORING_ROWS` times the rows of the largest gradient pass, else
-several (`_Scoring`), or it would be what grows with k.
+several (`schedule.Scoring`), or it would be what grows with k.
 
 Separable losses have been trained on shared prompts in this order (arXiv 2606.01143, arXiv 2602.00482); scoring
 first, for a loss that couples its candidates, is gradient caching (arXiv 2101.06983).
@@ -18,7 +18,7 @@ first, for a loss that couples its candidates, is gradient caching (arXiv 2101.0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,21 +28,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tuna_kernels.head.ranking_loss import RankingLossOutput, active_candidates, check_choices
-from tuna_kernels.integrations.transformers.models import LossSettings
-from tuna_kernels.integrations.transformers.ranking_model import Carrier, Request, carrier
-from tuna_kernels.integrations.transformers.shared_keys import PromptKeys
-from tuna_kernels.integrations.transformers.two_phase.passes import Layout, TreeGroups, dummy_layout, prompt_layout
-from tuna_kernels.integrations.transformers.two_phase.requests import (
-    BranchPass,
-    KeepPass,
-    PromptPass,
-    why_not_two_phase,
-)
+from tuna_kernels.integrations.transformers.ranking_model import Carrier, carrier
+from tuna_kernels.integrations.transformers.two_phase.passes import TreeGroups
+from tuna_kernels.integrations.transformers.two_phase.schedule import Schedule, Scoring
 from tuna_kernels.loss_counts import LossCounts
-from tuna_kernels.losses import Kind, Preset, PresetResult, preset_upstream
+from tuna_kernels.losses import Kind, Preset, PresetSettings, preset_loss
 from tuna_kernels.tree import PackedTree
 
-__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss", "why_not_two_phase"]
+__all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_ranking_loss"]
 
 
 SCORING_ROWS = 4
@@ -144,14 +137,13 @@ def two_phase_ranking_loss(
         raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
     if not torch.is_grad_enabled():
         raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
-    settings = LossSettings(kind, preset, margin, length_penalty, mle_weight, counts, logits_budget, backend)
     if tree.num_tokens == 0:
         raise ValueError("tree holds no groups: there is nothing to run the model on")
     carry = carrier(model)
     groups = TreeGroups(tree)
     if most_passes is None:
         most_passes = largest_over_ranks if carry is model else int
-    scoring = _Scoring(tree, groups, backend, SCORING_ROWS * groups.largest_pass(candidates_per_pass))
+    scoring = Scoring(tree, groups, backend, SCORING_ROWS * groups.largest_pass(candidates_per_pass))
     with torch.no_grad(), _nothing_random(tree):
         logprobs = scoring.run(carry, most_passes(scoring.passes))
     dual = forward_ad.unpack_dual(logprobs)  # type: ignore[no-untyped-call]
@@ -161,8 +153,10 @@ def two_phase_ranking_loss(
             'model_ranking_loss, for forward mode with backend="reference"'
         )
     tree = tree.to(logprobs.device)
-    result = _upstream(logprobs, tree, settings)
-    active = active_candidates(result.upstream, tree)
+    settings = PresetSettings(preset, margin, length_penalty, mle_weight)
+    offsets = tree.candidate_offsets, tree.ranks, tree.group_offsets
+    result = preset_loss(logprobs, *offsets, settings, counts or tree.loss_counts())
+    active = active_candidates(result.grad_logprobs, tree)
     output = RankingLossOutput(
         loss=(result.ranking + mle_weight * result.mle).to(logprobs.dtype),
         ranking=result.ranking.to(logprobs.dtype),
@@ -174,10 +168,10 @@ def two_phase_ranking_loss(
     if before_backward is not None:
         before_backward(output)
     taken = active.tolist() if skip_inactive else [True] * tree.num_candidates
-    schedule = _Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
+    schedule = Schedule(groups, taken if scale else [False] * len(taken), candidates_per_pass)
     passes = most_passes(max(schedule.passes, 1))
-    upstream = result.upstream.to(logprobs.dtype) * scale
-    requests = schedule.requests(scoring.prompts, upstream, backend, passes)
+    grad_logprobs = result.grad_logprobs.to(logprobs.dtype) * scale
+    requests = schedule.requests(scoring.prompts, grad_logprobs, backend, passes)
     for number, request in enumerate(requests, start=1):
         last = number == passes
         with pass_context(last) if pass_context else nullcontext():
@@ -200,102 +194,6 @@ def largest_over_ranks(number: int) -> int:
     largest = torch.tensor(number, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return int(largest)
-
-
-class _Scoring:
-    """The passes without a graph: in one where the tree has at most ``most_rows`` rows, else group by group the
-    prompt, then as many candidates at a time as fit."""
-
-    def __init__(self, tree: PackedTree, groups: TreeGroups, backend: str, most_rows: int) -> None:
-        self._groups, self._slots, self._backend = groups, tree.num_slots, backend
-        self._chunks: list[list[list[int]]] = []
-        self.prompts: list[PromptKeys] = []
-        self.passes = 1
-        if tree.num_tokens > most_rows:
-            self._chunks = [groups.chunks(g, most_rows) for g in range(len(groups))]
-            self.passes = sum(len(chunks) + (len(groups.prompt(g)) > 1) for g, chunks in enumerate(self._chunks))
-
-    def run(self, carry: Carrier, passes: int) -> Tensor:
-        """The log-probabilities [M] of all slots; leaves the prompts' keys in ``prompts``."""
-        logprobs: Tensor | None = None
-        for request in self.requests(passes):
-            (found,) = carry(request)
-            if logprobs is None:
-                logprobs = found.new_empty(self._slots)
-            slots = request.layout.slots.to(found.device)
-            logprobs[slots] = found[: len(slots)]  # the slot of a prompt alone has no place
-        assert logprobs is not None
-        return logprobs
-
-    def requests(self, passes: int) -> Iterator[KeepPass | BranchPass]:
-        """All passes in order, made up to ``passes`` by dummies. Each has to run before the next is asked for."""
-        groups = self._groups
-        if not self._chunks:
-            # the last prompt token is computed again by every pass: its keys are not shared
-            bounds = [(start, stop - 1) for start, stop in groups.prompt_rows]
-            yield (whole := KeepPass(groups.whole(), bounds, self._backend))
-            self.prompts = whole.prompts
-        for g, chunks in enumerate(self._chunks):
-            keys = PromptKeys()
-            if (shared := len(groups.prompt(g)) - 1) > 0:
-                yield (alone := KeepPass(prompt_layout(groups.prompt(g)), [(0, shared)], self._backend))
-                keys = alone.prompts[0]
-            self.prompts.append(keys)
-            for chunk in chunks:
-                yield BranchPass(groups.branches(g, chunk), keys, None, self._backend)
-        for _ in range(self.passes, passes):
-            yield KeepPass(dummy_layout(groups.prompt(0), groups.response(0)), [], self._backend)
-
-
-class _Schedule:
-    """The gradient passes of a tree, group by group: its candidates, then its prompt."""
-
-    def __init__(self, groups: TreeGroups, taken: list[bool], candidates_per_pass: int) -> None:
-        self._groups = groups
-        self._chunks: list[list[list[int]]] = []
-        self.passes = self.rows_alive = self.shared_bytes = 0
-        for g in range(len(groups)):
-            members = [c for c in groups.candidates(g) if taken[c]]
-            chunks = [members[i : i + candidates_per_pass] for i in range(0, len(members), candidates_per_pass)]
-            self._chunks.append(chunks)
-            self.passes += len(chunks) + bool(chunks and len(groups.prompt(g)) > 1)
-
-    def requests(self, prompts: list[PromptKeys], upstream: Tensor, backend: str, passes: int) -> Iterator[Request]:
-        """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
-        self._count(prompts)
-        for g, chunks in enumerate(self._chunks):
-            keys = prompts[g]
-            for chunk in chunks:
-                layout = self._alive(self._groups.branches(g, chunk))
-                yield BranchPass(layout, keys, upstream[layout.slots.to(upstream.device)], backend)
-            self._count(prompts)
-            keys.kept.clear()
-            if chunks and len(self._groups.prompt(g)) > 1:
-                yield PromptPass(self._alive(prompt_layout(self._groups.prompt(g))), keys, backend)
-        dummy = dummy_layout(self._groups.prompt(0), self._groups.response(0))
-        for _ in range(self.passes, passes):
-            yield PromptPass(self._alive(dummy), PromptKeys(), backend)
-
-    def _alive(self, layout: Layout) -> Layout:
-        self.rows_alive = max(self.rows_alive, len(layout.input_ids))
-        return layout
-
-    def _count(self, prompts: list[PromptKeys]) -> None:
-        self.shared_bytes = max(self.shared_bytes, sum(keys.nbytes() for keys in prompts))
-
-
-def _upstream(logprobs: Tensor, tree: PackedTree, settings: LossSettings) -> PresetResult:
-    return preset_upstream(
-        logprobs,
-        tree.candidate_offsets,
-        tree.ranks,
-        tree.group_offsets,
-        preset=settings.preset,
-        margin=settings.margin,
-        length_penalty=settings.length_penalty,
-        mle_weight=settings.mle_weight,
-        counts=settings.counts or tree.loss_counts(),
-    )
 
 
 def _plain_backward(loss: Tensor, last: bool) -> None:

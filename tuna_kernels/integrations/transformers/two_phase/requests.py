@@ -1,4 +1,4 @@
-"""What the two-phase schedule asks a causal LM for: its passes, each a `Request`.
+"""What the two-phase schedule asks a causal LM for: its passes, each a `ModelRequest`.
 
 KeepPass     scores a layout without a graph and keeps the keys and values of the prompts in it
 BranchPass   some candidates on top of a kept prompt, to score them or to go backward
@@ -59,23 +59,23 @@ class KeepPass:
 
 @dataclass(frozen=True, eq=False)
 class BranchPass:
-    """Some candidates of a group on top of its prompt: (sum of upstream [m] times log-probability,).
+    """Some candidates of a group on top of its prompt: (sum of ``grad_logprobs`` [m] times log-probability,).
 
-    Without ``upstream`` the log-probabilities themselves: (logprobs [m],).
+    Without ``grad_logprobs`` the log-probabilities themselves: (logprobs [m],).
     """
 
     layout: Layout
     prompt: PromptKeys
-    upstream: Tensor | None
+    grad_logprobs: Tensor | None
     backend: str
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
         base = base_causal_lm(model)
         hidden = _run(base, self.layout, AttendToPrompt(self.prompt), self.backend)
         logprobs = _logprobs(base, hidden, self.layout.rows, self.layout.targets, self.backend)
-        if self.upstream is None:
+        if self.grad_logprobs is None:
             return (logprobs,)
-        return ((logprobs * self.upstream.to(logprobs.device)).sum(),)
+        return ((logprobs * self.grad_logprobs.to(logprobs.device)).sum(),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class _KnownGradients(torch.autograd.Function):
         return roots[0].new_zeros((), dtype=torch.promote_types(roots[0].dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "two_phase_ranking_loss has no second derivative (create_graph=True, a gradient penalty): the "
