@@ -15,8 +15,8 @@ from benchmarks.document import RESULTS
 from benchmarks.record import Comparison, read_record
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 PICTURE = RESULTS.parents[1] / "docs" / "overview.png"
 RECORD = RESULTS / "step_limit_512.json"

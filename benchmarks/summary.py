@@ -22,8 +22,8 @@ def summary(records: dict[str, Record]) -> list[str]:
         "## At a glance",
         "",
         "CPU time and memory (peak of torch's allocator above the inputs) of the fastest round. The baseline is, for "
-        "steps, k padded copies with full logits; for attention, SDPA over padded copies; for the head, linear, log_softmax "
-        "and gather. A peer is any other arm of the tables below that is not ours.",
+        "steps, k padded copies with full logits; for attention, SDPA over padded copies; for the head, linear, "
+        "log_softmax and gather. A peer is any other arm of the tables below that is not ours.",
         "",
         *HEADER,
         *lines,
