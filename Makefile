@@ -41,9 +41,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The site, into build/site; a broken link or a docstring that cannot be read fails. `mkdocs serve` shows it as you write.
+# The site, into build/site; a broken link or an unreadable docstring fails (not with --quiet, which hides warnings from
+# --strict too). `mkdocs serve` shows it as you write.
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	for program in kernels attention sharing growth step endpoint; do $(BIN)/tuna bench $$program --output benchmarks/results || exit 1; done

@@ -14,6 +14,7 @@ import typer
 
 from benchmarks.record import SCHEMA, Record, read_record
 from benchmarks.report import describe, markdown_table
+from benchmarks.summary import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -37,7 +38,7 @@ def read_results(folder: Path) -> dict[str, Record]:
 
 def page(records: dict[str, Record], pictures: list[str]) -> str:
     """The whole page as Markdown."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, *summary(records)]
     for name, record in records.items():
         parts.append(_section(name, record, [p for p in pictures if _belongs(p, name, records)]))
     return "\n".join(parts)

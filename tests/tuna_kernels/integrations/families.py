@@ -177,6 +177,7 @@ def page(outcomes: dict[str, Outcome]) -> str:
     )
     lines = [
         *intro.splitlines(),
+        "",
         "| family | class | by | two phases |",
         "|---|---|---|---|",
         *(f"| `{name}` | {_class(name)} | {o.way} | {o.two_phase} |" for name, o in runs.items()),
