@@ -34,7 +34,7 @@ from tuna.models.loading import SMOLLM2, cache_folder, load_model
 from tuna.score.metrics import ranking_metrics
 from tuna.system.locks import hold
 from tuna.system.writing import write_json
-from tuna.train.checkpoints import CheckpointError
+from tuna.train.checkpoints import CheckpointError, check_model
 from tuna.train.config import TunaConfig
 from tuna.train.curves import plot_log
 from tuna.train.distributed import launched
@@ -83,6 +83,7 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     console.print(best_and_worst(train_records, 3))
     _confirm(run, console)
     with console.status(f"loading {run.model} …"):
+        check_model(run.model)
         model, tokenizer = load_model(run.model, dtype=getattr(torch, run.dtype), load_in_4bit=run.load_in_4bit)
     with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
         train = tokenized(train_records, config, tokenizer)
@@ -245,6 +246,8 @@ def _with_adapter(model: PreTrainedModel, run: RunSettings) -> torch.nn.Module:
         task_type="CAUSAL_LM",
     )
     adapted: torch.nn.Module = get_peft_model(model, adapter)
+    if not adapter.base_model_name_or_path:
+        adapter.base_model_name_or_path = run.model  # of a model that is from no folder: `tuna export` asks for it
     return adapted
 
 
