@@ -34,8 +34,8 @@ from rich.table import Table
 from benchmarks.machine import describe_machine
 from tuna.data.instructions import Instruction
 from tuna.gather.api.calls import PaidSettings, run_jobs, run_paid
-from tuna.gather.api.endpoint import EndpointSettings
 from tuna.gather.api.journal import Journal
+from tuna.gather.api.settings import EndpointSettings
 from tuna.gather.teacher import Sampling, generate_responses
 from tuna.system.writing import replacing, write_json
 

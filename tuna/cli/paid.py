@@ -94,7 +94,7 @@ def paid_settings(
     """
     from tuna.gather.api.budget import Prices
     from tuna.gather.api.calls import PaidSettings
-    from tuna.gather.api.endpoint import EndpointSettings
+    from tuna.gather.api.settings import EndpointSettings
 
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency} must be at least 1")

@@ -23,11 +23,11 @@ from tuna.gather.api.endpoint import (
     CallFailed,
     Endpoint,
     EndpointRefused,
-    EndpointSettings,
     UnusableAnswer,
     retry_after,
 )
 from tuna.gather.api.journal import Journal
+from tuna.gather.api.settings import EndpointSettings
 
 PATIENT = {"backoff": 0.01, "max_backoff": 0.05, "max_attempts": 6, "request_timeout": 20.0}
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.tuna.gather.misbehaving import Fault, Misbehaving
 from tests.tuna.gather.test_endpoint import ask_all
-from tuna.gather.api.endpoint import EndpointSettings
+from tuna.gather.api.settings import EndpointSettings
 
 
 def test_the_key_is_sent_and_written_nowhere(

@@ -24,10 +24,10 @@ from tuna.gather.api.endpoint import (
     CallFailed,
     Endpoint,
     EndpointRefused,
-    EndpointSettings,
     UnusableAnswer,
 )
 from tuna.gather.api.journal import Journal, content_key
+from tuna.gather.api.settings import EndpointSettings
 
 __all__ = [
     "Outcome",

@@ -34,7 +34,8 @@ from urllib.parse import urljoin, urlsplit
 from tuna.gather.api.answers import Api
 from tuna.gather.api.bodies import UnusableAnswer, parse_json, read_body, short
 from tuna.gather.api.keys import Redactor, api_key
-from tuna.gather.api.remedies import address_of, error_words, remedy
+from tuna.gather.api.remedies import error_words, remedy
+from tuna.gather.api.settings import EndpointSettings
 
 __all__ = [
     "Api",
@@ -42,7 +43,6 @@ __all__ = [
     "CallFailed",
     "Endpoint",
     "EndpointRefused",
-    "EndpointSettings",
     "UnusableAnswer",
     "api_key",
     "retry_after",
@@ -70,47 +70,6 @@ class CallFailed(Exception):
 
 class EndpointRefused(CallFailed):
     """The endpoint takes no call of ours at all: key, account, address or model."""
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """Where and how patiently to ask.
-
-    Attributes:
-        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``. Blanks around it, a
-            slash at its end and the path of a request (``/chat/completions``) are taken off.
-        key_variable: environment variable that holds the key. The key itself is in no field, file or log.
-        requests_per_minute: at most so many requests, evenly spaced; None: no limit of ours.
-        request_timeout: seconds an attempt may take.
-        total_timeout: seconds a call may take with all its attempts and waits.
-        max_attempts: requests a call may take.
-        backoff: seconds before the second attempt, doubled each time, with full jitter on the upper half.
-        max_backoff: most seconds of a back-off. A Retry-After may ask for more.
-
-    Raises:
-        ValueError: a value outside its range; a base URL that is none, or holds credentials; a key that cannot be one.
-    """
-
-    base_url: str
-    key_variable: str = "OPENAI_API_KEY"
-    requests_per_minute: float | None = None
-    request_timeout: float = 120.0
-    total_timeout: float = 900.0
-    max_attempts: int = 6
-    backoff: float = 1.0
-    max_backoff: float = 60.0
-
-    def __post_init__(self) -> None:
-        key = api_key(self.key_variable)
-        object.__setattr__(self, "base_url", address_of(self.base_url, self.key_variable, Redactor(key)))
-        for name in ("request_timeout", "total_timeout", "requests_per_minute"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} = {value} must be above 0")
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts = {self.max_attempts} must be at least 1")
-        if not (self.backoff >= 0 and self.max_backoff >= 0):
-            raise ValueError(f"backoff = {self.backoff} and max_backoff = {self.max_backoff} must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from tuna.gather.api.bodies import UnusableAnswer, parse_json
-from tuna.gather.api.keys import NO_KEY, Redactor, api_key
+from tuna.gather.api.keys import NO_KEY, api_key
+from tuna.gather.api.settings import EndpointSettings
 
-if TYPE_CHECKING:
-    from tuna.gather.api.endpoint import EndpointSettings
-
-__all__ = ["address_of", "error_message", "error_words", "needs_key", "remedy"]
+__all__ = ["error_message", "error_words", "needs_key", "remedy"]
 
 _MARKUP = re.compile(r"<[^<>]*>")
 _CONTEXT = re.compile(r"context.?length|context window|maximum context|too long|too many tokens", re.IGNORECASE)
@@ -28,31 +26,6 @@ _UNKNOWN_FIELD = re.compile(
     re.IGNORECASE,
 )
 _MODEL = re.compile(r"\bmodel\b", re.IGNORECASE)
-
-
-def address_of(base_url: str, key_variable: str, redactor: Redactor) -> str:
-    """A base URL as requests are made of it: without blanks around it, a slash at its end, or a request's path.
-
-    Raises:
-        ValueError: no http or https address, or one with credentials, a query or a fragment.
-    """
-    url = base_url.strip().rstrip("/")
-    for path in ("/chat/completions", "/completions"):
-        url = url.removesuffix(path).rstrip("/")
-    if "@" in url or "?" in url or "#" in url:
-        raise ValueError(f"base_url must hold no credentials, query or fragment; put the key into ${key_variable}")
-    shown = f"base_url = {redactor.text(url)!r}"
-    if any(char.isspace() or not char.isprintable() for char in url):
-        raise ValueError(f"{shown} holds a blank, a line break or a control character")
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError as error:  # a port of letters, half of an IPv6 address
-        raise ValueError(f"{shown} is no address: {error}") from None
-    if not good:
-        hint = "" if "//" in url or not url else f"; with the scheme it is http://{redactor.text(url)}"
-        raise ValueError(f"{shown} is no http or https address{hint}")
-    return url
 
 
 def needs_key(settings: EndpointSettings) -> str | None:

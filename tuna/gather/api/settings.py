@@ -1,0 +1,76 @@
+"""Where an endpoint is, and how patiently it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from tuna.gather.api.keys import Redactor, api_key
+
+__all__ = ["EndpointSettings", "address_of"]
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """Where and how patiently to ask.
+
+    Attributes:
+        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``. Blanks around it, a
+            slash at its end and the path of a request (``/chat/completions``) are taken off.
+        key_variable: environment variable that holds the key. The key itself is in no field, file or log.
+        requests_per_minute: at most so many requests, evenly spaced; None: no limit of ours.
+        request_timeout: seconds an attempt may take.
+        total_timeout: seconds a call may take with all its attempts and waits.
+        max_attempts: requests a call may take.
+        backoff: seconds before the second attempt, doubled each time, with full jitter on the upper half.
+        max_backoff: most seconds of a back-off. A Retry-After may ask for more.
+
+    Raises:
+        ValueError: a value outside its range; a base URL that is none, or holds credentials; a key that cannot be one.
+    """
+
+    base_url: str
+    key_variable: str = "OPENAI_API_KEY"
+    requests_per_minute: float | None = None
+    request_timeout: float = 120.0
+    total_timeout: float = 900.0
+    max_attempts: int = 6
+    backoff: float = 1.0
+    max_backoff: float = 60.0
+
+    def __post_init__(self) -> None:
+        key = api_key(self.key_variable)
+        object.__setattr__(self, "base_url", address_of(self.base_url, self.key_variable, Redactor(key)))
+        for name in ("request_timeout", "total_timeout", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} = {value} must be above 0")
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts = {self.max_attempts} must be at least 1")
+        if not (self.backoff >= 0 and self.max_backoff >= 0):
+            raise ValueError(f"backoff = {self.backoff} and max_backoff = {self.max_backoff} must be at least 0")
+
+
+def address_of(base_url: str, key_variable: str, redactor: Redactor) -> str:
+    """A base URL as requests are made of it: without blanks around it, a slash at its end, or a request's path.
+
+    Raises:
+        ValueError: no http or https address, or one with credentials, a query or a fragment.
+    """
+    url = base_url.strip().rstrip("/")
+    for path in ("/chat/completions", "/completions"):
+        url = url.removesuffix(path).rstrip("/")
+    if "@" in url or "?" in url or "#" in url:
+        raise ValueError(f"base_url must hold no credentials, query or fragment; put the key into ${key_variable}")
+    shown = f"base_url = {redactor.text(url)!r}"
+    if any(char.isspace() or not char.isprintable() for char in url):
+        raise ValueError(f"{shown} holds a blank, a line break or a control character")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:  # a port of letters, half of an IPv6 address
+        raise ValueError(f"{shown} is no address: {error}") from None
+    if not good:
+        hint = "" if "//" in url or not url else f"; with the scheme it is http://{redactor.text(url)}"
+        raise ValueError(f"{shown} is no http or https address{hint}")
+    return url
