@@ -11,15 +11,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tuna.cli.problems import print_problems
 from tuna.cli.template import TemplateOption, given_template, warn
 from tuna.cli.terminal import Terminal, complain, say, say_json, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-
-    from tuna.data.records import Problem, Record
+    from tuna.data.records import Record
     from tuna.data.tokenization import TokenStats
 
 __all__ = ["app", "best_and_worst", "record_stats"]
@@ -30,7 +29,6 @@ Source = Annotated[str, typer.Argument(help="A .json, .jsonl or .parquet file, o
 Format = Annotated[str, typer.Option(help="Shape of the records; see `tuna data convert --help`.")]
 OnBadFlag = Annotated[Literal["fail", "skip"], typer.Option("--on-bad", help="What to do about bad records.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-SHOWN_PROBLEMS = 20
 
 
 @app.command()
@@ -51,7 +49,7 @@ def validate(
         problems = [{"file": p.file, p.unit: p.line, "reason": p.reason} for p in found.problems]
         say_json({**stats, "problems": problems})
     else:
-        _print_problems(console, found.problems)
+        print_problems(console, found.problems)
         console.print(_stats_table(stats))
         if show > 0 and found.records:
             console.print(best_and_worst(found.records, show))
@@ -83,7 +81,7 @@ def convert(
     check_files({"target": target}, {"source": source})
     found = read_records(source, format=format, on_bad=on_bad)
     write_records(target, found.records)
-    _print_problems(Terminal(stderr=True), found.problems)
+    print_problems(Terminal(stderr=True), found.problems)
     say(f"{target}: {len(found.records)} records, {len(found.problems)} left out")
     complain(f"next: {next_command('train', model='MODEL', data=target, output='FOLDER')}")
 
@@ -132,7 +130,7 @@ def stats(
         left_out = [str(problem) for problem in problems]
         say_json({**numbers, "tokens": asdict(tokens) if tokens else None, "problems": left_out})
         return
-    _print_problems(console, problems)
+    print_problems(console, problems)
     console.print(_stats_table(numbers))
     if tokens is not None:
         console.print(_lengths_table(tokens, max_length))
@@ -226,13 +224,6 @@ def _judged(record: Record, index: int) -> str:
     if record.scores is not None:
         return f"({record.scores[index]:g}) {record.responses[index]}"
     return f"(rank {(record.ranks or [0])[index]}) {record.responses[index]}"
-
-
-def _print_problems(console: Console, problems: Sequence[Problem]) -> None:
-    for problem in problems[:SHOWN_PROBLEMS]:
-        console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
-    if len(problems) > SHOWN_PROBLEMS:
-        console.print(f"… and {len(problems) - SHOWN_PROBLEMS} more left out")
 
 
 def _stats_table(numbers: dict[str, Any]) -> Table:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
+from tuna.cli.problems import print_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,15 +141,12 @@ def read_wanted(
     Raises:
         ValueError: ``limit`` below 1, no instruction that can be used, and what `read_instructions` raises.
     """
-    from rich.text import Text
-
     from tuna.data.instructions import read_instructions
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
     found, problems = read_instructions(source, on_bad=on_bad)
-    for problem in problems[:10]:
-        console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
+    print_problems(console, problems)
     if not found:
         raise ValueError(f"instructions = {source!r} holds no instruction that can be used")
     return found[:limit]

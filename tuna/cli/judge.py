@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tuna.cli import paid
+from tuna.cli.problems import print_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,8 +101,6 @@ def judge(
 
 def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"]) -> Sequence[Candidates]:
     """Response sets or records; what order they have is not looked at."""
-    from rich.text import Text
-
     from tuna.data.files import open_rows
     from tuna.data.records import read_records
     from tuna.gather.judge import Candidates
@@ -123,8 +122,7 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
             Candidates(id=x.id, prompt=x.prompt, messages=x.messages, responses=list(x.responses))
             for x in found.records
         ]
-    for problem in problems[:10]:
-        run.console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
+    print_problems(run.console, problems)
     if not items:
         raise ValueError(f"data = {source!r} holds no record that can be used")
     return items

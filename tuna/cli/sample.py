@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
+from tuna.cli.problems import print_problems
 from tuna.cli.template import given_template, warn
 
 if TYPE_CHECKING:
@@ -163,7 +164,6 @@ def _local(
     from dataclasses import asdict
 
     import torch
-    from rich.text import Text
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.bar import progress_bar
@@ -198,8 +198,7 @@ def _local(
                 batch=batch,
                 on_done=lambda tokens: bar.advance(task),
             )
-        for problem in problems[:10]:
-            console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
+        print_problems(console, problems)
         _write(console, output, sets, sampling.diversity)
         say_next(console, "judge", data=output / "responses.jsonl", model="JUDGE", output="FOLDER")
     if problems:

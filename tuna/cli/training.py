@@ -14,18 +14,18 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from tuna.cli.data import best_and_worst
 from tuna.cli.next import say_next
+from tuna.cli.problems import print_problems
 from tuna.cli.progress import TrainingProgress
 from tuna.cli.settings import RunSettings
 from tuna.cli.template import given_template, warn
 from tuna.data.notices import reversed_notice, sample_of
-from tuna.data.records import Problem, Record, read_records
+from tuna.data.records import Record, read_records
 from tuna.data.split import split_records
 from tuna.data.templates import end_generation_at, save_template, saved_template
 from tuna.data.tokenization import TokenizedGroup, TokenStats, token_stats
@@ -207,7 +207,7 @@ def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[
     with console.status(f"reading {run.data} …"):
         found = read_records(run.data, format=run.format, on_bad=config.on_bad)
         held_out = read_records(run.eval_data, format=run.format, on_bad=config.on_bad) if run.eval_data else None
-    _print_problems(console, [*found.problems, *(held_out.problems if held_out else [])])
+    print_problems(console, [*found.problems, *(held_out.problems if held_out else [])])
     records = found.records[: run.limit]
     if not records:
         raise ValueError(f"data = {run.data!r} holds no records")
@@ -216,13 +216,6 @@ def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[
     if held_out is not None or run.eval_fraction is None:
         return records, held_out.records if held_out else []
     return split_records(records, run.eval_fraction, config.seed)
-
-
-def _print_problems(console: Console, problems: Sequence[Problem], most: int = 10) -> None:
-    for problem in problems[:most]:
-        console.print(Text(f"left out: {problem}", style="yellow"))
-    if len(problems) > most:
-        console.print(f"… and {len(problems) - most} more left out")
 
 
 def _confirm(run: RunSettings, console: Console) -> None:

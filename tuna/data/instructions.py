@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuna.data.files import Unreadable, open_rows
+from tuna.data.problems import OnBad, Problem, read_rows, settle_problems
 from tuna.data.prompts import prompt_of
-from tuna.data.records import Message, OnBad, Problem, Record, Text, settle_problems
+from tuna.data.records import Message, Record, Text
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ class Instruction(BaseModel):
         return self.turns()[-1]["content"]
 
 
+Item = TypeVar("Item", bound=Instruction)
+
+
 def read_instructions(
     source: str | os.PathLike[str] | Iterable[Any], *, on_bad: OnBad = "fail"
 ) -> tuple[list[Instruction], list[Problem]]:
@@ -82,44 +85,16 @@ def read_instructions(
     return read_items(source, Instruction, instruction_fields, on_bad)
 
 
-def read_items(source: Any, kind: Any, fields_of: Any, on_bad: OnBad) -> tuple[list[Any], list[Problem]]:
+def read_items(
+    source: Any, kind: type[Item], fields_of: Callable[[Any], dict[str, Any]], on_bad: OnBad
+) -> tuple[list[Item], list[Problem]]:
     """Rows of a file as items of ``kind``, an `Instruction`, whose fields ``fields_of`` makes of a row."""
-    settle_problems((), on_bad)
-    rows = open_rows(source)
-    stem = Path(rows.name).stem or "instruction"
-    items: list[Any] = []
-    problems: list[Problem] = []
-    places: dict[str, int] = {}
-    for place, row in rows.items:
-        item = _parse(row, kind, fields_of, f"{stem}-{place}")
-        if not isinstance(item, str) and item.id in places:
-            item = f"id {item.id!r} stands already at {rows.unit} {places[item.id]}"
-        if isinstance(item, str):
-            problems.append(Problem(rows.name, place, item, rows.unit))
-        else:
-            places[item.id] = place
-            items.append(item)
-    settle_problems(problems, on_bad)
-    return items, problems
 
-
-def _parse(row: Any, kind: Any, fields_of: Any, made_id: str) -> Any:
-    """The item, or in plain words why there is none."""
-    try:
+    def parse(row: Any, made_id: str) -> Item:
         return row if isinstance(row, kind) else kind.model_validate({"id": made_id, **fields_of(row)})
-    except ValidationError as error:
-        return _plain(error)
-    except ValueError as error:
-        return str(error)
 
-
-def _plain(error: ValidationError) -> str:
-    details = error.errors()[:3]
-    parts = []
-    for detail in details:
-        field = ".".join(map(str, detail["loc"]))
-        parts.append(f"{field} {detail['msg'].removeprefix('Value error, ')}".strip())
-    return "; ".join(parts)
+    settle_problems((), on_bad)
+    return read_rows(open_rows(source), parse, on_bad, unnamed="instruction")
 
 
 def present_fields(row: Any) -> dict[str, Any]:

@@ -7,12 +7,13 @@ bug of the field, so neither is ever guessed. Other people's shapes are in `tuna
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -20,28 +21,21 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from tuna.data.files import Unreadable, open_rows, write_rows
 from tuna.data.formats import FORMATS, convert_row, detect_format, known_formats
+from tuna.data.problems import OnBad, Problem, read_rows, settle_problems
 from tuna.data.prompts import check_turn, check_unread_prompt, joined
 
 __all__ = [
-    "BadRecords",
     "Message",
-    "OnBad",
-    "Problem",
     "Record",
     "RecordSet",
     "read_records",
-    "settle_problems",
     "write_records",
 ]
-
-OnBad: TypeAlias = Literal["fail", "skip"]
-SHOWN = 5  # problems a BadRecords error spells out
 
 
 def _integral(value: Any) -> Any:
@@ -171,60 +165,11 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Why a record cannot be used.
-
-    Attributes:
-        file: where it stands; "" where records came from memory.
-        line: its line (from 1) where `unit` is "line", its index (from 0) where it is "index", or None.
-        reason: in plain words.
-        unit: what `line` counts.
-    """
-
-    file: str
-    line: int | None
-    reason: str
-    unit: Literal["line", "index"] = "line"
-
-    def __str__(self) -> str:
-        place = " ".join(
-            part for part in (self.file, f"{self.unit} {self.line}" if self.line is not None else "") if part
-        )
-        return f"{place}: {self.reason}" if place else self.reason
-
-
-@dataclass(frozen=True)
 class RecordSet:
     """Records read, in order, and the problems of those left out."""
 
     records: list[Record]
     problems: list[Problem]
-
-
-class BadRecords(ValueError):
-    """Records that cannot be used: `problems` holds all, the message the first few and their number."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = list(problems)
-        count = len(self.problems)
-        lines = [f"  {problem}" for problem in self.problems[:SHOWN]]
-        if count > SHOWN:
-            lines.append(f"  … and {count - SHOWN} more")
-        head = f"{count} record{'s' * (count != 1)} cannot be used (on_bad='skip' leaves them out):"
-        super().__init__("\n".join([head, *lines]))
-
-
-def settle_problems(problems: Sequence[Problem], on_bad: OnBad) -> None:
-    """Raise `BadRecords` if there are problems and `on_bad` is "fail".
-
-    Raises:
-        BadRecords: as said.
-        ValueError: `on_bad` is neither "fail" nor "skip".
-    """
-    if on_bad not in ("fail", "skip"):
-        raise ValueError(f"on_bad = {on_bad!r} is neither 'fail' nor 'skip'")
-    if problems and on_bad == "fail":
-        raise BadRecords(problems)
 
 
 def read_records(
@@ -249,23 +194,10 @@ def read_records(
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format = {format!r} is unknown; the shapes known are\n{known_formats()}")
     rows = open_rows(source)
-    stem = Path(rows.name).stem or "record"
     items = list(rows.items)
     shape = _detect(items, rows.name) if format == "auto" else format
-    records: list[Record] = []
-    problems: list[Problem] = []
-    places: dict[str, int] = {}
-    for place, row in items:
-        record = _to_record(row, shape, f"{stem}-{place}", recognised=format == "auto")
-        if isinstance(record, Record) and record.id in places:
-            record = f"id {record.id!r} stands already at {rows.unit} {places[record.id]}"
-        if isinstance(record, str):
-            problems.append(Problem(rows.name, place, record, rows.unit))
-        else:
-            places[record.id] = place
-            records.append(record)
-    settle_problems(problems, on_bad)
-    return RecordSet(records, problems)
+    parse = functools.partial(_to_record, shape=shape, recognised=format == "auto")
+    return RecordSet(*read_rows(replace(rows, items=iter(items)), parse, on_bad, unnamed="record"))
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -293,43 +225,15 @@ def _detect(items: Sequence[tuple[int, Any]], name: str) -> str:
     return "tuna"
 
 
-def _to_record(row: Any, shape: str, made_id: str, *, recognised: bool) -> Record | str:
-    """The record, or in plain words why there is none."""
+def _to_record(row: Any, made_id: str, *, shape: str, recognised: bool) -> Record:
     if isinstance(row, Record):
         return row
     if isinstance(row, Unreadable):
-        return row.reason
-    try:
-        fields = convert_row(row, shape, recognised=recognised)
-        given = fields.get("id", made_id)
-        fields["id"] = str(given) if isinstance(given, int | float) else given
-        return Record.model_validate(fields)
-    except ValidationError as error:
-        return "; ".join(_plain_detail(detail) for detail in error.errors()[:3])
-    except ValueError as error:
-        return str(error)
-
-
-def _plain_detail(detail: Any) -> str:
-    """One of pydantic's errors without its speak of types and validators."""
-    first, *rest = detail["loc"] or ("",)
-    field = str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
-    if detail["type"] == "value_error":
-        return f"{field} {detail['ctx']['error']}".strip()
-    if detail["type"] == "missing":
-        return f"field {field!r} is missing"
-    wanted = {
-        "string_type": "must be text",
-        "list_type": "must be a list",
-        "float_type": "must be a number",
-        "int_type": "must be a whole number",
-        "model_type": "must be an object {role, content}",
-        "dict_type": "must be an object {role, content}",
-        "too_short": "must not be empty",
-        "string_too_short": "must not be empty",
-    }.get(detail["type"], str(detail["msg"]))
-    given = detail["input"]
-    return f"{field} {wanted}" + (f", not {_short(given)}" if wanted.startswith("must be") else "")
+        raise ValueError(row.reason)
+    fields = convert_row(row, shape, recognised=recognised)
+    given = fields.get("id", made_id)
+    fields["id"] = str(given) if isinstance(given, int | float) else given
+    return Record.model_validate(fields)
 
 
 def _parquet_schema() -> Any:
@@ -347,8 +251,3 @@ def _parquet_schema() -> Any:
             ("ranks", pa.list_(pa.int64())),
         ]
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:39] + "…"

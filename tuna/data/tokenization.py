@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tuna.data.chat import Answer, special_text
-from tuna.data.records import OnBad, Problem, Record, settle_problems
+from tuna.data.problems import OnBad, Problem, settle_problems
+from tuna.data.records import Record
 from tuna.data.templates import DEFAULT, Renderer, end_token_id
 from tuna_kernels.tree import Group, pack_groups
 

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tuna.data.files import write_rows
 from tuna.data.instructions import Instruction, present_fields, read_items
+from tuna.data.problems import OnBad, Problem
 from tuna.data.prompts import check_answer, prompt_of
-from tuna.data.records import OnBad, Problem, Text
+from tuna.data.records import Text
 from tuna.gather.api.answers import LEAST, ROUNDING
 
 __all__ = [

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tuna.gather.api.journal import content_key
 from tuna.system.settings_text import read_settings_file
+from tuna.system.validation import reason
 from tuna.system.writing import content_hash
 
 __all__ = ["KINDS", "Kind", "PlannedServer", "PlannedStep", "Recipe", "Server", "Step", "plan", "read_recipe"]
@@ -409,7 +410,5 @@ def _plain(detail: Any, content: Mapping[str, Any]) -> str:
             value = None
         name = value.get("name") if isinstance(value, Mapping) else None
         place.append(f"{part} ({name})" if isinstance(part, int) and isinstance(name, str) else str(part))
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        message = "is not known here"
+    message = reason(detail)
     return f"{'.'.join(place)}: {message}" if place else message

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tuna.system.validation import reason
+
 __all__ = ["ApiError", "Ending", "answer_errors", "shown"]
 
 SHOWN = 80  # characters of a client's value that a message repeats
@@ -74,11 +76,10 @@ async def _invalid(request: Request, error: Any) -> Response:
     """One message of the first problems; `param` is the field of the first."""
     details = error.errors()
     places = [shown(".".join(map(str, detail["loc"])), quoted=False) for detail in details]
-    problems = [
-        f"{place}: {detail['msg']}" if place else detail["msg"] for place, detail in zip(places, details, strict=True)
-    ]
+    reasons = [reason(detail) for detail in details]
+    problems = [f"{place}: {why}" if place else why for place, why in zip(places, reasons, strict=True)]
     unknown = details[0]["type"] == "extra_forbidden"
-    message = "; ".join(problems[:3]).replace("Value error, ", "")[: 10 * SHOWN]
+    message = "; ".join(problems[:3])[: 10 * SHOWN]
     return ApiError(400, message, param=places[0] or None, code="unknown_parameter" if unknown else None).response()
 
 

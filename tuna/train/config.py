@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
-from tuna.data.records import OnBad
+from tuna.data.problems import OnBad
 from tuna.score.metrics import greater_is_better
 from tuna.train import deepspeed
 from tuna.train.distributed import prepare_ranks

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tuna.data.notices import data_notices
+from tuna.data.problems import problem_lines
 from tuna.data.records import Record, RecordSet, read_records
 from tuna.data.templates import end_generation_at
 from tuna.data.tokenization import TokenizedGroup, tokenize_records
@@ -19,7 +20,6 @@ from tuna.train.config import TunaConfig
 __all__ = ["GroupData", "check_data", "tokenized"]
 
 logger = logging.getLogger(__name__)
-SHOWN_PROBLEMS = 10
 GroupData = Sequence[TokenizedGroup] | Sequence[Record] | Sequence[Mapping[str, Any]]
 
 
@@ -47,10 +47,8 @@ def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokeniz
         found.records, tokenizer, template=args.template, max_length=args.max_length, on_bad=args.on_bad
     )
     problems = [*found.problems, *problems]
-    for problem in problems[:SHOWN_PROBLEMS]:
-        logger.warning("left out: %s", problem)
-    if len(problems) > SHOWN_PROBLEMS:
-        logger.warning("… and %d more left out", len(problems) - SHOWN_PROBLEMS)
+    for line in problem_lines(problems):
+        logger.warning("%s", line)
     if not groups:
         raise ValueError(f"none of the {len(items)} records can be used; the first problem: {problems[0]}")
     return groups

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from transformers import PreTrainedTokenizerFast
 
 from tuna.data.chat import ChatTemplate
-from tuna.data.records import BadRecords, Record
+from tuna.data.problems import BadRecords
+from tuna.data.records import Record
 from tuna.data.templates import end_token_id
 from tuna.data.tokenization import encode_prompts, tokenize_records
 from tuna.models.loading import tiny_model

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from tuna.data.formats import FORMATS
 from tuna.data.instructions import read_instructions
-from tuna.data.records import BadRecords, Message, Record, read_records
+from tuna.data.problems import BadRecords
+from tuna.data.records import Message, Record, read_records
 from tuna.gather.responses import read_responses
 
 SYSTEM, USER = {"role": "system", "content": "In French."}, {"role": "user", "content": "fruit?"}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tuna.data.formats import FORMATS
-from tuna.data.records import BadRecords, Message, Record, read_records, write_records
+from tuna.data.problems import BadRecords
+from tuna.data.records import Message, Record, read_records, write_records
 
 GOOD = {"prompt": "2 + 2?", "responses": ["4", "5"], "scores": [1, 0]}
 

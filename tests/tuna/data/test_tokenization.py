@@ -13,7 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tuna.data.records import BadRecords, Record, read_records
+from tuna.data.problems import BadRecords
+from tuna.data.records import Record, read_records
 from tuna.data.templates import end_token_id, render_prompt
 from tuna.data.tokenization import TokenizedGroup, own_bos, token_stats, tokenize_records
 from tuna.models.loading import SMOLLM2, load_tokenizer, tiny_model

@@ -272,7 +272,7 @@ def test_a_cut_response_is_cut_by_whatever_cut_it(tmp_path: Path) -> None:
 def test_files_of_responses_are_held_to_the_same_rules(response: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     path.write_text(json.dumps({"id": "a", "prompt": "p", "responses": [{"text": "b"}, response]}) + "\n")
-    with pytest.raises(ValueError, match=r"responses\.1"):
+    with pytest.raises(ValueError, match=r"responses\[1\]"):
         read_responses(path)
 
 

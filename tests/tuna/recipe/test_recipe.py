@@ -163,7 +163,7 @@ def test_references_become_paths_addresses_and_values(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"folder": "x"}, "steps: Field required"),
+        ({"folder": "x"}, "steps: is missing"),
         ({"folder": "x", "steps": []}, "steps"),
         ({"folder": "x", "stepz": 1, "steps": [RANK]}, "stepz: is not known here"),
         ({"folder": "x", "steps": [{**RANK, "run": "rnk"}]}, r"steps.0 \(ranked\).run"),
