@@ -84,4 +84,4 @@ $(DOCS): $(TRAIN)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist *.egg-info runs tuna_kernels/_cpu*.so
+	rm -rf $(VENV) .venvs build dist *.egg-info runs tuna_kernels/native/_cpu*.so

@@ -12,7 +12,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CPU = Pybind11Extension(
-    "tuna_kernels._cpu",
+    "tuna_kernels.native._cpu",
     sorted(glob("csrc/cpu/**/*.cpp", recursive=True)),
     include_dirs=["csrc/cpu"],
     depends=sorted(glob("csrc/cpu/**/*.h", recursive=True)),

@@ -23,7 +23,7 @@ def hidden_copy() -> Path | None:
 
 def has_extension(package: Path) -> bool:
     """Whether a copy of the package has native code for this Python."""
-    return any((package / f"_cpu{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+    return any((package / "native" / f"_cpu{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
 
 
 def shadowing() -> str:
@@ -41,7 +41,7 @@ def why_no_extension(error: ImportError) -> str:
     """The reason and the remedy, where importing the extension failed."""
     if reason := shadowing():
         return reason
-    others = sorted(path.name for path in PACKAGE.glob("_cpu.*") if path.suffix in (".so", ".pyd"))
+    others = sorted(path.name for path in PACKAGE.glob("native/_cpu.*") if path.suffix in (".so", ".pyd"))
     if others and not has_extension(PACKAGE):
         return f"the native extension was built for another Python ({', '.join(others)}): install again with this one"
     return f"the native extension _cpu is not there ({error}); was there a C++ compiler when it was installed?"

@@ -37,7 +37,7 @@ def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_the_extension_everything_runs_on_torch() -> None:
     """In a process of its own: the import of the native module is made to fail."""
     program = (
-        "import sys; sys.modules['tuna_kernels._cpu'] = None\n"
+        "import sys; sys.modules['tuna_kernels.native._cpu'] = None\n"
         "import torch, tuna_kernels as tk\n"
         "print(tk.linear_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([0])).item())\n"
         "print(tk.available_backends()['cpu'])\n"
@@ -56,8 +56,8 @@ def test_a_checkout_that_hides_the_installed_package_is_named(tmp_path: Path) ->
     checkout, site = tmp_path / "checkout" / source.name, tmp_path / "site" / source.name
     shutil.copytree(source, checkout, ignore=shutil.ignore_patterns("_cpu*", "__pycache__"))
     shutil.copytree(checkout, site)
-    (site / f"_cpu{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
-    (checkout / "_cpu.cpython-36m-x86_64-linux-gnu.so").write_bytes(b"")
+    (site / "native" / f"_cpu{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    (checkout / "native" / "_cpu.cpython-36m-x86_64-linux-gnu.so").write_bytes(b"")
     program = (
         "import torch, tuna_kernels as tk\n"
         "for _ in range(2): tk.linear_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([0]))\n"

@@ -122,7 +122,8 @@ def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
 
 _REMEDY = (
     "no hook gathers a weight that is read outside the forward of the wrapped module; give FSDP or DeepSpeed "
-    "tuna_kernels.integrations.RankingModel(model) to wrap, with the head in the outermost unit, and pass the wrapper "
+    "tuna_kernels.integrations.transformers.RankingModel(model) to wrap, with the head in the outermost unit, and pass "
+    "the wrapper "
     "instead of the model"
 )
 
@@ -203,7 +204,7 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
                 return inner
     raise TypeError(
         f"model is {type(model).__name__}, not a transformers or peft model; where a wrapper such as DDP, FSDP or "
-        "DeepSpeed must see the forward, let it wrap tuna_kernels.integrations.RankingModel(model)"
+        "DeepSpeed must see the forward, let it wrap tuna_kernels.integrations.transformers.RankingModel(model)"
     )
 
 

@@ -1,6 +1,7 @@
 """The native extension (csrc/cpu): whether it is here, what it takes, which copy of it runs.
 
-Addresses, strides and a thread count cross the border; the extension knows nothing of torch.
+Addresses, strides and a thread count cross the border; the extension knows nothing of torch. It stands in a folder of
+its own, since an editable install lends modules right below `tuna_kernels` to any other copy of the package.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tuna_kernels.installation import why_no_extension
 
 _cpu: Any = None
 try:
-    _cpu = import_module("tuna_kernels._cpu")
+    _cpu = import_module("tuna_kernels.native._cpu")
     WHY_NOT_HERE = ""
 except ImportError as error:
     WHY_NOT_HERE = why_no_extension(error)
