@@ -123,8 +123,7 @@ def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
 _REMEDY = (
     "no hook gathers a weight that is read outside the forward of the wrapped module; give FSDP or DeepSpeed "
     "tuna_kernels.integrations.transformers.RankingModel(model) to wrap, with the head in the outermost unit, and pass "
-    "the wrapper "
-    "instead of the model"
+    "the wrapper instead of the model"
 )
 
 
