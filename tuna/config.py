@@ -174,11 +174,13 @@ class TunaConfig(TrainingArguments):
             if self.compile_options is not None and zero.stage_of(ours) == 3:
                 raise ValueError("torch_compile is not supported under ZeRO-3: a layer gathers its weights as it runs")
             self.deepspeed = zero.prepare(ours)
-            # Left to itself, accelerate looks for a GPU and leaves DeepSpeed out where there is none.
-            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         ranks = prepare_ranks()
-        if ranks > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # or each rank would train by itself
+        if not torch.accelerator.is_available():
+            # Left to itself, accelerate looks for a GPU: it would leave DeepSpeed out, let each rank train by itself,
+            # and refuse bfloat16.
+            self.use_cpu = True
+        if self.ddp_backend is not None and ranks == 1:
+            raise ValueError(f"ddp_backend = {self.ddp_backend!r} would have no effect: there is one process")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = greater_is_better(self.metric_for_best_model)
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -241,6 +243,7 @@ class TunaConfig(TrainingArguments):
             "dataloader_drop_last": (self.dataloader_drop_last, "every group is seen once per epoch"),
             "bf16_full_eval": (self.bf16_full_eval, "load the model in bfloat16 instead"),
             "fp16_full_eval": (self.fp16_full_eval, "load the model in float16 instead"),
+            "debug": (self.debug, "its hooks compute with every value that goes through a layer, booleans too"),
             "parallelism_config": (self.parallelism_config, "ranks that share a batch would count it twice"),
         }
         for name, (value, reason) in refused.items():

@@ -39,7 +39,10 @@ OURS = {
         "dataloader_persistent_workers",
         "dataloader_prefetch_factor",
         "dataloader_in_order",
+        "dataloader_multiprocessing_context",
     ),
+    "SIGTERM saves a checkpoint in any case": ("enable_jit_checkpoint",),
+    "launchers say it in LOCAL_RANK": ("local_rank",),
     "use tuna score": ("do_predict",),
 }
 PACKED = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
@@ -55,10 +58,11 @@ MAPPINGS = (
 OF_HUB = ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
 OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 TWO_PHASE = ("candidates_per_pass", "skip_inactive")
-OF_RANKS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
+OF_RANKS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 NO_ADAM = ("sgd", "adafactor", "adagrad", "rmsprop")
 NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
+NO_WARMUP = ("constant", "greedy", "reduce_lr_on_plateau")
 WITH_TARGETS = ("galore", "apollo", "lomo", "layerwise")
 NAMED_RUNS = ("wandb", "mlflow", "comet_ml", "swanlab", "trackio")
 # The packages of the services that report_to names, where they are called otherwise.
@@ -117,6 +121,7 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
         yield from ((name, reason) for name in names)
     if config.device.type == "cpu":
         yield "fp16", "the CPU has no float16 training; use bf16, or float32"
+        yield "torch_empty_cache_steps", "there is no cache of a GPU to empty"
     if config.tokens_per_batch is not None:
         yield "auto_find_batch_size", "tokens_per_batch decides how many groups a batch holds"
     for name, strategy in (("logging_steps", "logging"), ("eval_steps", "eval"), ("save_steps", "save")):
@@ -125,6 +130,8 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
     if config.eval_strategy == "no":
         names = ("do_eval", "load_best_model_at_end", "eval_delay", "metric_for_best_model", "greater_is_better")
         yield from ((name, "nothing is evaluated during training (eval_strategy)") for name in names)
+    if config.metric_for_best_model is None:
+        yield "greater_is_better", "metric_for_best_model is not given"
     if config.save_strategy == "no":
         yield from (
             (name, "no checkpoints are saved (save_strategy)") for name in ("save_total_limit", "save_only_model")
@@ -145,6 +152,9 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
         yield from ((name, f"optim = {optimizer!r} is not Adam") for name in OF_ADAM)
     if optimizer in NO_ARGUMENTS:
         yield "optim_args", f"optim = {optimizer!r} takes none"
+    schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+    if schedule in NO_WARMUP:
+        yield "warmup_steps", f"lr_scheduler_type = {schedule!r} has no warm-up"
     if not any(part in optimizer for part in WITH_TARGETS):
         yield "optim_target_modules", f"optim = {optimizer!r} updates all weights alike"
 
@@ -196,6 +206,9 @@ def _check_numbers(config: Any) -> None:
     for name in ("logging_steps", "save_steps", "eval_steps"):
         if getattr(config, f"{name.partition('_')[0]}_strategy") == "steps" and getattr(config, name) <= 0:
             raise ValueError(f"{name} = {getattr(config, name)} must be above 0")
+    for name in ("learning_rate", "weight_decay"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} = {getattr(config, name)} must be a finite number, at least 0")
     if not 0 <= config.max_grad_norm < float("inf"):
         raise ValueError(f"max_grad_norm = {config.max_grad_norm} must be a finite number, at least 0 (0: off)")
     if config.save_total_limit is not None and config.save_total_limit < 1:

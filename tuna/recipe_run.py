@@ -118,7 +118,7 @@ def _run(step: PlannedStep, lock: int | None, on_line: Callable[[str], None]) ->
     """The exit code of a step's command."""
     arguments = list(step.arguments)
     if step.step.run == "train" and any(step.folder.glob("checkpoint-*")):
-        arguments.append("--resume")
+        arguments[arguments.index("--overwrite")] = "--resume"
     command = [sys.executable, "-m", "tuna", *arguments]
     with (step.folder / LOG).open("ab") as log:
         process = lifeline.start(

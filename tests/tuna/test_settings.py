@@ -67,6 +67,15 @@ def config(**settings: Any) -> TunaConfig:
         ({"optim_target_modules": "all-linear"}, "optim_target_modules"),
         ({"auto_find_batch_size": True, "tokens_per_batch": 9}, "auto_find_batch_size"),
         ({"report_to": "wandb"}, "report_to = 'wandb' needs a package that is missing: pip install wandb"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "warmup_steps = 5 would have no effect: lr_scheduler"),
+        ({"torch_empty_cache_steps": 3}, "torch_empty_cache_steps"),
+        ({"greater_is_better": True, "eval_strategy": "epoch"}, "greater_is_better"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint = True would have no effect: SIGTERM"),
+        ({"local_rank": 2}, "local_rank = 2 would have no effect"),
+        ({"ddp_backend": "gloo"}, "ddp_backend = 'gloo' would have no effect: there is one process"),
+        ({"debug": "underflow_overflow"}, "debug = "),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf must be a finite number"),
         ({"report_to": "nobody"}, "report_to = 'nobody' is not one of"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         (
@@ -204,11 +213,19 @@ def data(tmp_path: Path) -> Path:
     [
         (["--backend", "triton"], "backend = 'triton' cannot serve"),
         (["--set", "tree_attention=flash"], "backend = 'flash' cannot serve"),
-        (["--eval-steps", "1"], "eval_steps needs held-out data"),
+        (["--eval-steps", "1"], "--eval-steps needs held-out data: give --eval-data or --eval-fraction"),
         (["--set", "eval_on_start=true"], "eval_on_start needs held-out data"),
-        (["--no-eval-first"], "eval_first"),
-        (["--lora-alpha", "4"], "lora_alpha"),
+        (["--no-eval-first"], "--eval-first = False"),
+        (["--lora-alpha", "4"], "--lora-alpha = 4"),
         (["--set", "disable_tqdm=false"], "disable_tqdm"),
+        (["--set", "do_train=false"], "do_train = False would have no effect"),
+        (["--resume", "--overwrite"], "resume and overwrite are both given"),
+        (["--resume", "--set", "resume_from_checkpoint=a"], "resume_from_checkpoint = a are both given"),
+        (["--allow-changes"], "--allow-changes would have no effect: this run goes on from no checkpoint"),
+        (["--trust-checkpoint"], "--trust-checkpoint would have no effect"),
+        (["--lora-r", "2", "--lora-alpha", "0"], "--lora-alpha = 0 must be at least 1"),
+        (["--margin", "nan"], "--margin = nan"),
+        (["--margin", "0.3", "--set", "mle_weight=-1"], "mle_weight = -1"),
         (["--set", "accelerator_config=5"], "accelerator_config = 5 must be keys"),
         (["--set", "accelerator_config={bogus: 1}"], "cannot be used"),
         (["--epochs", "0", "--groups", "0"], "--groups = 0 must be"),
@@ -227,7 +244,7 @@ def test_empty_held_out_data_is_an_error(data: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "empty.jsonl").write_text("")
     said = run(capsys, "train", "--model", "tiny", "--data", data, "--output", tmp_path / "out", "--yes",
                "--eval-data", tmp_path / "empty.jsonl")  # fmt: skip
-    assert "eval_data = " in said and "holds no records" in said
+    assert "--eval-data = " in said and "holds no records" in said
 
 
 def test_errors_have_the_names_that_were_typed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +253,9 @@ def test_errors_have_the_names_that_were_typed(data: Path, tmp_path: Path, capsy
     (tmp_path / "run.yaml").write_text(f"model: tiny\ndata: {data}\noutput_dir: {data}\n")
     assert "output_dir = " in run(capsys, "train", "--config", tmp_path / "run.yaml")
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
+    assert "--gpu = 'foo'" in run(capsys, "plan", "--model", "tiny", "--gpu", "foo")
+    assert "--limit = 0 must" in run(capsys, "score", "--model", "tiny", "--data", data, "--limit", 0)
+    assert "--json = " in run(capsys, "score", "--model", "tiny", "--data", data, "--json", data)
     assert "--on-bad skip" in run(
         capsys, "score", "--model", "tiny", "--data", tmp_path / "bad.jsonl", "--format", "tuna"
     )

@@ -68,20 +68,27 @@ def _flag_of(command: Any, name: str) -> str:
 
 
 def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
-    """An error with settings that have another name as a flag under that name, where the flag was typed, and advice
-    for Python as advice for the command line."""
+    """An error with settings under the names they are typed by, and advice for Python as advice for the command line.
+
+    A setting is known by its value (``name = 3``), one of several words by its name alone. One from a settings file
+    keeps the name it has there.
+    """
     command = root
-    for word in words:
+    for word in (word for word in words if not word.startswith("-")):
         following = getattr(command, "commands", {}).get(word)
         if following is None:
             break
         command = following
     typed = {word.partition("=")[0] for word in words}
     from_file = "--config" in typed or "--set" in typed
-    if command.name == "train":
-        for name, field in FLAG_FIELDS.items():
-            if not from_file or f"--{name}" in typed:
-                text = re.sub(rf"(?<![\w.'-]){field}(?![\w'])", f"--{name}", text)
+    for option in (item for item in command.params if item.opts[0].startswith("--")):
+        flag = next((name for name in option.opts if name in typed), option.opts[0])
+        if from_file and flag not in typed:
+            continue
+        field = FLAG_FIELDS.get(option.name, option.name) if command.name == "train" else option.name
+        for name in {field, option.opts[0].removeprefix("--").replace("-", "_")}:
+            value = "" if "_" in name else "(?= = )"
+            text = re.sub(rf"(?<![\w.'/-]){name}(?![\w'/]){value}", flag, text)
     if any(item.name == "on_bad" for item in command.params):
-        return text.replace("on_bad='skip'", "--on-bad skip")
+        return text.replace("on_bad='skip'", "--on-bad skip").replace("--on-bad='skip'", "--on-bad skip")
     return text.replace(" (on_bad='skip' leaves them out)", "")

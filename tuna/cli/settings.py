@@ -52,6 +52,8 @@ class RunSettings:
             raise ValueError(f"limit = {self.limit} must be at least 1")
         if self.lora_r < 0:
             raise ValueError(f"lora_r = {self.lora_r} must be at least 0 (0: no adapter)")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"lora_alpha = {self.lora_alpha} must be at least 1")
         if self.load_in_4bit and self.lora_r == 0:
             raise ValueError("load_in_4bit trains an adapter on frozen weights: give its rank, lora_r")
         for name, default in (("lora_alpha", None), ("lora_targets", "all-linear")):

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -64,6 +64,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     output = Path(settings["output_dir"]).expanduser()
     settings["output_dir"] = str(output)
+    _check_resuming(run, settings)
     if launched()[0] > 0:
         return _run(run, settings, output, console)
     resume = run.resume or bool(settings.get("resume_from_checkpoint"))
@@ -75,7 +76,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
 
 def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Console) -> dict[str, Any]:
     """Train, evaluate and save in a folder that is this run's."""
-    settings = settings | {"template": _template(run, settings.get("template"), output, console)}
+    settings = settings | {"template": _template(run, settings, output, console)}
     config = _trainer_config(run, settings)
     train_records, eval_records = _read(run, config, console)
     console.print(best_and_worst(train_records, 3))
@@ -128,6 +129,21 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     return metrics
 
 
+def _check_resuming(run: RunSettings, settings: Mapping[str, Any]) -> None:
+    """Hold that a run either goes on or begins, and that what is for going on is given with it."""
+    checkpoint = settings.get("resume_from_checkpoint")
+    if run.resume and run.overwrite:
+        raise ValueError("resume and overwrite are both given: go on with the run, or begin again in its place")
+    if run.resume and checkpoint:
+        raise ValueError(
+            f"resume and resume_from_checkpoint = {checkpoint} are both given: go on from the last checkpoint, or from "
+            "that one"
+        )
+    for name in ("allow_changes", "trust_checkpoint"):
+        if settings.get(name) and not run.resume and not checkpoint:
+            raise ValueError(f"{name} would have no effect: this run goes on from no checkpoint (resume)")
+
+
 def _inputs(run: RunSettings) -> dict[str, Path]:
     """What the run reads, where that is files."""
     model = cache_folder() / SMOLLM2 if run.model == SMOLLM2 else Path(run.model).expanduser()
@@ -137,15 +153,17 @@ def _inputs(run: RunSettings) -> dict[str, Path]:
     return inputs
 
 
-def _template(run: RunSettings, given: str | None, output: Path, console: Console) -> str:
+def _template(run: RunSettings, settings: Mapping[str, Any], output: Path, console: Console) -> str:
     """The template to train with: as given, of the run that is resumed, of the model's own training, or none.
 
     Raises:
         ValueError: a run is resumed with another template.
     """
-    saved = saved_template(output) if run.resume else None
+    given, checkpoint = settings.get("template"), settings.get("resume_from_checkpoint")
+    source = output if run.resume else Path(checkpoint).expanduser() if checkpoint else None
+    saved = None if source is None else saved_template(source) or saved_template(source.parent)
     if saved is not None and given not in (None, saved):
-        raise ValueError(f"template = {given!r}, but {output} was trained with {saved!r}: leave it out to resume")
+        raise ValueError(f"template = {given!r}, but {source} was trained with {saved!r}: leave it out to resume")
     if saved is None:
         return given_template(console, given, run.model, None)
     console.print(f"template {saved!r}: that of the run resumed")
@@ -167,6 +185,8 @@ def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
     for name in ("eval_strategy", "eval_steps", "eval_on_start"):
         if not held_out and settings.get(name) not in (None, "no", False):
             raise ValueError(f"{name} needs held-out data: give eval_data or eval_fraction")
+    if settings.get("do_train") is False:
+        raise ValueError("do_train = False would have no effect: this command trains; use tuna score")
     if settings.get("disable_tqdm") is False:
         raise ValueError("disable_tqdm = False would have no effect: bars and lines are tuna's own")
     # Sharded weights are there to evaluate only once DeepSpeed has started, which training does.
