@@ -58,7 +58,13 @@ MAPPINGS = (
 OF_HUB = ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
 OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 TWO_PHASE = ("candidates_per_pass", "skip_inactive")
-OF_RANKS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout")
+OF_RANKS = (
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    "ddp_timeout",
+)
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 NO_ADAM = ("sgd", "adafactor", "adagrad", "rmsprop")
 NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tuna.checkpoints import MARKER, RUN_FILE, numbered
+from tuna.checkpoints import MARKER, RUN_FILE, STATE, numbered
 from tuna.templates import SAVED
 
 __all__ = ["check_content", "check_files", "check_place", "holds_run", "is_in"]
@@ -14,6 +14,11 @@ __all__ = ["check_content", "check_files", "check_place", "holds_run", "is_in"]
 # What may lie in a new run's folder: its own settings and scripts, logs of schedulers and of `tuna recipe`.
 HARMLESS = {".err", ".log", ".out", ".sh", ".yaml", ".yml"}
 RECIPE_LOG = "log.txt"
+# What is read of a model's folder, and of a run's.
+OF_MODEL = (
+    "*config*.json", "*.safetensors*", "*.bin*", "*.model", "*.jinja", "*token*.json", "vocab.*", "merges.txt",
+    MARKER, RUN_FILE, STATE, SAVED,
+)  # fmt: skip
 
 
 def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
@@ -30,9 +35,11 @@ def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
         raise ValueError(f"output_dir = {output} is a link to {os.readlink(output)}, which does not exist")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir = {output} is a file")
-    real = output.resolve()
-    if real == Path.home().resolve() or real == Path(real.anchor):
+    real = Path(os.path.realpath(output))  # resolve() of a link to itself is an error before Python 3.13
+    if real == Path(os.path.realpath(Path.home())) or real == Path(real.anchor):
         raise ValueError(f"output_dir = {output} is {real}: give a folder of the run's own")
+    if inside := next((at for at in (real, *real.parents) if (at / MARKER).exists()), None):
+        raise ValueError(f"output_dir = {output} lies in the checkpoint {inside}: give a folder of the run's own")
     for name, path in inputs.items():
         if not path.exists():
             continue
@@ -69,20 +76,30 @@ def check_content(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def check_files(outputs: Mapping[str, Path | None], inputs: Mapping[str, str | Path | None]) -> None:
-    """Hold that the files a command writes are none of those it reads, whatever they are called by.
+def check_files(
+    outputs: Mapping[str, Path | None], inputs: Mapping[str, str | Path | None], *, model: str | None = None
+) -> None:
+    """Hold that the files a command writes are none of those it reads, and not one twice, whatever they are called by.
 
     Args:
         outputs: files by the name of their setting.
         inputs: files or folders by the name of theirs.
+        model: what is read besides; figures may lie in its folder, but not in place of what makes it.
 
     Raises:
         ValueError: one is, or lies in a folder that is read.
     """
-    for name, output in outputs.items():
+    given = {name: output for name, output in outputs.items() if output is not None}
+    seen: dict[Path, str] = {}
+    for name, output in given.items():
         for other, path in inputs.items():
-            if output is not None and path is not None and is_in(output, Path(path).expanduser()):
+            if path not in (None, "") and is_in(output, Path(str(path)).expanduser()):
                 raise ValueError(f"{name} = {output} would write over {other} = {path}: choose another place")
+        if model is not None and is_in(output, Path(model).expanduser()) and _makes_model(output):
+            raise ValueError(f"{name} = {output} would write over model = {model}: choose another name")
+        twin = seen.setdefault(Path(os.path.realpath(output)), name)
+        if twin != name:
+            raise ValueError(f"{name} = {output} is {twin} = {given[twin]} too: choose another name")
 
 
 def holds_run(folder: Path) -> bool:
@@ -96,8 +113,12 @@ def is_in(path: Path, place: Path) -> bool:
     """Whether ``path`` is the file or folder ``place`` or lies in it, by whatever links or names."""
     if not place.exists():
         return False
-    real = path.resolve()
+    real = Path(os.path.realpath(path))
     return any(at.exists() and at.samefile(place) for at in (real, *real.parents))
+
+
+def _makes_model(path: Path) -> bool:
+    return path.exists() and any(path.match(pattern) for pattern in OF_MODEL)
 
 
 def _harmless(path: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from tuna.serve import Engine, create_app
+from tuna.serve.connections import BoundedProtocol
 
 
 @contextmanager
@@ -24,7 +25,11 @@ def live_server(
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
         server = uvicorn.Server(
-            uvicorn.Config(create_app(running, name, default_max_tokens=8, **(app or {})), log_level="warning")
+            uvicorn.Config(
+                create_app(running, name, default_max_tokens=8, **(app or {})),
+                http=BoundedProtocol,
+                log_level="warning",
+            )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -21,7 +21,9 @@ from tuna.cli.settings import RunSettings, merge_settings
 from tuna.naive import naive_step_loss
 from tuna.records import read_records
 from tuna.report import plot_log, write_json
+from tuna.stopping import Stopped
 from tuna.tokenization import tokenize_records
+from tuna.trainer import TunaTrainer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "tuna" / "examples" / "ranked_demo.jsonl"
 SMALL = ["--model", "tiny", "--data", str(EXAMPLES), "--max-length", "128", "--template", "alpaca"]
@@ -234,6 +236,22 @@ def test_the_final_model_takes_its_place_whole(tmp_path: Path) -> None:
     assert invoke(*words, "--resume").exit_code == 0
     assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "run" / ".saving").exists()
+
+
+def test_a_run_written_over_leaves_no_result_of_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", *SMALL, *FAST, "--steps", "1", "--output", str(tmp_path / "run")]
+    assert invoke(*words).exit_code == 0
+
+    def stopped(*args: object, **kwargs: object) -> None:
+        raise Stopped("by a signal")
+
+    monkeypatch.setattr(TunaTrainer, "train", stopped)
+    assert invoke(*words, "--resume").exit_code == 3
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert invoke(*words, "--overwrite").exit_code == 3
+    assert not list((tmp_path / "run").glob("model*")) and not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_score_refuses_to_run_once_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "notes" / "thesis.tex").write_text("x")
     (tmp_path / "logs" / "slurm-1.out").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     begin_run(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2").mkdir()
+    (tmp_path / "run" / "checkpoint-2" / "complete.json").write_text("{}")
     return tmp_path
 
 
@@ -47,6 +50,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("notes", r"not empty and holds no run of tuna train \(thesis.tex\)"),
         ("nowhere", "a link to .*gone, which does not exist"),
         ("data/a.jsonl", "is a file"),
+        ("loop", "a link to .*loop, which does not exist"),
+        ("run/checkpoint-2/more", "lies in the checkpoint .*/run/checkpoint-2"),
     ],
 )
 def test_refused(place: Path, output: str, told: str, overwrite: bool) -> None:
@@ -74,8 +79,20 @@ def test_a_file_is_itself_by_every_name(place: Path) -> None:
     for name in ("data/a.jsonl", "data/../data/a.jsonl", "hard.jsonl", "soft.jsonl"):
         with pytest.raises(ValueError, match=r"target = .* would write over source"):
             check_files({"target": place / name}, {"source": str(data)})
+    check_files({"target": place / "loop"}, {"source": str(data), "like": ""})
     check_files({"target": place / "b.jsonl", "other": None}, {"source": str(data), "like": None})
     assert is_in(data, place / "data") and not is_in(place / "notes", place / "data")
+
+
+def test_figures_do_not_take_the_place_of_a_model_or_of_each_other(place: Path) -> None:
+    model = str(place / "link")
+    check_files({"json": place / "model" / "score.json", "picture": place / "model" / "model.png"}, {}, model=model)
+    (place / "model" / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(ValueError, match=r"json = .* would write over model = "):
+            check_files({"json": place / "model" / name}, {}, model=model)
+    with pytest.raises(ValueError, match=r"per_record = .* is json = .* too"):
+        check_files({"json": place / "a.jsonl", "per_record": place / "data" / ".." / "a.jsonl"}, {})
 
 
 def test_converting_a_file_onto_itself_is_refused(tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from tests.tuna.live_server import live_server
 from tuna.models import tiny_model
-from tuna.serve import bodies, create_app
+from tuna.serve import bodies, connections, create_app
 from tuna.serve.access import host_name
 from tuna.serve.bodies import parse, to_json
 from tuna.serve.engine import Engine
@@ -397,3 +398,38 @@ def test_a_signal_ends_the_server_whatever_clients_do(number: signal.Signals, co
         assert b" 503 " in clients[3].recv(1000)
         for client in clients:
             client.close()
+
+
+def test_connections_that_ask_nothing_are_let_go(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.6)
+    with app_server(tiny) as address:
+        place = ("127.0.0.1", urlsplit(address).port)
+        silent, slow = socket.create_connection(place), socket.create_connection(place)
+        start = time.monotonic()
+        for letter in b"GET /health HTTP/1.1\r\nX: " + b"a" * 200:
+            try:
+                slow.sendall(bytes([letter]))
+            except OSError:
+                break
+            time.sleep(0.02)
+        assert 0.4 < time.monotonic() - start < 3
+        silent.settimeout(5)
+        with suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+        with httpx.Client() as client:  # and one that asks again and again is not
+            for _ in range(4):
+                assert client.get(address.replace("/v1", "/health")).status_code == 200
+                time.sleep(0.3)
+
+
+def test_a_new_connection_takes_the_place_of_an_idle_one(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 5)
+    with app_server(tiny) as address, ExitStack() as stack:
+        place = ("127.0.0.1", urlsplit(address).port)
+        idle = [stack.enter_context(socket.create_connection(place)) for _ in range(12)]
+        assert httpx.get(address.replace("/v1", "/health"), timeout=5).status_code == 200
+        idle[0].settimeout(5)
+        with suppress(ConnectionResetError):
+            assert idle[0].recv(1) == b""

@@ -71,9 +71,12 @@ def plan(
     """
     from tuna.cli.messages import refuse_given
     from tuna.cli.terminal import Terminal
+    from tuna.outputs import check_files
     from tuna.plan.planner import Planner
     from tuna.plan.simulate import Simulator
     from tuna.plan.sizes import explicit_config, model_config
+
+    check_files({"json": json_file, "picture": picture}, {"data": data}, model=model)
 
     sizes = {
         "vocab_size": vocab,

@@ -61,7 +61,7 @@ def score(
         raise ValueError(f"tuna score runs as one process, not as {launched()[1]} ranks: start it without a launcher")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
-    check_files({"json": json_file, "per_record": per_record_file}, {"data": data})
+    check_files({"json": json_file, "per_record": per_record_file}, {"data": data}, model=model)
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit} must be at least 1")
     if not math.isfinite(length_penalty):

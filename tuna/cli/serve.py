@@ -56,6 +56,7 @@ def serve(
     from tuna.models import load_model, place_for
     from tuna.serve import Engine, create_app
     from tuna.serve.access import check_key, host_name
+    from tuna.serve.connections import BoundedProtocol
     from tuna.templates import DEFAULT, saved_template
     from tuna_kernels.integrations.transformers import prepare_model
 
@@ -100,6 +101,7 @@ def serve(
             app,
             log_level="warning" if quiet else "info",
             access_log=not quiet,
+            http=BoundedProtocol,
             ws="none",
             proxy_headers=False,
             server_header=False,

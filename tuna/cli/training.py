@@ -106,6 +106,8 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     before = trainer.evaluate() if held_out and run.eval_first and not config.eval_on_start else None
     if before is not None and not resume:
         warn(console, reversed_notice(before.get("eval_rank/accuracy")))
+    if run.overwrite and trainer.is_world_process_zero():
+        _remove_results(output)  # now, so that a run that is stopped is not taken for the earlier one
     trainer.train(resume_from_checkpoint=resume)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
@@ -283,6 +285,14 @@ def _write(trainer: TunaTrainer, folder: Path, tokenizer: PreTrainedTokenizerBas
         end_generation_at(whole, tokenizer, trainer.args.template)
         whole.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _remove_results(output: Path) -> None:
+    """Take away what an earlier run ended in; its checkpoints are the trainer's to remove."""
+    for file in [*output.glob("model*.safetensors*"), output / METRICS_FILE, output / PICTURE_FILE]:
+        if file.is_file():
+            file.unlink()
+    shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
 
 
 def _publish(draft: Path, output: Path) -> None:

@@ -1,0 +1,66 @@
+"""Bounds on connections that ask for nothing: uvicorn waits for a request's headers for ever, and for any number."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["BoundedProtocol"]
+
+HEADER_SECONDS = 20.0  # from the connection, or a request's first byte, to the end of its headers
+SPARE = 64  # files the process needs besides connections
+MOST = 8192
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol, which lets connections go that do not come to a request.
+
+    One is closed `HEADER_SECONDS` after it began, or began a request, if that is not there. Where there are as many
+    connections as the process may hold open, a new one takes the place of the one that has waited longest.
+    """
+
+    _due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As uvicorn's."""
+        super().connection_made(transport)
+        self._watch()
+        if len(self.connections) > most_connections():
+            self._let_one_go()
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As uvicorn's."""
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Have a time limit where there is no request, and none where there is one."""
+        asks = self.cycle is not None and not self.cycle.response_complete
+        if asks:
+            self._unwatch()
+        elif self._due is None and not self.transport.is_closing():
+            self._due = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _unwatch(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _let_one_go(self) -> None:
+        others: Any = self.connections
+        waiting = [(other._due.when(), id(other), other) for other in others if other._due is not None]
+        min(waiting)[2].transport.abort()
+
+
+def most_connections() -> int:
+    """How many connections may be open at once."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST if files == resource.RLIM_INFINITY else max(1, min(MOST, files - SPARE))
