@@ -93,3 +93,13 @@ def test_errors_and_file_names_are_safe(tmp_path: Path, capsys: pytest.CaptureFi
         main(["data", "validate", str(tmp_path / "\x1b[2Jabsent.jsonl")])
     assert stopped.value.code == 2
     assert r"\x1b[2Jabsent.jsonl" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_a_command_runs_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tuna.cli.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["info"])
+    assert ended.value.code == 130

@@ -75,8 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after `tuna` (default: those of the process).
 
     Raises:
-        SystemExit: always; 0 when all went well, 2 for an error of the user's.
+        SystemExit: always; 0 when all went well, 2 for an error of the user's, 130 for Ctrl-C.
     """
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:  # where no command runs yet, or any more
+        raise SystemExit(130) from None
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     from tuna.cli.terminal import complain, log_visibly
 
     log_visibly()
