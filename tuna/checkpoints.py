@@ -40,6 +40,7 @@ RUN_FILE = "run.json"
 STATE = "trainer_state.json"
 DRAFT = ".writing"
 SET_ASIDE = "set-aside"
+OF_MODEL = (".jinja", ".json", ".safetensors")
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -105,6 +106,19 @@ def fault(folder: Path) -> str | None:
     if name and int(name[1]) != marker.get("step"):
         return f"{folder} holds the checkpoint of step {marker.get('step')}: it was renamed"
     return None
+
+
+def check_model(name: str) -> None:
+    """Hold that a model is as it was written, where it is a checkpoint of ours; its optimizer is not looked into.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    folder = Path(name).expanduser()
+    if (folder / MARKER).is_file():
+        wrong = manifest.fault(folder, MARKER, apart=_is_universal, hashed=lambda place: Path(place).suffix in OF_MODEL)
+        if wrong is not None:
+            raise CheckpointError(wrong)
 
 
 def numbered(run: Path) -> list[Path]:

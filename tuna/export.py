@@ -142,7 +142,7 @@ def _merged(checkpoint: Path, masters: Mapping[str, Tensor] | None, model: str |
     config = PeftConfig.from_pretrained(str(checkpoint))
     name = model or config.base_model_name_or_path
     if not name:
-        raise ValueError(f"{checkpoint} holds an adapter that does not say of which model: give model")
+        raise ValueError(f"model = None, and the adapter in {checkpoint} does not say of which model it is: name it")
     base, _ = load_model(name)
     if masters is None:
         adapted = PeftModel.from_pretrained(base, checkpoint)

@@ -55,13 +55,20 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def fault(folder: Path, name: str, *, apart: Callable[[str], bool] = lambda place: False) -> str | None:
+def fault(
+    folder: Path,
+    name: str,
+    *,
+    apart: Callable[[str], bool] = lambda place: False,
+    hashed: Callable[[str], bool] = lambda place: True,
+) -> str | None:
     """What is wrong with the files that ``folder / name`` lists, naming the first at fault; None if nothing is.
 
     Args:
         folder: the folder.
         name: of the list.
         apart: whether another list answers for a file, by its place in the folder.
+        hashed: whether a file's bytes are looked at, and not its size alone.
     """
     try:
         listed = read(folder, name)["files"]
@@ -79,6 +86,7 @@ def fault(folder: Path, name: str, *, apart: Callable[[str], bool] = lambda plac
             continue
         if path.suffix in LOADED and path.name[0] != ".":
             return f"{path} is not in the list of {name}"
+    listed = {file: entry for file, entry in listed.items() if hashed(file)}
     try:
         digests = _digests([folder / file for file in listed])
     except OSError as error:

@@ -129,6 +129,10 @@ def test_lora_leaves_an_adapter_and_a_merged_model(tmp_path: Path) -> None:
     ids = torch.arange(20).unsqueeze(0)
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits)
     assert not torch.equal(merged(ids).logits, load_model("tiny")[0](ids).logits)
+    exported = tmp_path / "exported"  # the adapter says what it was trained on
+    assert invoke("export", str(tmp_path / "adapter"), str(exported)).exit_code == 0
+    plain = AutoModelForCausalLM.from_pretrained(exported)
+    torch.testing.assert_close(plain(ids).logits, merged(ids).logits)
 
 
 def test_flags_win_over_yaml_and_numbers_are_numbers(tmp_path: Path) -> None:
@@ -252,6 +256,23 @@ def test_a_run_written_over_leaves_no_result_of_the_earlier_one(
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert invoke(*words, "--overwrite").exit_code == 3
     assert not list((tmp_path / "run").glob("model*")) and not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_damaged_checkpoint_is_no_model(tmp_path: Path) -> None:
+    run, checkpoint = tmp_path / "run", str(tmp_path / "run" / "checkpoint-1")
+    assert invoke("train", *SMALL, *FAST, "--steps", "1", "--output", str(run)).exit_code == 0
+    data = SMALL[SMALL.index("--data") + 1]
+    score = ["score", "--model", checkpoint, "--data", data, "--limit", "2"]
+    train = [*SMALL, *FAST, "--steps", "1", "--output", str(tmp_path / "next")]
+    train[train.index("--model") + 1] = checkpoint
+    for name, damaged in (("optimizer.pt", False), ("model.safetensors", True)):
+        path = Path(checkpoint) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+        for words in (score, ["train", *train, "--overwrite"]):
+            done = invoke(*words)
+            assert isinstance(done.exception, CheckpointError) == damaged, done.output
 
 
 def test_score_refuses_to_run_once_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
