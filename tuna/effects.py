@@ -159,7 +159,7 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
     if optimizer in NO_ARGUMENTS:
         yield "optim_args", f"optim = {optimizer!r} takes none"
     schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
-    if schedule in NO_WARMUP:
+    if schedule in NO_WARMUP and config.warmup_steps:  # 0 says the same
         yield "warmup_steps", f"lr_scheduler_type = {schedule!r} has no warm-up"
     if not any(part in optimizer for part in WITH_TARGETS):
         yield "optim_target_modules", f"optim = {optimizer!r} updates all weights alike"

@@ -90,11 +90,13 @@ class TunaTrainer(DurableTrainer):
         if not isinstance(args, TunaConfig):
             raise TypeError(f"args must be a TunaConfig, got {type(args).__name__}")
         tokenize = functools.partial(tokenized, args=args, tokenizer=processing_class)
-        train = train_dataset and tokenize(train_dataset)
+        train = None if train_dataset is None else tokenize(train_dataset)
         evaluation = (
             {name: tokenize(data) for name, data in eval_dataset.items()}
             if isinstance(eval_dataset, Mapping)
-            else eval_dataset and tokenize(eval_dataset)
+            else None
+            if eval_dataset is None
+            else tokenize(eval_dataset)
         )
         check_data(model, train, evaluation, args, processing_class)
         model = prepare_model(model, attention=args.tree_attention)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from tuna.batching import GroupBatchSampler
 from tuna.config import TunaConfig
 from tuna.metrics import ScoredGroups, loss_parts, ranking_metrics
+from tuna.models import tiny_model
 from tuna.naive import naive_step_loss
 from tuna.tokenization import TokenizedGroup
 from tuna.trainer import TunaTrainer
@@ -443,3 +444,12 @@ def test_optimizers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         config(tmp_path, optim="paged_adamw_8bit")
     with pytest.raises(ValueError, match="one_pass"):
         config(tmp_path, optim="galore_adamw_layerwise")
+
+
+@pytest.mark.parametrize("data", [torch.zeros(3), np.zeros(3)])
+def test_data_without_a_truth_value_are_named_too(data: Any, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(seed=1)
+    config = TunaConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for sets in ({"train_dataset": data}, {"eval_dataset": data}):
+        with pytest.raises(TypeError, match="all of one kind, not"):
+            TunaTrainer(model, config, processing_class=tokenizer, **sets)

@@ -28,7 +28,7 @@ COMMANDS = (
     "generate", "rank", "sample", "judge", "train", "export", "score", "serve", "plan", "info", "demo",
 )  # fmt: skip
 GROUPS = ("data", "recipe")  # with subcommands of their own
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowError)
 
 app = typer.Typer(
     name="tuna",
