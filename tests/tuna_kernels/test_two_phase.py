@@ -79,6 +79,8 @@ def test_candidates_may_be_scored_apart(family: str, monkeypatch: pytest.MonkeyP
         forwards += 1
 
     with model.base_model.register_forward_pre_hook(count):
+        prepare_model(model)  # checks the model once more, since it has a hook now
+        forwards = 0
         found = two_phase_ranking_loss(model, tree, margin=0.4, most_passes=lambda passes: passes + 2)
     alone = tree.num_candidates + sum(len(group.prompt) > 1 for group in GROUPS)
     assert forwards == alone + 2 + found.passes

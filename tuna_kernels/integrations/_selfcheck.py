@@ -153,7 +153,8 @@ def can_run(model: nn.Module) -> bool:
 def signature(*modules: nn.Module) -> tuple[Any, ...]:
     """What decides what these modules compute: classes and their forwards, forwards put on objects, hooks.
 
-    Hooks of engines that move weights about are left out. A hook's key is never given to another.
+    Left out are hooks of engines that move weights about, and the one of transformers that makes embeddings require
+    gradients, as checkpointing and adapters need. A hook's key is never given to another.
     """
     return tuple(
         (
@@ -161,7 +162,7 @@ def signature(*modules: nn.Module) -> tuple[Any, ...]:
             type(module),
             id(type(module).forward),
             None if "_original_forward" in vars(module) else id(vars(module).get("forward")),  # accelerate's autocast
-            *(key for table in _hooks(module) for key, h in table.items() if not _of_engine(h)),
+            *(key for table in _hooks(module) for key, h in table.items() if not _leaves_values(h)),
         )
         for module in modules
     )
@@ -169,6 +170,10 @@ def signature(*modules: nn.Module) -> tuple[Any, ...]:
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
     return module._forward_hooks, module._forward_pre_hooks
+
+
+def _leaves_values(hook: Any) -> bool:
+    return _of_engine(hook) or "make_inputs_require_grads" in _name(hook)
 
 
 def _of_engine(function: Any) -> bool:
