@@ -108,13 +108,12 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def check_model(name: str) -> None:
+def check_model(folder: Path) -> None:
     """Hold that a model is as it was written, where it is a checkpoint of ours; its optimizer is not looked into.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    folder = Path(name).expanduser()
     if (folder / MARKER).is_file():
         wrong = manifest.fault(folder, MARKER, apart=_is_universal, hashed=lambda place: Path(place).suffix in OF_MODEL)
         if wrong is not None:

@@ -128,7 +128,7 @@ def merged_from(adapted: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 def _checkpoint(source: Path) -> Path:
     if not source.is_dir():
         raise FileNotFoundError(f"no checkpoint or run folder {source}")
-    if (source / "trainer_state.json").exists() or (source / ADAPTER).exists():
+    if (source / checkpoints.STATE).exists() or (source / ADAPTER).exists():
         return source
     found = checkpoints.last_complete(source)
     if found is None:

@@ -91,13 +91,11 @@ def _scored(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.checkpoints import check_model
     from tuna.local_scores import score_responses
     from tuna.models import load_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     with console.status(f"scoring with {name} …"):
-        check_model(name)
         model, tokenizer = load_model(name, dtype=getattr(torch, dtype))
         torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
         template = given_template(console, template, name, tokenizer)

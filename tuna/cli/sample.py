@@ -165,7 +165,6 @@ def _local(
     from rich.text import Text
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.checkpoints import check_model
     from tuna.cli.bar import progress_bar
     from tuna.cli.next import say_next
     from tuna.files import content_hash
@@ -180,7 +179,6 @@ def _local(
     parameters = {"model": model, "weights": weights, "dtype": dtype, **asdict(sampling)}
     with Journal(output, "sample", {**parameters, "stop": list(sampling.stop)}) as journal:
         with console.status(f"loading {model} …"):
-            check_model(model)
             network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
             torch.nn.Module.to(network, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if saved_template(model) is None:

@@ -45,7 +45,6 @@ def score(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.checkpoints import check_model
     from tuna.cli.next import say_next
     from tuna.cli.terminal import Terminal
     from tuna.files import write_rows
@@ -74,7 +73,6 @@ def score(
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     found = read_records(data, format=format, on_bad=on_bad)
     with console.status(f"loading {model} …"):
-        check_model(model)
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         torch.nn.Module.to(network, place)
     template = given_template(console, template, model, tokenizer)

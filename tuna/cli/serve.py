@@ -52,7 +52,6 @@ def serve(
     import uvicorn
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.checkpoints import check_model
     from tuna.cli.terminal import complain, say
     from tuna.models import load_model, place_for
     from tuna.serve import Engine, create_app
@@ -81,7 +80,6 @@ def serve(
             listener.bind((host, port))  # before the model loads: a port that is taken is known at once
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}") from error
-        check_model(model)
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         torch.nn.Module.to(network, place)
         prepare_model(network)

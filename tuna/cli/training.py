@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils.logging import disable_progress_bar
 
 from tuna.adapters import merged
-from tuna.checkpoints import CheckpointError, check_model
+from tuna.checkpoints import CheckpointError
 from tuna.cli.data import best_and_worst
 from tuna.cli.next import say_next
 from tuna.cli.progress import TrainingProgress
@@ -82,7 +82,6 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     console.print(best_and_worst(train_records, 3))
     _confirm(run, console)
     with console.status(f"loading {run.model} …"):
-        check_model(run.model)
         model, tokenizer = load_model(run.model, dtype=getattr(torch, run.dtype), load_in_4bit=run.load_in_4bit)
     with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
         train = tokenized(train_records, config, tokenizer)
