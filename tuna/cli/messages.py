@@ -79,6 +79,10 @@ def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
         if following is None:
             break
         command = following
+    if any(item.name == "on_bad" for item in command.params):
+        text = text.replace("on_bad='skip'", "--on-bad skip")
+    else:
+        text = text.replace(" (on_bad='skip' leaves them out)", "")
     typed = {word.partition("=")[0] for word in words}
     from_file = "--config" in typed or "--set" in typed
     for option in (item for item in command.params if item.opts[0].startswith("--")):
@@ -89,6 +93,4 @@ def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
         for name in {field, option.opts[0].removeprefix("--").replace("-", "_")}:
             value = "" if "_" in name else "(?= = )"
             text = re.sub(rf"(?<![\w.'/-]){name}(?![\w'/]){value}", flag, text)
-    if any(item.name == "on_bad" for item in command.params):
-        return text.replace("on_bad='skip'", "--on-bad skip").replace("--on-bad='skip'", "--on-bad skip")
-    return text.replace(" (on_bad='skip' leaves them out)", "")
+    return text

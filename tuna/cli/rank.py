@@ -93,11 +93,9 @@ def _scored(
 
     from tuna.gather.local_scores import score_responses
     from tuna.models.loading import load_model, place_for
-    from tuna.train.checkpoints import check_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     with console.status(f"scoring with {name} …"):
-        check_model(name)
         model, tokenizer = load_model(name, dtype=getattr(torch, dtype))
         torch.nn.Module.to(model, place_for())
         template = given_template(console, template, name, tokenizer)

@@ -173,7 +173,6 @@ def _local(
     from tuna.gather.student import sample_locally
     from tuna.models.loading import load_model, place_for
     from tuna.system.writing import content_hash
-    from tuna.train.checkpoints import check_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # A student trained again under the same name is another student.
@@ -181,7 +180,6 @@ def _local(
     parameters = {"model": model, "weights": weights, "dtype": dtype, **asdict(sampling)}
     with Journal(output, "sample", {**parameters, "stop": list(sampling.stop)}) as journal:
         with console.status(f"loading {model} …"):
-            check_model(model)
             network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
             torch.nn.Module.to(network, place_for())
         if saved_template(model) is None:

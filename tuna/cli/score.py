@@ -54,7 +54,6 @@ def score(
     from tuna.models.loading import load_model, place_for
     from tuna.score.scoring import per_record
     from tuna.system.writing import write_json
-    from tuna.train.checkpoints import check_model
     from tuna.train.distributed import launched
     from tuna.train.outputs import check_files
 
@@ -74,7 +73,6 @@ def score(
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
     found = read_records(data, format=format, on_bad=on_bad)
     with console.status(f"loading {model} …"):
-        check_model(model)
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         torch.nn.Module.to(network, place)
     template = given_template(console, template, model, tokenizer)

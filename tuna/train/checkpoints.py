@@ -29,19 +29,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tuna.system import lifeline
+from tuna.models.integrity import MARKER, CheckpointError, is_universal
+from tuna.system import lifeline, manifest
 from tuna.system.writing import write_json
-from tuna.train import manifest
 
 logger = logging.getLogger(__name__)
 
-MARKER = "complete.json"
 UNIVERSAL = "universal.json"
 RUN_FILE = "run.json"
 STATE = "trainer_state.json"
 DRAFT = ".writing"
 SET_ASIDE = "set-aside"
-OF_MODEL = (".jinja", ".json", ".safetensors")
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -58,10 +56,6 @@ class Shape:
     ranks: int
     zero_stage: int
     batches_a_step: int
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written or cannot be gone on from."""
 
 
 def publish(
@@ -99,7 +93,7 @@ def publish(
 
 def fault(folder: Path) -> str | None:
     """Why a checkpoint is not as it was written, naming the file; None where nothing is wrong."""
-    found = manifest.fault(folder, MARKER, apart=_is_universal)
+    found = manifest.fault(folder, MARKER, apart=is_universal)
     if found is not None:
         return found
     marker = manifest.read(folder, MARKER)
@@ -107,19 +101,6 @@ def fault(folder: Path) -> str | None:
     if name and int(name[1]) != marker.get("step"):
         return f"{folder} holds the checkpoint of step {marker.get('step')}: it was renamed"
     return None
-
-
-def check_model(name: str) -> None:
-    """Hold that a model is as it was written, where it is a checkpoint of ours; its optimizer is not looked into.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    folder = Path(name).expanduser()
-    if (folder / MARKER).is_file():
-        wrong = manifest.fault(folder, MARKER, apart=_is_universal, hashed=lambda place: Path(place).suffix in OF_MODEL)
-        if wrong is not None:
-            raise CheckpointError(wrong)
 
 
 def numbered(run: Path) -> list[Path]:
@@ -280,7 +261,7 @@ def make_universal(checkpoint: Path, *, trust: bool = False) -> None:
     Raises:
         CheckpointError: the converter failed; with the end of its output.
     """
-    if manifest.fault(checkpoint, UNIVERSAL, apart=lambda place: not _is_universal(place)) is None:
+    if manifest.fault(checkpoint, UNIVERSAL, apart=lambda place: not is_universal(place)) is None:
         return
     tag = (checkpoint / "latest").read_text("utf-8").strip()
     target = checkpoint / f"{tag}_universal"
@@ -299,13 +280,8 @@ def make_universal(checkpoint: Path, *, trust: bool = False) -> None:
         output, _ = process.communicate()
     if process.returncode != 0:
         raise CheckpointError(f"{checkpoint} cannot be converted for another number of ranks:\n{output[-2000:]}")
-    files = [file for file in manifest.files_in(checkpoint) if _is_universal(file.relative_to(checkpoint).as_posix())]
+    files = [file for file in manifest.files_in(checkpoint) if is_universal(file.relative_to(checkpoint).as_posix())]
     manifest.write(checkpoint, UNIVERSAL, {}, files)
-
-
-def _is_universal(place: str) -> bool:
-    """Whether a file of a checkpoint was added by `make_universal`, by its place."""
-    return place in (UNIVERSAL, "latest_universal") or place.partition("/")[0].endswith("_universal")
 
 
 def _named(folder: Path) -> str | None:

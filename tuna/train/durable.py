@@ -16,9 +16,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from tuna.models.integrity import MARKER, CheckpointError
+from tuna.system import manifest
 from tuna.system.locks import hold
-from tuna.train import checkpoints, deepspeed, manifest, resuming
-from tuna.train.checkpoints import CheckpointError, Shape
+from tuna.train import checkpoints, deepspeed, resuming
+from tuna.train.checkpoints import Shape
 from tuna.train.finite import check_gradient
 from tuna.train.stopping import Stopped, StopSignals
 from tuna.train.trust import loading, reading
@@ -107,7 +109,7 @@ class DurableTrainer(Trainer):
             return Start(checkpoints.begin_run(run, clear=self.overwrite and not wanted))
         if not (found / checkpoints.STATE).exists():
             raise CheckpointError(f"resume_from_checkpoint = {found} is no checkpoint: it holds no {checkpoints.STATE}")
-        marked = (found / checkpoints.MARKER).exists()
+        marked = (found / MARKER).exists()
         changed = self._compare(found) if marked else frozenset()
         if not marked:
             logger.warning("%s was not written here: neither its files nor its settings can be checked", found)
@@ -143,13 +145,13 @@ class DurableTrainer(Trainer):
         if not wanted:
             return None
         given = Path(wanted)
-        if (given / checkpoints.MARKER).exists() and (wrong := checkpoints.fault(given)) is not None:
+        if (given / MARKER).exists() and (wrong := checkpoints.fault(given)) is not None:
             raise CheckpointError(f"resume_from_checkpoint = {given}: {wrong}")
         return given
 
     def _compare(self, found: Path) -> frozenset[str]:
         """The settings that differ from the checkpoint's; those that may not differ are an error."""
-        marker = manifest.read(found, checkpoints.MARKER)
+        marker = manifest.read(found, MARKER)
         differences = resuming.compare(marker.get("settings") or {}, self._settings)
         step, limit = int(marker["step"]), self.args.max_steps
         if 0 < limit < step:

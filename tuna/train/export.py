@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tuna.data.templates import end_generation_at, save_template, saved_template
 from tuna.models.adapters import merged
+from tuna.models.integrity import MARKER, CheckpointError
 from tuna.models.loading import load_model
 from tuna.train import checkpoints
-from tuna.train.checkpoints import CheckpointError
 from tuna.train.outputs import is_in
 from tuna.train.trust import loading, reading
 
@@ -49,7 +49,7 @@ def export(
         raise ValueError(f"output = {output} exists: choose another folder")
     if is_in(output, checkpoint):
         raise ValueError(f"output = {output} lies in the checkpoint {checkpoint}: choose another folder")
-    if (checkpoint / checkpoints.MARKER).exists() and (wrong := checkpoints.fault(checkpoint)) is not None:
+    if (checkpoint / MARKER).exists() and (wrong := checkpoints.fault(checkpoint)) is not None:
         raise CheckpointError(wrong)
     sharded = (checkpoint / "latest").exists()
     with loading(checkpoint, trust=trust, deepspeed=sharded), reading(checkpoint):
@@ -128,7 +128,7 @@ def merged_from(adapted: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 def _checkpoint(source: Path) -> Path:
     if not source.is_dir():
         raise FileNotFoundError(f"no checkpoint or run folder {source}")
-    if (source / "trainer_state.json").exists() or (source / ADAPTER).exists():
+    if (source / checkpoints.STATE).exists() or (source / ADAPTER).exists():
         return source
     found = checkpoints.last_complete(source)
     if found is None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tuna.data.templates import SAVED
-from tuna.train.checkpoints import MARKER, RUN_FILE, STATE, numbered
+from tuna.models.integrity import MARKER
+from tuna.train.checkpoints import RUN_FILE, STATE, numbered
 
 __all__ = ["check_content", "check_files", "check_place", "holds_run", "is_in"]
 

@@ -93,13 +93,14 @@ class TunaTrainer(DurableTrainer):
     ) -> None:
         if not isinstance(args, TunaConfig):
             raise TypeError(f"args must be a TunaConfig, got {type(args).__name__}")
-        tokenize = functools.partial(tokenized, args=args, tokenizer=processing_class)
-        train = None if train_dataset is None else tokenize(train_dataset)
+
+        def tokenize(data: Any) -> Any:
+            return None if data is None else tokenized(data, args=args, tokenizer=processing_class)
+
+        train = tokenize(train_dataset)
         evaluation = (
             {name: tokenize(data) for name, data in eval_dataset.items()}
             if isinstance(eval_dataset, Mapping)
-            else None
-            if eval_dataset is None
             else tokenize(eval_dataset)
         )
         check_data(model, train, evaluation, args, processing_class)

@@ -59,7 +59,7 @@ def loading(source: Path, *, trust: bool, deepspeed: bool = False) -> Iterator[N
     Raises:
         CheckpointError: it holds code.
     """
-    from tuna.train.checkpoints import CheckpointError
+    from tuna.models.integrity import CheckpointError
 
     try:
         if not trust:
@@ -82,7 +82,7 @@ def reading(source: Path) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
-    from tuna.train.checkpoints import CheckpointError
+    from tuna.models.integrity import CheckpointError
 
     try:
         yield

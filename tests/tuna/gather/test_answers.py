@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tuna.gather.timing import processor_seconds
 from tuna.gather.api.answers import parse_choices, reported_usage, stored_choices
 from tuna.gather.api.bodies import UnusableAnswer, clean_text, parse_json
 from tuna.gather.api.budget import Usage
@@ -216,10 +216,11 @@ def test_text_is_text() -> None:
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", "a</think>", "<"])
 def test_splitting_takes_time_that_grows_with_the_length(unit: str) -> None:
-    def seconds(count: int) -> float:
-        start = time.process_time()
+    def split(count: int) -> None:
         for anywhere in (False, True):
             split_reasoning(unit * count, anywhere=anywhere)
-        return time.process_time() - start
+
+    def seconds(count: int) -> float:
+        return processor_seconds(lambda: split(count))
 
     assert seconds(80_000) < 0.1 + 20 * seconds(8_000)

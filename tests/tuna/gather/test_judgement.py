@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tuna.gather.judge_answers import CASES, FULL, Tiers
+from tests.tuna.gather.timing import processor_seconds
 from tuna.gather.judge_answer.judgement import Judgement, Unparsable, parse_judgement
 
 
@@ -50,11 +50,12 @@ UNITS = [
 def test_time_grows_with_the_length(start: str, unit: str) -> None:
     """What is repeated ten times as often takes not much more than ten times as long; the square would be a hundred."""
 
-    def seconds(length: int) -> float:
-        begun = time.process_time()
+    def read(length: int) -> None:
         with contextlib.suppress(Unparsable):
             parse_judgement(start + unit * (length // len(unit)), 3)
-        return time.process_time() - begun
+
+    def seconds(length: int) -> float:
+        return processor_seconds(lambda: read(length))
 
     assert seconds(80_000) < 0.5 + 25 * seconds(8_000)
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.tuna.train.test_durability import SHAPE, draft
-from tuna.train import checkpoints, manifest
-from tuna.train.checkpoints import MARKER, RUN_FILE, SET_ASIDE, CheckpointError
+from tuna.models.integrity import MARKER, CheckpointError
+from tuna.system import manifest
+from tuna.train import checkpoints
+from tuna.train.checkpoints import RUN_FILE, SET_ASIDE
 
 
 def run_of(folder: Path, *steps: int) -> str:

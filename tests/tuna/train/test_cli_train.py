@@ -20,8 +20,9 @@ from tuna.cli.settings import RunSettings, merge_settings
 from tuna.compare.baseline import naive_step_loss
 from tuna.data.records import read_records
 from tuna.data.tokenization import tokenize_records
+from tuna.models.integrity import CheckpointError
+from tuna.models.loading import load_model
 from tuna.system.writing import write_json
-from tuna.train.checkpoints import CheckpointError
 from tuna.train.curves import plot_log
 from tuna.train.stopping import Stopped
 from tuna.train.trainer import TunaTrainer
@@ -80,8 +81,6 @@ def test_score_equals_the_naive_scores(tmp_path: Path) -> None:
     done = invoke("score", *SMALL, "--limit", "7", "--batch", "300", "--json", str(report), "--per-record", str(rows))
     assert done.exit_code == 0, done.output
     assert "rank/accuracy" in done.output
-    from tuna.models.loading import load_model
-
     model, tokenizer = load_model("tiny")
     groups, _ = tokenize_records(read_records(EXAMPLES).records[:7], tokenizer, template="alpaca", max_length=128)
     naive = naive_step_loss(model.eval(), [item.group for item in groups]).scores.tolist()
@@ -123,8 +122,6 @@ def test_lora_leaves_an_adapter_and_a_merged_model(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["data"]["groups"] == 9  # 3 of 12 held out
     assert metrics["after"]["eval_loss"] != metrics["before"]["eval_loss"]
-    from tuna.models.loading import load_model
-
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     adapted = peft.PeftModel.from_pretrained(load_model("tiny")[0], tmp_path / "adapter")
     ids = torch.arange(20).unsqueeze(0)
@@ -274,6 +271,8 @@ def test_a_damaged_checkpoint_is_no_model(tmp_path: Path) -> None:
         for words in (score, ["train", *train, "--overwrite"]):
             done = invoke(*words)
             assert isinstance(done.exception, CheckpointError) == damaged, done.output
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(checkpoint)  # so that no command or program takes it
 
 
 def test_score_refuses_to_run_once_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

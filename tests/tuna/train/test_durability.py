@@ -22,8 +22,9 @@ from tests.tuna import launching
 from tests.tuna.train.test_trainer import config, ragged, tiny_llama, weights
 from tests.tuna.train.zero_cases import EXAMPLES, STAGES
 from tuna.cli import main
+from tuna.models.integrity import MARKER, CheckpointError
 from tuna.train import checkpoints
-from tuna.train.checkpoints import CheckpointError, Shape
+from tuna.train.checkpoints import Shape
 from tuna.train.trainer import TunaTrainer
 
 SHAPE = Shape(ranks=2, zero_stage=2, batches_a_step=4)
@@ -91,7 +92,7 @@ def test_a_checkpoint_that_lost_a_file_is_passed_over(tmp_path: Path) -> None:
     assert checkpoints.last_complete(tmp_path) == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-10" / "model.bin").write_text("")  # cut to nothing, as after a power cut
     assert checkpoints.last_complete(tmp_path) == tmp_path / "checkpoint-9"
-    (tmp_path / "checkpoint-9" / checkpoints.MARKER).unlink()
+    (tmp_path / "checkpoint-9" / MARKER).unlink()
     assert checkpoints.last_complete(tmp_path) is None
 
 

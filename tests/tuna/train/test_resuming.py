@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 
 from tests.tuna.train.test_cli_train import EXAMPLES, invoke
 from tests.tuna.train.test_trainer import config, ragged, tiny_llama
+from tuna.models.integrity import CheckpointError
 from tuna.train import resuming
-from tuna.train.checkpoints import CheckpointError
 from tuna.train.trainer import TunaTrainer
 
 RATE = 1e-2

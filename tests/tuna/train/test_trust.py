@@ -13,7 +13,7 @@ import torch
 from tests.tuna.train.test_durability import saving
 from tests.tuna.train.test_trainer import ragged, tiny_llama
 from tuna.cli import main
-from tuna.train.checkpoints import MARKER, CheckpointError
+from tuna.models.integrity import MARKER, CheckpointError
 from tuna.train.trainer import TunaTrainer
 from tuna.train.trust import FORCE, FORCE_NOT, loading, tensors_only
 

@@ -26,6 +26,7 @@ from tests.tuna_kernels.integrations.family_settings import SETTINGS, SMALL, UNT
 from tests.tuna_kernels.integrations.tiny_models import GROUPS, randomized, separate_scores
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, score_groups
 from tuna_kernels.integrations.transformers.attention_hook import DENSE
+from tuna_kernels.integrations.transformers.check import small_groups, stock_logprobs
 from tuna_kernels.integrations.transformers.two_phase.loss import two_phase_ranking_loss
 from tuna_kernels.integrations.transformers.two_phase.requests import why_not_two_phase
 from tuna_kernels.tree import pack_groups
@@ -64,6 +65,14 @@ longer than a chunk of its attention.
 """
 
 
+REFUSED = """\
+## Refused ({refused})
+
+*unshared*: whether the model's own forward gives separate sequences the same log-probabilities alone and in a padded
+batch, so that they could be scored without a tree. Nothing here runs them so: a model of these is refused.
+"""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What the tree makes of a family.
@@ -72,11 +81,14 @@ class Outcome:
         way: "tree", "dense mask" or "refused".
         two_phase: "yes", or why not.
         reason: why it is refused.
+        unshared: of one that is refused, whether its own forward gives separate sequences the same log-probabilities
+            alone and in a padded batch: "yes", or what comes between.
     """
 
     way: str
     two_phase: str = ""
     reason: str = ""
+    unshared: str = ""
 
 
 def tiny_family(model_type: str) -> nn.Module:
@@ -106,7 +118,7 @@ def outcome(model_type: str) -> Outcome:
     try:
         prepare_model(copy.deepcopy(model))
     except ValueError as error:
-        return Outcome("refused", reason=_short(str(error)))
+        return Outcome("refused", reason=_short(str(error)), unshared=_unshared(model))
     bound = BOUND * (8 if model_type in IN_FLOAT32 else 1)
     expected = separate_scores(model, GROUPS)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -119,6 +131,19 @@ def outcome(model_type: str) -> Outcome:
     _assert_same(model_type, _gradients((found * upstream).sum(), model), wanted, bound)
     way = "dense mask" if model.config.get_text_config()._attn_implementation == DENSE else "tree"
     return Outcome(way, _two_phase(model_type, model, bound))
+
+
+def _unshared(model: Any) -> str:
+    with torch.no_grad():
+        try:
+            alone, together = stock_logprobs(model, small_groups(model))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"its own forward fails: {type(error).__name__}"
+    if not alone.isfinite().all():
+        return "its own forward gives numbers that are not finite"
+    if (alone - together).abs().max() > BOUND * alone.abs().max():
+        return "one by one; padding changes them"
+    return "yes"
 
 
 def _two_phase(model_type: str, model: Any, bound: float) -> str:
@@ -182,11 +207,14 @@ def page(outcomes: dict[str, Outcome]) -> str:
         "|---|---|---|---|",
         *(f"| `{name}` | {_class(name)} | {o.way} | {o.two_phase} |" for name, o in runs.items()),
         "",
-        f"## Refused ({len(outcomes) - len(runs)})",
-        "",
-        "| family | class | why |",
-        "|---|---|---|",
-        *(f"| `{name}` | {_class(name)} | {o.reason} |" for name, o in outcomes.items() if o.way == "refused"),
+        *REFUSED.format(refused=len(outcomes) - len(runs)).splitlines(),
+        "| family | class | unshared | why |",
+        "|---|---|---|---|",
+        *(
+            f"| `{name}` | {_class(name)} | {o.unshared} | {o.reason} |"
+            for name, o in outcomes.items()
+            if o.way == "refused"
+        ),
         "",
         "## Not tried",
         "",

@@ -31,13 +31,21 @@ TREE = pack_groups(GROUPS)
 DIFFERS = "does not compute the same on a tree|its head is more than a linear layer"
 
 
+def halving(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of half its logits."""
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    return halved
+
+
 class Scaled(LlamaForCausalLM):
     """Keeps the model type, and does more."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits * 0.5
-        return out
+    forward = halving(LlamaForCausalLM.forward)
 
 
 def hook_on_head(model: Any) -> None:
@@ -116,14 +124,7 @@ def test_a_class_that_is_given_another_forward_is_refused(monkeypatch: pytest.Mo
     model: Any = tiny("llama")
     model.__class__ = Own
     score_groups(model, TREE)
-    stock = LlamaForCausalLM.forward
-
-    def halved(*args: Any, **kwargs: Any) -> Any:
-        out = stock(*args, **kwargs)
-        out.logits = out.logits * 0.5
-        return out
-
-    monkeypatch.setattr(Own, "forward", halved)
+    monkeypatch.setattr(Own, "forward", halving(LlamaForCausalLM.forward))
     with pytest.raises(ValueError, match=DIFFERS):
         score_groups(model, TREE)
 
@@ -133,12 +134,7 @@ def test_a_forward_put_on_the_object_is_refused() -> None:
     score_groups(model, TREE)
     stock = model.forward
 
-    def halved(*args: Any, **kwargs: Any) -> Any:
-        out = stock(*args, **kwargs)
-        out.logits = out.logits * 0.5
-        return out
-
-    model.forward = halved
+    model.forward = halving(stock)
     with pytest.raises(ValueError, match=DIFFERS):
         score_groups(model, TREE)
     model.forward = stock

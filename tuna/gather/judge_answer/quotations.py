@@ -34,8 +34,8 @@ _CLAIM = re.compile(rf"\b{_STRONG}\b|\b{_WHO}[^.!?]{{0,120}}\b{_WEAK}\b", re.IGN
 _FENCE = re.compile(r"\s{0,9}(?:```|~~~|\"\"\"|''')")
 # "The text of candidate 2 is:"
 _OF = re.compile(
-    rf"\b(?:texts?|contents?|words?|lines?|verdict|claim|message) (?:of|in|from|by) (?:the )?{_WHO}[^.!?:]{{0,40}}$|"
-    rf"\b(?:texts?|contents?|words?|lines?|verdict|claim|message) (?:of|in|from|by) (?:the )?{_WHO}[^.!?:]{{0,40}}:",
+    r"\b(?:texts?|contents?|words?|lines?|verdict|claim|message) (?:of|in|from|by) (?:the )?"
+    rf"{_WHO}[^.!?:]{{0,40}}(?:$|:)",
     re.IGNORECASE | re.ASCII,
 )
 _TAG = re.compile(

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_MULTIPLIES = {"cohere": "logit_scale", "hyperclovax": "logits_scaling"}
-_DIVIDES = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
-"""What scales the logits, by what the model type begins with (``granitemoehybrid``, ``cohere2_moe`` …)."""
+_LOGIT_SCALES = {
+    "cohere": ("logit_scale", 1),
+    "hyperclovax": ("logits_scaling", 1),
+    "granite": ("logits_scaling", -1),
+    "minicpm3": ("logits_scaling", -1),
+}
+"""What multiplies (1) or divides (-1) the logits, by what the model type begins with (``granitemoehybrid`` …)."""
 
 
 class HeadOptions(TypedDict):
@@ -84,12 +88,10 @@ def read_head(model: PreTrainedModel, *, ahead: bool = False) -> ModelHead:
 
 
 def _logit_scale(model: PreTrainedModel, config: Any) -> float:
-    for table, power in ((_MULTIPLIES, 1), (_DIVIDES, -1)):
-        for family, name in table.items():
-            if not config.model_type.startswith(family):
-                continue
-            # Cohere's models read their own copy of it, Granite's keep one and read the configuration.
-            value = getattr(model, name, None) if table is _MULTIPLIES else None
+    for family, (name, power) in _LOGIT_SCALES.items():
+        if config.model_type.startswith(family):
+            # Models that multiply read their own copy of it; Granite's keep one, and read the configuration.
+            value = getattr(model, name, None) if power == 1 else None
             value = getattr(config, name, None) if value is None else value
             return 1.0 if value is None else float(value) ** power
     return 1.0

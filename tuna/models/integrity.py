@@ -1,0 +1,34 @@
+"""Whether a model on the disk is as it was written, where it is a checkpoint of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuna.system import manifest
+
+__all__ = ["MARKER", "CheckpointError", "check_model", "is_universal"]
+
+MARKER = "complete.json"
+"""The list of a checkpoint's files, their sizes and digests, written last."""
+OF_MODEL = (".jinja", ".json", ".safetensors")
+
+
+class CheckpointError(OSError):
+    """A checkpoint is damaged, could not be written or cannot be resumed."""
+
+
+def check_model(folder: Path) -> None:
+    """Hold that a model is as it was written, where it is a checkpoint of ours; its optimizer is not looked into.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if (folder / MARKER).is_file():
+        wrong = manifest.fault(folder, MARKER, apart=is_universal, hashed=lambda place: Path(place).suffix in OF_MODEL)
+        if wrong is not None:
+            raise CheckpointError(wrong)
+
+
+def is_universal(place: str) -> bool:
+    """Whether a file of a checkpoint was added by DeepSpeed's conversion, by its place: another list answers for it."""
+    return place in ("universal.json", "latest_universal") or place.partition("/")[0].endswith("_universal")
