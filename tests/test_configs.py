@@ -16,9 +16,9 @@ import yaml
 
 from tests.tuna import launching
 from tests.tuna.train.zero_cases import EXAMPLES
-from tuna.cli.settings import merge_settings
 from tuna.train import deepspeed
 from tuna.train.config import TunaConfig
+from tuna.train.run_settings import merge_settings
 
 FOLDER = launching.ROOT / "configs"
 RUNS = sorted(FOLDER.glob("*.yaml"))

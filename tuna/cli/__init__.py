@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    from tuna.cli.terminal import complain, log_visibly
+    from tuna.console.terminal import complain, log_visibly
 
     log_visibly()
     watch_parent()

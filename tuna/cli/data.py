@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from tuna.cli.problems import print_problems
-from tuna.cli.template import TemplateOption, given_template, warn
-from tuna.cli.terminal import Terminal, complain, say, say_json, visible
+from tuna.cli.template import TemplateOption
+from tuna.console.notices import given_template, warn
+from tuna.console.problems import print_problems
+from tuna.console.records import best_and_worst
+from tuna.console.terminal import Terminal, complain, say, say_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tuna.data.records import Record
     from tuna.data.tokenization import TokenStats
 
-__all__ = ["app", "best_and_worst", "record_stats"]
+__all__ = ["app", "record_stats"]
 
 app = typer.Typer(help="Check, convert, split and count ranked records.", no_args_is_help=True)
 
@@ -39,7 +40,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Read all records, say what is wrong with which, and exit with 1 if anything is."""
-    from tuna.cli.next import say_next
+    from tuna.console.next import say_next
     from tuna.data.records import read_records
 
     found = read_records(source, format=format, on_bad="skip")
@@ -74,7 +75,7 @@ def convert(
     on_bad: OnBadFlag = "fail",
 ) -> None:
     """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
-    from tuna.cli.next import next_command
+    from tuna.console.next import next_command
     from tuna.data.records import read_records, write_records
     from tuna.train.outputs import check_files
 
@@ -153,7 +154,7 @@ def split(
     All rows of a prompt go to the same side. The same seed and share hold out the same prompts in tuna train.
     """
     from tuna.cli.messages import refuse_given
-    from tuna.cli.next import next_command
+    from tuna.console.next import next_command
     from tuna.data.files import write_rows
     from tuna.data.split import hold_out, rows_to_split
     from tuna.train.outputs import check_files
@@ -201,29 +202,6 @@ def record_stats(records: Sequence[Record]) -> dict[str, Any]:
         "empty_responses": sum(not response.strip() for record in records for response in record.responses),
         "median_response_characters": lengths[len(lengths) // 2] if lengths else 0,
     }
-
-
-def best_and_worst(records: Sequence[Record], count: int = 3, width: int = 160) -> Table:
-    """A table of the best and the worst response of the first `count` ranked records.
-
-    A reversed order is silent in every number of a training run, and plain to see here.
-    """
-    table = Table(title="Is the better one really better?", show_lines=True, title_justify="left")
-    for column in ("record", "prompt", "best", "worst"):
-        table.add_column(column, overflow="fold")
-    ranked = [record for record in records if max(record.dense_ranks()) > 0]
-    for record in ranked[:count]:
-        prompt = record.prompt if record.prompt is not None else (record.messages or [])[-1].content
-        cells = map(visible, (record.id, prompt, _judged(record, record.best()), _judged(record, record.worst())))
-        # Text, not str: rich would read [brackets] in data as mark-up.
-        table.add_row(*(Text(cell if len(cell) <= width else cell[: width - 1] + "…") for cell in cells))
-    return table
-
-
-def _judged(record: Record, index: int) -> str:
-    if record.scores is not None:
-        return f"({record.scores[index]:g}) {record.responses[index]}"
-    return f"(rank {(record.ranks or [0])[index]}) {record.responses[index]}"
 
 
 def _stats_table(numbers: dict[str, Any]) -> Table:

@@ -35,10 +35,10 @@ def demo(
     from transformers.utils.logging import disable_progress_bar
 
     from tuna.cli.info import collect_info
-    from tuna.cli.next import say_next
-    from tuna.cli.progress import TrainingProgress
-    from tuna.cli.terminal import Terminal
     from tuna.compare.demo import DemoSettings, run_demo
+    from tuna.console.next import say_next
+    from tuna.console.terminal import Terminal
+    from tuna.train.progress import TrainingProgress
 
     if threads is not None:
         if threads < 1:

@@ -26,8 +26,8 @@ def export(
     """Write a checkpoint as a plain Hugging Face folder: ZeRO shards joined, LoRA merged, safetensors."""
     import torch
 
-    from tuna.cli.next import next_command
-    from tuna.cli.terminal import complain, say
+    from tuna.console.next import next_command
+    from tuna.console.terminal import complain, say
     from tuna.train.export import export as write
 
     if dtype not in (None, "float32", "bfloat16", "float16"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
-from tuna.cli.problems import print_problems
+from tuna.console.problems import print_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def generate(
 ) -> None:
     """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
     from tuna.cli.messages import refuse_given
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
     from tuna.data.templates import saved_template
     from tuna.gather.teacher import Sampling
     from tuna.train.outputs import check_files
@@ -159,7 +159,7 @@ def _gather(
     keep_token_logprobs: bool,
     scorer: _Scorer | None,
 ) -> None:
-    from tuna.cli.next import next_command
+    from tuna.console.next import next_command
     from tuna.gather.responses import write_responses
     from tuna.gather.teacher import generate_responses, probe_logprobs
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuna.cli.terminal import Terminal, say_json
+from tuna.console.terminal import Terminal, say_json
 
 __all__ = ["collect_info", "info"]
 
@@ -74,7 +74,7 @@ def info(
         return
     from rich.table import Table
 
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
 
     console = Terminal()
     console.print(f"tuna {found['tuna']}, Python {found['python']}, {found['platform']}", highlight=False)

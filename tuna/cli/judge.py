@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tuna.cli import paid
-from tuna.cli.problems import print_problems
+from tuna.console.problems import print_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,7 @@ def judge(
     dry_run: paid.DryRun = False,
 ) -> None:
     """Let a judge model rank responses; writes records for tuna train. Interrupted, it goes on where it was."""
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
     from tuna.gather.judge import Judge, JudgeSettings
     from tuna.train.outputs import check_files
 
@@ -129,7 +129,7 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
 
 
 def _judge(run: paid.PaidRun, examiner: Judge, items: Sequence[Candidates]) -> None:
-    from tuna.cli.next import next_command
+    from tuna.console.next import next_command
     from tuna.data.files import write_rows
     from tuna.data.records import write_records
 

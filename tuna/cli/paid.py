@@ -200,7 +200,7 @@ class PaidRun:
         """Work through the jobs under a bar; the outcome, and the figures of the run."""
         from rich.progress import TextColumn
 
-        from tuna.cli.bar import progress_bar
+        from tuna.console.bar import progress_bar
         from tuna.gather.api.calls import run_paid
 
         for note in journal.notes[:SHOWN]:

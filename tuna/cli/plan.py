@@ -70,7 +70,7 @@ def plan(
     Fails with the reason, and with the nearest plan that fits, where the one asked for does not.
     """
     from tuna.cli.messages import refuse_given
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
     from tuna.plan.planner import Planner
     from tuna.plan.simulate import Simulator
     from tuna.plan.sizes import explicit_config, model_config

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tuna.cli.template import TemplateOption, given_template
+from tuna.cli.template import TemplateOption
+from tuna.console.notices import given_template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,8 +47,8 @@ def rank(
     from rich.table import Table
 
     from tuna.cli.messages import refuse_given
-    from tuna.cli.next import say_next
-    from tuna.cli.terminal import Terminal
+    from tuna.console.next import say_next
+    from tuna.console.terminal import Terminal
     from tuna.data.files import write_rows
     from tuna.gather.likelihood import RankingRules, rank_responses, ranking_figures
     from tuna.gather.responses import read_responses

@@ -28,7 +28,7 @@ def run(
     """Run the steps that are not done yet, then write the report."""
     from rich.text import Text
 
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
     from tuna.recipe.report import write_report
     from tuna.recipe.run import run_steps
     from tuna.recipe.steps import PlannedStep, plan, read_recipe
@@ -62,7 +62,7 @@ def show(context: typer.Context, recipe: RecipeFile, set_: SetFlag = None) -> No
     """List the steps, which of them are done, and the commands they stand for. Runs nothing."""
     from rich.table import Table
 
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
     from tuna.recipe.steps import plan, read_recipe
 
     steps = plan(read_recipe(recipe, _variables(set_)), recipe.resolve().parent, context.find_root().command)

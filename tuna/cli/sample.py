@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
-from tuna.cli.problems import print_problems
-from tuna.cli.template import given_template, warn
+from tuna.console.notices import given_template, warn
+from tuna.console.problems import print_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,7 @@ def sample(
     """Draw the student's own diverse responses, for a judge to rank. Interrupted, it goes on where it was."""
     from tuna.cli.generate import read_wanted
     from tuna.cli.messages import refuse_given
-    from tuna.cli.terminal import Terminal
+    from tuna.console.terminal import Terminal
     from tuna.gather.student import Diversity, LocalSampling
     from tuna.train.outputs import check_files
 
@@ -166,8 +166,8 @@ def _local(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.cli.bar import progress_bar
-    from tuna.cli.next import say_next
+    from tuna.console.bar import progress_bar
+    from tuna.console.next import say_next
     from tuna.data.templates import saved_template, unused_chat_template
     from tuna.gather.api.journal import Journal
     from tuna.gather.student import sample_locally
@@ -208,7 +208,7 @@ def _remote(
 ) -> None:
     from dataclasses import replace
 
-    from tuna.cli.next import next_command
+    from tuna.console.next import next_command
     from tuna.gather.student import sample_from_endpoint
 
     replace(sampling, temperature=diversity.temperature(sampling.temperature, diversity.tries - 1))  # still in range

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tuna.cli.template import TemplateOption, given_template, warn
+from tuna.cli.template import TemplateOption
+from tuna.console.notices import given_template, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +46,8 @@ def score(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.cli.next import say_next
-    from tuna.cli.terminal import Terminal
+    from tuna.console.next import say_next
+    from tuna.console.terminal import Terminal
     from tuna.data.files import write_rows
     from tuna.data.notices import cut_notice
     from tuna.data.records import read_records
@@ -103,7 +104,7 @@ def _score(
     backend: str,
 ) -> ScoreReport:
     """Score ``groups`` under a bar that counts tree tokens."""
-    from tuna.cli.bar import progress_bar
+    from tuna.console.bar import progress_bar
     from tuna.score.scoring import score_dataset
     from tuna_kernels import tree_tokens
 

@@ -52,7 +52,7 @@ def serve(
     import uvicorn
     from transformers.utils.logging import disable_progress_bar
 
-    from tuna.cli.terminal import complain, say
+    from tuna.console.terminal import complain, say
     from tuna.data.templates import DEFAULT, saved_template
     from tuna.models.loading import load_model, place_for
     from tuna.serve import Engine, create_app

@@ -1,16 +1,12 @@
-"""The `--template` flag where a model is at hand: what is given, what the model was trained with, or none."""
+"""The `--template` flag of commands that have a model at hand."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TemplateOption", "given_template", "warn"]
+__all__ = ["TemplateOption"]
 
 TemplateOption: TypeAlias = Annotated[
     str | None,
@@ -18,36 +14,3 @@ TemplateOption: TypeAlias = Annotated[
         "--template", help="none, chat, alpaca or a text with {prompt}. Default: as the model was trained, or none."
     ),
 ]
-
-
-def given_template(
-    console: Console, template: str | None, model: str, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    """The template to use; what is not as one would expect is said.
-
-    Raises:
-        ValueError: no template of this name; the note of the template beside the model cannot be read.
-    """
-    from tuna.data.templates import DEFAULT, check_name, saved_template, unused_chat_template
-
-    if template is not None:
-        check_name(template)
-
-    saved = saved_template(model)
-    if template is None:
-        template = DEFAULT if saved is None else saved
-        if saved is not None:
-            console.print(f"template {saved!r}: what {model} was trained with")
-    elif saved is not None and saved != template:
-        warn(console, f"{model} was trained with template = {saved!r}, not {template!r}")
-    if saved is None:
-        warn(console, unused_chat_template(template, tokenizer))
-    return template
-
-
-def warn(console: Console, notice: str | None) -> None:
-    """Print a warning, if there is one."""
-    from rich.text import Text
-
-    if notice is not None:
-        console.print(Text(f"warning: {notice}", style="yellow"), soft_wrap=True)

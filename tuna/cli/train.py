@@ -114,11 +114,11 @@ def train(
     flags = dict(locals())
     file, overrides = flags.pop("config"), flags.pop("set_") or []
     from tuna.cli.messages import FLAG_FIELDS
-    from tuna.cli.settings import merge_settings
-    from tuna.cli.terminal import Terminal, complain
-    from tuna.cli.training import run_training
+    from tuna.console.terminal import Terminal, complain
     from tuna.system import lifeline
     from tuna.train.distributed import end_ranks, launched
+    from tuna.train.run import run_training
+    from tuna.train.run_settings import merge_settings
     from tuna.train.stopping import Stopped
 
     rank, _ = launched()

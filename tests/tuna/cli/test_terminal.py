@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuna.cli import main
-from tuna.cli.terminal import Terminal, complain, log_visibly, say, visible
+from tuna.console.terminal import Terminal, complain, log_visibly, say, visible
 
 NASTY = "\x1b[2J\x1b]0;owned\x07\x1b[8mhid\x9b31m\u202eturned\u2066\u200b\x7f\rover [red]mark-up[/nope] :smile: \ud83d"
 ACTS = ["\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\u200b", "\x7f", "\r", "\ud83d"]

@@ -11,14 +11,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tuna.cli import app
-from tuna.cli.settings import RunSettings
-from tuna.cli.training import _read
 from tuna.compare.demo import split
 from tuna.data.notices import shared_prompts_notice
 from tuna.data.records import Record, read_records
 from tuna.data.split import hold_out, prompt_key, split_records
 from tuna.data.tokenization import TokenizedGroup
 from tuna.train.config import TunaConfig
+from tuna.train.run import read_data
+from tuna.train.run_settings import RunSettings
 from tuna_kernels import Group
 
 PAIRS = [{"id": f"r{i}", "prompt": f"Say {i // 6}", "chosen": "a b", "rejected": f"c {i}"} for i in range(48)]
@@ -33,7 +33,7 @@ def test_the_three_who_hold_out_choose_alike(tmp_path: Path) -> None:
     data = file_of(tmp_path / "pairs.jsonl", PAIRS)
     config = TunaConfig(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
     run = RunSettings(model="tiny", data=str(data), eval_fraction=0.25)
-    train, held = _read(run, config, Console(quiet=True))
+    train, held = read_data(run, config, Console(quiet=True))
     assert len(held) == 12 and len(train) == 36
     assert not {record.prompt for record in train} & {record.prompt for record in held}
     assert (train, held) == split_records(read_records(data).records, 0.25, config.seed)

@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from tuna.cli import app, main
-from tuna.cli.progress import log_line
-from tuna.cli.settings import RunSettings, merge_settings
 from tuna.compare.baseline import naive_step_loss
 from tuna.data.records import read_records
 from tuna.data.tokenization import tokenize_records
@@ -24,6 +22,8 @@ from tuna.models.integrity import CheckpointError
 from tuna.models.loading import load_model
 from tuna.system.writing import write_json
 from tuna.train.curves import plot_log
+from tuna.train.progress import log_line
+from tuna.train.run_settings import RunSettings, merge_settings
 from tuna.train.stopping import Stopped
 from tuna.train.trainer import TunaTrainer
 

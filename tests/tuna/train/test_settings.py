@@ -13,12 +13,12 @@ import torch
 
 from tuna.cli import main
 from tuna.cli.messages import install_hint, message
-from tuna.cli.next import next_command
-from tuna.cli.settings import merge_settings
+from tuna.console.next import next_command
 from tuna.models import hub
 from tuna.system.settings_text import parse_yaml, read_settings_file
 from tuna.train.config import TunaConfig
 from tuna.train.deepspeed import read_settings
+from tuna.train.run_settings import merge_settings
 from tuna_kernels import tree_attention
 
 ON_CPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without an accelerator")

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tuna.cli.data import best_and_worst
-from tuna.cli.next import say_next
-from tuna.cli.problems import print_problems
-from tuna.cli.progress import TrainingProgress
-from tuna.cli.settings import RunSettings
-from tuna.cli.template import given_template, warn
+from tuna.console.next import say_next
+from tuna.console.notices import given_template, warn
+from tuna.console.problems import print_problems
+from tuna.console.records import best_and_worst
 from tuna.data.notices import reversed_notice, sample_of
 from tuna.data.records import Record, read_records
 from tuna.data.split import split_records
-from tuna.data.templates import end_generation_at, save_template, saved_template
-from tuna.data.tokenization import TokenizedGroup, TokenStats, token_stats
-from tuna.models.adapters import merged
-from tuna.models.integrity import CheckpointError
+from tuna.data.templates import save_template, saved_template
+from tuna.data.tokenization import TokenizedGroup, token_stats
 from tuna.models.loading import SMOLLM2, cache_folder, load_model
 from tuna.score.metrics import ranking_metrics
 from tuna.system.locks import hold
@@ -38,16 +29,15 @@ from tuna.system.writing import write_json
 from tuna.train.config import TunaConfig
 from tuna.train.curves import plot_log
 from tuna.train.distributed import launched
-from tuna.train.export import merged_from
 from tuna.train.group_data import tokenized
 from tuna.train.logs import LOG_FILE, JsonLines, default_reports
 from tuna.train.outputs import check_content, check_place
+from tuna.train.progress import TrainingProgress
+from tuna.train.result import METRICS_FILE, PICTURE_FILE, remove_result, save_model
+from tuna.train.run_settings import RunSettings
+from tuna.train.tables import comparison, summary, total_steps
 from tuna.train.trainer import TunaTrainer
 
-METRICS_FILE = "metrics.json"
-PICTURE_FILE = "loss_curve.png"
-ADAPTER_FOLDER = "adapter"
-DRAFT = ".saving"
 LEAST_LINES = 5  # of the log, where there are as many steps
 
 
@@ -79,7 +69,7 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     """Train, evaluate and save in a folder that is this run's."""
     settings = settings | {"template": _template(run, settings, output, console)}
     config = _trainer_config(run, settings)
-    train_records, eval_records = _read(run, config, console)
+    train_records, eval_records = read_data(run, config, console)
     console.print(best_and_worst(train_records, 3))
     _confirm(run, console)
     with console.status(f"loading {run.model} …"):
@@ -98,9 +88,9 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     trainer.overwrite = run.overwrite
     trainer.sources = {name: getattr(run, name) for name in ("model", "data", "format", "limit", "eval_fraction")}
     stats = token_stats(train, batch_groups=config.per_device_train_batch_size)
-    console.print(_summary(trainer, stats, held_out))
+    console.print(summary(trainer, stats, held_out))
     if "logging_steps" not in settings:
-        config.logging_steps = max(1, min(config.logging_steps, _steps(trainer) // LEAST_LINES))
+        config.logging_steps = max(1, min(config.logging_steps, total_steps(trainer) // LEAST_LINES))
 
     if trainer.is_world_process_zero():
         save_template(output, config.template)  # now, so that a run that was stopped has it to resume
@@ -108,12 +98,12 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
     if before is not None and not resume:
         warn(console, reversed_notice(before.get("eval_rank/accuracy")))
     if run.overwrite and trainer.is_world_process_zero():
-        _remove_results(output)  # now, so that a run that is stopped is not taken for the earlier one
+        remove_result(output)  # now, so that a run that is stopped is not taken for the earlier one
     trainer.train(resume_from_checkpoint=resume)
     if config.eval_on_start:
         before = next((line for line in trainer.state.log_history if "eval_loss" in line), None)
     after = trainer.evaluate() if held_out else None
-    _save(trainer, output, tokenizer)
+    save_model(trainer, output, tokenizer)
     metrics = {
         "settings": asdict(run) | settings,
         "data": asdict(stats),
@@ -126,7 +116,7 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
         write_json(output / METRICS_FILE, metrics)
         plot_log(output / PICTURE_FILE, trainer.state.log_history)
     if after is not None:
-        console.print(_comparison(before, after))
+        console.print(comparison(before, after))
     console.print(f"model, {METRICS_FILE} and {PICTURE_FILE} are in {output}", highlight=False)
     say_next(console, "score", model=output, data=run.eval_data or "DATA")
     return metrics
@@ -196,12 +186,12 @@ def _trainer_config(run: RunSettings, settings: dict[str, Any]) -> TunaConfig:
     on_start = bool(settings.get("deepspeed")) and held_out and run.eval_first
     defaults = {"report_to": default_reports(), "eval_on_start": on_start}
     try:
-        return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.cli.progress
+        return TunaConfig(**{**defaults, **settings, "disable_tqdm": True})  # bars and lines: tuna.train.progress
     except (TypeError, AttributeError, LookupError, NotImplementedError) as error:  # of values transformers looks into
         raise ValueError(f"settings that cannot be used: {error}") from error
 
 
-def _read(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[Record], list[Record]]:
+def read_data(run: RunSettings, config: TunaConfig, console: Console) -> tuple[list[Record], list[Record]]:
     """Training and held-out records."""
     with console.status(f"reading {run.data} …"):
         found = read_records(run.data, format=run.format, on_bad=config.on_bad)
@@ -241,108 +231,3 @@ def _with_adapter(model: PreTrainedModel, run: RunSettings) -> torch.nn.Module:
     if not adapter.base_model_name_or_path:
         adapter.base_model_name_or_path = run.model  # of a model that is from no folder: `tuna export` asks for it
     return adapted
-
-
-def _save(trainer: TunaTrainer, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A folder that plain transformers loads; an adapter is kept beside the model it was merged into.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    draft, first = output / DRAFT, trainer.is_world_process_zero()
-    if first:
-        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-    trainer.accelerator.wait_for_everyone()
-    try:
-        _write(trainer, draft, tokenizer)
-        trainer.accelerator.wait_for_everyone()
-        if first:
-            _publish(draft, output)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{output / 'model.safetensors'} or what belongs to it could not be written ({error}); the last checkpoint "
-            "is whole: the same command with --resume writes it again"
-        ) from error
-
-
-def _write(trainer: TunaTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not hasattr(trainer.model, "merge_and_unload"):
-        trainer.save_model(str(folder))
-        return
-    trainer.save_model(str(folder / ADAPTER_FOLDER))
-    model = cast(Any, trainer.model)
-    if trainer.shape.zero_stage == 3:
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all ranks gather, the first gets it
-        merge: Callable[[], Any] = functools.partial(merged_from, model, weights)
-    else:
-        merge = functools.partial(merged, model)
-    if trainer.is_world_process_zero():
-        whole = merge()
-        end_generation_at(whole, tokenizer, trainer.args.template)
-        whole.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _remove_results(output: Path) -> None:
-    """Take away what an earlier run ended in; its checkpoints are the trainer's to remove."""
-    for file in [*output.glob("model*.safetensors*"), output / METRICS_FILE, output / PICTURE_FILE]:
-        if file.is_file():
-            file.unlink()
-    shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
-
-
-def _publish(draft: Path, output: Path) -> None:
-    """Move the files of a draft to where they belong, and take away weights of an earlier model in other parts."""
-    files = {file.relative_to(draft): file for file in draft.rglob("*") if file.is_file()}
-    for place, file in files.items():
-        (output / place).parent.mkdir(parents=True, exist_ok=True)
-        file.replace(output / place)
-    for old in output.glob("model*.safetensors*"):
-        if old.relative_to(output) not in files:
-            old.unlink()
-    shutil.rmtree(draft)
-
-
-def _steps_per_epoch(trainer: TunaTrainer) -> int:
-    return math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-
-
-def _steps(trainer: TunaTrainer) -> int:
-    args = trainer.args
-    return args.max_steps if args.max_steps > 0 else math.ceil(_steps_per_epoch(trainer) * args.num_train_epochs)
-
-
-def _summary(trainer: TunaTrainer, stats: TokenStats, held_out: Sequence[TokenizedGroup] | None) -> Table:
-    args, steps, per_epoch = trainer.args, _steps(trainer), _steps_per_epoch(trainer)
-    batch = (
-        f"{args.per_device_train_batch_size} groups"
-        if args.tokens_per_batch is None
-        else f"up to {args.tokens_per_batch:,} tokens"
-    )
-    model: Any = trainer.model
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = {
-        "groups": f"{stats.groups:,} to train on, {len(held_out or ()):,} held out",
-        "responses": f"{stats.candidates:,} ({stats.cut_responses / stats.candidates:.1%} cut to the limit)",
-        "tokens an epoch": f"{stats.tree:,} instead of {stats.unpadded:,} in separate sequences, "
-        f"{stats.padded:,} padded",
-        "saved by sharing": f"{1 - stats.tree / stats.unpadded:.1%}; with padding {1 - stats.tree / stats.padded:.1%}",
-        "batch": f"{batch} x {args.gradient_accumulation_steps} x {trainer.accelerator.num_processes} processes",
-        "steps": f"{steps:,} ({per_epoch:,} an epoch)",
-        "parameters": f"{trainable:,} trained",
-        "loss": f"{args.preset}, margin {args.margin:g}, length penalty {args.length_penalty:g}, "
-        f"likelihood weight {args.mle_weight:g}",
-    }
-    table = Table(title="Training", show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def _comparison(before: dict[str, float] | None, after: dict[str, float]) -> Table:
-    table = Table("held out", "before", "after", title="Result", title_justify="left")
-    for name in ("loss", "loss/rank", "loss/mle", "rank/accuracy", "rank/top1", "rank/kendall", "margin/mean"):
-        key = f"eval_{name}"
-        if key in after:
-            table.add_row(name, "" if before is None else f"{before[key]:.4f}", f"{after[key]:.4f}")
-    return table

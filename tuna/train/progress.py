@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tuna.cli.bar import progress_bar
+from tuna.console.bar import progress_bar
 
 # What a line shows, in order; everything else is in the trainer's log.
 SHOWN = {
