@@ -136,7 +136,7 @@ def tolerance(dtype: str, vocab: int) -> dict[str, float]:
 def logprob_arms() -> list[Arm[Case]]:
     """All arms, in the order of the tables."""
     return [
-        logprob_arm("naive", _naive, "linear, log_softmax, gather in the input type"),
+        logprob_arm("baseline", _baseline, "linear, log_softmax, gather in the input type"),
         logprob_arm("cross_entropy", _cross_entropy, "F.cross_entropy on logits, reduction none"),
         logprob_arm(
             "torch auto",
@@ -172,9 +172,9 @@ def logprob_arms() -> list[Arm[Case]]:
             refuses=_needs("trl.kernels"),
         ),
         logprob_arm(
-            "naive compiled",
-            _compiled_naive(),
-            "torch.compile of naive",
+            "baseline compiled",
+            _compiled_baseline(),
+            "torch.compile of baseline",
             refuses=_needs_compiler,
         ),
         logprob_arm(
@@ -209,7 +209,7 @@ def run_case(case: Case, logprobs: LogProbs) -> dict[str, Tensor]:
     return {"logprobs": values.detach(), **dict(zip(names, gradients, strict=False))}
 
 
-def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _baseline(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.linear(hidden, weight).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
 
 
@@ -250,8 +250,8 @@ def _trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return values
 
 
-def _compiled_naive() -> LogProbs:
-    compiled: Any = torch.compile(_naive)
+def _compiled_baseline() -> LogProbs:
+    compiled: Any = torch.compile(_baseline)
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         values: Tensor = compiled(hidden, weight, targets)

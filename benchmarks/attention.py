@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.arms import needs_backend
-from benchmarks.harness import Arm, Plan, compare
+from benchmarks.harness import Arm, Rounds, compare
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from benchmarks.step import read_batches
@@ -146,7 +146,7 @@ def make_case(groups: Sequence[Group], heads: Heads, mode: Mode, seed: int = 0) 
 
 
 def oracle(case: AttentionCase) -> dict[str, Tensor]:
-    """Textbook attention in float64, group by group."""
+    """Attention with the whole mask, in float64, group by group."""
     parts = []
     for first, last in pairwise(case.tree.group_rows_host.tolist()):
         own = [x.detach()[:, :, first:last].double().requires_grad_(case.mode == "training") for x in case.inputs]
@@ -212,7 +212,7 @@ def typical_groups(count: int, seed: int = 0) -> list[Group]:
 
 
 def run(
-    batches: Sequence[Sequence[Group]], modes: Sequence[Mode], heads: Heads, plan: Plan, progress: Progress
+    batches: Sequence[Sequence[Group]], modes: Sequence[Mode], heads: Heads, plan: Rounds, progress: Progress
 ) -> Iterator[Comparison]:
     """All tables, each when it is finished."""
     for groups in batches:
@@ -267,7 +267,7 @@ def main(
             batches = [typical_groups(size) for size in sizes]
         else:
             batches = read_batches(data, SMOLLM2, "alpaca", max_length, sizes, 0)
-        for table in run(batches, modes, chosen, Plan(rounds, budget=10.0), progress):
+        for table in run(batches, modes, chosen, Rounds(rounds, budget=10.0), progress):
             report.add(table)
     report.finish()
 

@@ -1,10 +1,10 @@
 """``python -m benchmarks.gpu`` (``make gpu-bench``): the GPU kernels beside their peers, on the card at hand.
 
 Log-probabilities (forward, forward + backward with trainable and frozen head), the whole ranking loss, and tree
-attention; naive, torch.compile, Liger, cut-cross-entropy, quack and F.linear_cross_entropy where installed. The harness
-is that of the CPU: checked against the float64 oracle before it is timed, interleaved rounds, ratios to bare cuBLAS
-multiplies of the inputs' type in the same round, peak memory of the operation alone. Clocks wait for the device, so
-both columns of times are wall time.
+attention; the baseline, torch.compile, Liger, cut-cross-entropy, quack and F.linear_cross_entropy where installed. The
+harness is that of the CPU: checked against the float64 oracle before it is timed, interleaved rounds, ratios to bare
+cuBLAS multiplies of the inputs' type in the same round, peak memory of the operation alone. Clocks wait for the device,
+so both columns of times are wall time.
 
 ``--rehearse`` runs everything that does not need a GPU: tiny shapes, our kernels in Triton's interpreter.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import ranking
 from benchmarks.arms import DTYPES, MODES, Case, Mode, Shape, logprob_arm, logprob_arms, make_case, oracle, our_logprobs
 from benchmarks.arms import tolerance as head_tolerance
-from benchmarks.harness import Arm, Clock, Plan, compare, process_clock
+from benchmarks.harness import Arm, Clock, Rounds, compare, process_clock
 from benchmarks.kernels import bare_multiplies, bounds_of
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
@@ -158,7 +158,7 @@ def move(case: Case, device: torch.device) -> Case:
     return replace(case, **moved)
 
 
-def compare_head(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Plan, progress: Progress) -> Comparison:
+def compare_head(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Rounds, progress: Progress) -> Comparison:
     """One table of log-probs; the oracle is computed on the device too, in float64."""
     case = move(make_case(shape, dtype, mode), where.device)
     return compare(
@@ -176,7 +176,7 @@ def compare_head(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Plan,
     )
 
 
-def compare_ranking(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Plan, progress: Progress) -> Comparison:
+def compare_ranking(shape: Shape, dtype: str, mode: Mode, where: Where, plan: Rounds, progress: Progress) -> Comparison:
     """One table of the whole ranking loss."""
     made = ranking.make_ranking_case(shape, dtype, mode)
     tensors = move(Case(made.hidden, made.weight, made.tree.targets, made.tree.targets.float(), mode), where.device)
@@ -272,7 +272,7 @@ def attention_oracle(case: AttentionCase) -> dict[str, Tensor]:
 
 
 def compare_attention(
-    tree: PackedTree, title: str, dtype: str, sizes: tuple[int, int], where: Where, plan: Plan, progress: Progress
+    tree: PackedTree, title: str, dtype: str, sizes: tuple[int, int], where: Where, plan: Rounds, progress: Progress
 ) -> Comparison:
     """One table of tree attention, forward and backward."""
     case = attention_case(tree.to(where.device), DTYPES[dtype], *sizes)
@@ -291,7 +291,7 @@ def compare_attention(
     )
 
 
-def run(where: Where, plan: Plan, dtypes: list[str], *, rehearse: bool, progress: Progress) -> Iterator[Comparison]:
+def run(where: Where, plan: Rounds, dtypes: list[str], *, rehearse: bool, progress: Progress) -> Iterator[Comparison]:
     """All tables, each when it is finished."""
     from benchmarks.sharing import made_groups
 
@@ -323,7 +323,7 @@ def main(
     dtypes = dtype or (["float32", "bfloat16"] if rehearse else ["bfloat16"])
     if unknown := [one for one in dtypes if one not in DTYPES]:
         raise typer.BadParameter(f"--dtype {unknown[0]!r} is not one of {', '.join(DTYPES)}")
-    plan = Plan(rounds=2 if rehearse else rounds, budget=budget, least=2 if rehearse else 3, clock=where.clock)
+    plan = Rounds(rounds=2 if rehearse else rounds, budget=budget, least=2 if rehearse else 3, clock=where.clock)
     name = torch.cuda.get_device_name() if where.device.type == "cuda" else "interpreter"
     told = {"device": name, "rounds": str(plan.rounds), "budget": str(budget), "rehearse": str(rehearse)}
     report = Report("benchmarks.gpu", output, "gpu", PACKAGES, told)

@@ -18,7 +18,7 @@ import torch
 import typer
 
 from benchmarks.arms import Mode, Shape
-from benchmarks.harness import Plan
+from benchmarks.harness import Rounds
 from benchmarks.kernels import PACKAGES, Options, compare_logprobs
 from benchmarks.record import Comparison
 from benchmarks.report import Progress, Report, describe
@@ -35,8 +35,8 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "width": (128, 256, 512, 1024, 2048),
 }
 KS = (2, 4, 8, 16, 32)
-ARMS = ("naive", "tuna cpu")
-LOGITS_LIMIT = 2 << 30  # bytes: beyond this the textbook is left out
+ARMS = ("baseline", "tuna cpu")
+LOGITS_LIMIT = 2 << 30  # bytes: beyond this the baseline is left out
 _MIB = 2**20
 
 
@@ -103,7 +103,7 @@ def sweep_k(rounds: int, ks: tuple[int, ...] = KS) -> Fit:
     model = small_llama(layers=2, width=256, vocab=8192)
     arm = {one.name: one for one in sharing_arms()}["tuna tree"]
     points: list[tuple[int, float]] = []
-    plan = Plan()
+    plan = Rounds()
     for k in ks:
         groups = made_groups(1, k, 160, 160, 8192)
         case = SharingCase(model, groups)
@@ -173,7 +173,7 @@ def main(
     report = Report("benchmarks.growth", output, "growth", PACKAGES, told)
     modes: tuple[Mode, ...] = ("forward", "trainable")
     with Progress() as progress:
-        options = Options(threads, Plan(rounds, budget), resident=False, progress=progress)
+        options = Options(threads, Rounds(rounds, budget), resident=False, progress=progress)
         for varied, values in SWEEPS.items():
             for mode in modes:
                 for table in sweep(varied, mode, options, values[:3] if quick else None):

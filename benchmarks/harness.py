@@ -59,7 +59,7 @@ class Arm(Generic[Inputs]):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Rounds:
     """How long to measure: ``rounds`` rounds, of which an arm skips the later ones once it has taken part in
     ``least`` rounds and used more than ``budget`` wall seconds (slow arms would otherwise take most of the
     time). ``once``: an arm is called one time for everything, its check, its memory and its time, for calls of many
@@ -85,7 +85,7 @@ def compare(
     tolerance: Mapping[str, float],
     units: Mapping[str, Callable[[], object]] | None = None,
     bounds: Sequence[Bound] = (),
-    plan: Plan | None = None,
+    plan: Rounds | None = None,
     resident: Callable[[str], ResidentPeak] | None = None,
     meter: Callable[[Callable[[], object]], int] = allocator_peak,
     setting: Setting | None = None,
@@ -106,7 +106,7 @@ def compare(
     Raises:
         ValueError: two arms or units of one name, or a kind of result without tolerance.
     """
-    plan, units = plan or Plan(), dict(units or {})
+    plan, units = plan or Rounds(), dict(units or {})
     _refuse_doubles([arm.name for arm in arms] + list(units))
     reports, samples = {}, {}
     for arm in arms:
@@ -157,7 +157,7 @@ def check_arm(arm: Arm[Inputs], inputs: Inputs, oracle: Results, tolerance: Mapp
 
 
 def run_rounds(
-    timed: Mapping[str, Callable[[], object]], plan: Plan, progress: Callable[[str], None] = lambda _: None
+    timed: Mapping[str, Callable[[], object]], plan: Rounds, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, list[Sample]]:
     """Time every callable once a round, the order rotated by one place from round to round."""
     samples: dict[str, list[Sample]] = {name: [] for name in timed}

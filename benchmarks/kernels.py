@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import ranking
 from benchmarks.arms import DTYPES, MODES, Case, Mode, Shape, dtype_name, logprob_arms, make_case, oracle, tolerance
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import Rounds, compare
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from tuna.compare import memory_meter
@@ -36,7 +36,7 @@ class Options:
     """What a run of this program is told."""
 
     threads: int
-    plan: Plan
+    plan: Rounds
     arms: tuple[str, ...] = ()
     resident: bool = True
     progress: Callable[[str], None] = lambda _: None
@@ -88,7 +88,7 @@ def bounds_of(shape: Shape, dtype: str, mode: Mode) -> list[Bound]:
         held = logits + d_hidden + d_weight
         return [
             Bound("4 mm (recompute)", {z: 2, x: 1, w: 1}, held),
-            Bound("3 mm (textbook)", {z: 1, x: 1, w: 1}, held),
+            Bound("3 mm (baseline)", {z: 1, x: 1, w: 1}, held),
         ]
     if mode == "half":
         held = logits + d_hidden + d_weight
@@ -122,7 +122,7 @@ def compare_logprobs(shape: Shape, dtype: str, mode: Mode, options: Options) -> 
 
 
 def compare_ranking(shape: Shape, dtype: str, mode: Mode, options: Options) -> Comparison:
-    """One table: the whole ranking loss, ours beside the textbook."""
+    """One table: the whole ranking loss, ours beside the baseline."""
     case = ranking.make_ranking_case(shape, dtype, mode)
     rows = case.hidden[ranking.scored_rows(case.tree)]
     scored = Shape(len(rows), shape.width, shape.vocab)
@@ -222,7 +222,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     modes = [one for one in MODES if one in (mode or MODES)]
-    plan = Plan(rounds=2 if quick else rounds, budget=budget)
+    plan = Rounds(rounds=2 if quick else rounds, budget=budget)
     told = {"rounds": plan.rounds, "budget": budget, "threads": threads, "quick": quick}
     report = Report("benchmarks.kernels", output, "kernels", PACKAGES, {name: str(told[name]) for name in told})
     with Progress() as progress:

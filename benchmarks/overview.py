@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 PICTURE = RESULTS.parents[1] / "docs" / "overview.png"
 RECORD = RESULTS / "step_limit_512.json"
-ARMS = {"naive": "padded copies, full logits", "plain tree": "tree in plain PyTorch", "tuna": "Tuna"}
+ARMS = {"baseline": "padded copies, full logits", "plain tree": "tree in plain PyTorch", "tuna": "Tuna"}
 PROMPT, RESPONSE, PADDING, OURS, OTHERS = "#8c9bb5", "#f0a35e", "#e4e4e4", "#d9622b", "#b9bfca"
 
 # A prompt of 8 tokens, four responses; the first two begin with the same 3 tokens, the next two with the same 2.

@@ -19,7 +19,7 @@ from typing import Any
 from tuna.plan.cards import find_card
 from tuna.plan.comparison import brief
 from tuna.plan.picture import NAMES, draw_bars
-from tuna.plan.planner import GIB, Plan, Planner, Request, fewest_gpus
+from tuna.plan.planner import GIB, Plan, Planner, PlanRequest, fewest_gpus
 from tuna.plan.settings import StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
@@ -63,10 +63,10 @@ def table(planner: Planner, model: str) -> Iterator[dict[str, Any]]:
     for limit in LIMITS:
         workload = workload_of(limit)
         for training in TRAININGS:
-            official: list[tuple[Method, int]] = [("released", OFFICIAL_GROUPS)] if limit == LIMITS[0] else []
+            official: list[tuple[Method, int]] = [("baseline", OFFICIAL_GROUPS)] if limit == LIMITS[0] else []
             for method, groups in [*((method, 1) for method in METHODS), *official]:
                 settings = StepSettings(method=method, lora_rank=training.lora_rank)
-                request = Request(find_card("a100-80"), workload, groups, settings, optimizer=training.optimizer)
+                request = PlanRequest(find_card("a100-80"), workload, groups, settings, optimizer=training.optimizer)
                 step = planner.simulator.step(workload, groups, settings)
                 print(model, limit, training.name, method, groups, f"{step.peak / GIB:.2f} GiB", flush=True)
                 yield {
@@ -84,7 +84,7 @@ def table(planner: Planner, model: str) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _on_card(planner: Planner, request: Request) -> dict[str, Any]:
+def _on_card(planner: Planner, request: PlanRequest) -> dict[str, Any]:
     plain = fewest_gpus(planner, request)
     offloaded = fewest_gpus(planner, request, ("optimizer", "all"))
     return {
@@ -94,7 +94,7 @@ def _on_card(planner: Planner, request: Request) -> dict[str, Any]:
 
 
 def known_point(planner: Planner) -> dict[str, Any]:
-    """The released loss at 16 groups of 5 x 512 tokens, fp16, under activation checkpointing."""
+    """The baseline at 16 groups of 5 x 512 tokens, fp16, under activation checkpointing."""
     import torch
 
     found: dict[str, Any] = {}
@@ -195,7 +195,7 @@ def draw(path: Path, found: dict[str, Found]) -> None:
 def _one_gpu(planner: Planner, training: Training, method: Method) -> Plan:
     settings = StepSettings(method=method, lora_rank=training.lora_rank)
     card = find_card("a100-80")
-    return planner.plan(Request(card, workload_of(LIMITS[-1]), 1, settings, Sharding(), training.optimizer))
+    return planner.plan(PlanRequest(card, workload_of(LIMITS[-1]), 1, settings, Sharding(), training.optimizer))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -108,7 +108,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Ranked records. Default: the examples shipped.")] = None,
     model: Annotated[str, typer.Option(help="smollm2-135m, tiny, or a folder.")] = SMOLLM2,
     groups: Annotated[list[int] | None, typer.Option(help="Groups a batch; may be repeated. Default 2.")] = None,
-    way: Annotated[list[str] | None, typer.Option(help="tuna, naive, plain tree; may be repeated.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="tuna, baseline, plain tree; may be repeated.")] = None,
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and response.")] = 256,
     template: Annotated[str, typer.Option(help="none, chat, alpaca or a text with {prompt}.")] = "alpaca",
     rounds: Annotated[int, typer.Option(help="Steps under the profiler.")] = 2,

@@ -1,4 +1,4 @@
-"""The whole ranking loss over given hidden states: ours in one call, beside the textbook; one `RankingCase`
+"""The whole ranking loss over given hidden states: ours in one call, beside the baseline; one `RankingCase`
 for both."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def scored_rows(tree: PackedTree) -> Tensor:
     return torch.bincount(tree.rows, minlength=tree.num_tokens).nonzero()[:, 0]
 
 
-def textbook_loss(hidden: Tensor, weight: Tensor, tree: PackedTree) -> Tensor:
+def baseline_loss(hidden: Tensor, weight: Tensor, tree: PackedTree) -> Tensor:
     """Released preset by plain torch: logits of every slot, log_softmax, gather, means, pairs by rank
     difference."""
     logprobs = F.linear(hidden[tree.rows], weight).log_softmax(dim=-1)
@@ -78,10 +78,10 @@ def textbook_loss(hidden: Tensor, weight: Tensor, tree: PackedTree) -> Tensor:
 
 
 def ranking_oracle(case: RankingCase) -> dict[str, Tensor]:
-    """Loss and gradients of the textbook in float64."""
+    """Loss and gradients of the baseline in float64."""
     hidden = case.hidden.detach().double().requires_grad_()
     weight = case.weight.detach().double().requires_grad_(case.mode == "trainable")
-    return _with_gradients(textbook_loss(hidden, weight, case.tree), hidden, weight)
+    return _with_gradients(baseline_loss(hidden, weight, case.tree), hidden, weight)
 
 
 def ranking_tolerance(dtype: str, vocab: int) -> dict[str, float]:
@@ -91,10 +91,10 @@ def ranking_tolerance(dtype: str, vocab: int) -> dict[str, float]:
 
 
 def ranking_arms(*backends: str) -> list[Arm[RankingCase]]:
-    """The textbook, and ours on ``backends`` (default: those of the CPU, the native one also with little memory)."""
+    """The baseline, and ours on ``backends`` (default: those of the CPU, the native one also with little memory)."""
 
-    def textbook(case: RankingCase) -> dict[str, Tensor]:
-        return _with_gradients(textbook_loss(case.hidden, case.weight, case.tree), case.hidden, case.weight)
+    def with_gradients(case: RankingCase) -> dict[str, Tensor]:
+        return _with_gradients(baseline_loss(case.hidden, case.weight, case.tree), case.hidden, case.weight)
 
     def ours(backend: str, budget: int | None = None) -> Arm[RankingCase]:
         def call(case: RankingCase) -> dict[str, Tensor]:
@@ -113,10 +113,10 @@ def ranking_arms(*backends: str) -> list[Arm[RankingCase]]:
         note = f"linear_ranking_loss, backend {backend}, logits_budget {size[2:] or 'as it is'}"
         return Arm(f"tuna {backend}{size}", call, note, refuses=needs_backend(backend))
 
-    naive = Arm("naive", textbook, "logits of every slot, log_softmax, gather, pairs", package="torch")
+    baseline = Arm("baseline", with_gradients, "logits of every slot, log_softmax, gather, pairs", package="torch")
     if backends:
-        return [naive, *map(ours, backends)]
-    return [naive, ours("torch"), ours("cpu"), *(ours("cpu", budget) for budget in SMALL_BUDGETS)]
+        return [baseline, *map(ours, backends)]
+    return [baseline, ours("torch"), ours("cpu"), *(ours("cpu", budget) for budget in SMALL_BUDGETS)]
 
 
 def _with_gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:

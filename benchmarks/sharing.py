@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.harness import Plan, compare
+from benchmarks.harness import Rounds, compare
 from benchmarks.record import Bound, Comparison
 from benchmarks.report import Progress, Report
 from benchmarks.sharing_arms import SharingCase, sharing_arms, sharing_oracle, small_llama
@@ -51,7 +51,7 @@ def cases(ks: Sequence[int], ratios: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def compare_case(
-    case: SharingCase, title: str, setting: dict[str, str | int], plan: Plan, progress: Progress
+    case: SharingCase, title: str, setting: dict[str, str | int], plan: Rounds, progress: Progress
 ) -> Comparison:
     """One table: all arms over one batch of groups."""
     tokens = count_tokens(case.groups)
@@ -61,7 +61,7 @@ def compare_case(
         case,
         oracle=sharing_oracle(case),
         tolerance=TOLERANCE,
-        bounds=[Bound("naive", {"naive": 1}), Bound("tuna none", {"tuna none": 1})],
+        bounds=[Bound("baseline", {"baseline": 1}), Bound("tuna none", {"tuna none": 1})],
         plan=plan,
         setting={**setting, "tree": tokens.tree, "unshared": tokens.unshared, "padded": tokens.padded},
         progress=progress,
@@ -74,7 +74,7 @@ def run(
     sizes: tuple[int, int, int],
     count: int,
     data: Path | None,
-    plan: Plan,
+    plan: Rounds,
     progress: Progress,
 ) -> Iterator[Comparison]:
     """All tables, each when it is finished; ``sizes`` are layers, width and vocabulary of the model."""
@@ -126,7 +126,7 @@ def main(
     if not k and not ratio:
         chosen_k, chosen_ratios = KS, tuple(RATIOS)
     with Progress() as progress:
-        for table in run(chosen_k, chosen_ratios, (layers, width, vocab), groups, data, Plan(rounds), progress):
+        for table in run(chosen_k, chosen_ratios, (layers, width, vocab), groups, data, Rounds(rounds), progress):
             report.add(table)
     report.finish()
 

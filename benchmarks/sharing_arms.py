@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Arm
-from tuna.compare.baseline import naive_step_loss, padded_batch
+from tuna.compare.baseline import baseline_step_loss, padded_batch
 from tuna.compare.side_by_side import gradients_of
 from tuna_kernels import Group, PackedTree, linear_ranking_loss, pack_groups
 from tuna_kernels.attention.reference import visible
@@ -59,9 +59,9 @@ def small_llama(*, layers: int, width: int, vocab: int, seed: int = 0) -> LlamaF
     return model
 
 
-def naive(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+def baseline(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """The released code's way: k padded copies, full logits."""
-    return naive_step_loss(model, groups, preset=PRESET).loss
+    return baseline_step_loss(model, groups, preset=PRESET).loss
 
 
 def padded_fused(model: Any, groups: Sequence[Group]) -> Tensor:
@@ -97,7 +97,7 @@ def ours(share: Share) -> Loss:
 def sharing_arms() -> list[Arm[SharingCase]]:
     """All arms, in the order of the tables."""
     return [
-        _arm("naive", naive, "k padded copies, full logits (the released code)"),
+        _arm("baseline", baseline, "k padded copies, full logits (the released code)"),
         _arm("padded, fused head", padded_fused, "k padded copies, linear_ranking_loss"),
         _arm("PrefixGrouper method", prefix_grouper, "prompt once; suffixes padded, prompt keys copied", GROUPER),
         _arm("tree, dense mask", tree_dense_mask, "packed tree, SDPA with a [T, T] mask"),
@@ -131,9 +131,9 @@ def _arm(name: str, loss: Loss, note: str, attention: str = "sdpa") -> Arm[Shari
 
 
 def sharing_oracle(case: SharingCase) -> dict[str, Tensor]:
-    """Loss and gradients of the textbook in float64."""
+    """Loss and gradients of the baseline in float64."""
     model = copy.deepcopy(case.model).double()
-    loss = naive(model, case.groups)
+    loss = baseline(model, case.groups)
     loss.backward()  # type: ignore[no-untyped-call]
     return {"loss": loss.detach(), **gradients_of(model)}
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.step``: a whole training step of a real model on real ranked groups, ours beside the textbook.
+"""``python -m benchmarks.step``: a whole training step of a real model on real ranked groups, ours beside the baseline.
 
 For each number of groups a batch: agreement of loss and all gradients (both presets), time of the step (CPU and wall,
 interleaved rounds), peak memory by the allocator and of a fresh process, tokens computed. See `compare.side_by_side`.
@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.harness import Arm, Plan, check_arm, compare
+from benchmarks.harness import Arm, Rounds, check_arm, compare
 from benchmarks.record import ArmReport, Bound, Comparison, Setting
 from benchmarks.report import Progress, Report
 from tuna.compare.agreement import Results
@@ -46,27 +46,27 @@ DRAWS = 25
 # log_softmax over 49,152 columns is off by 1e-5 nats, which alone moves single parameters' gradients by 1e-3.
 TOLERANCE = {"loss": 1e-4, "gradient": 1e-2}
 GIB = 2**30
-ARMS: tuple[Way, ...] = ("tuna", "naive", "plain tree")
+ARMS: tuple[Way, ...] = ("tuna", "baseline", "plain tree")
 BOUNDS: dict[Way, Bound] = {
-    "naive": Bound("naive step", {"naive": 1}),
+    "baseline": Bound("baseline step", {"baseline": 1}),
     "plain tree": Bound("plain-torch tree", {"plain tree": 1}),
 }
 
 
 @dataclass
 class StepBench:
-    """A model twice, ours and the textbook's, with what is known of the textbook's appetite so far."""
+    """A model twice, ours and the baseline's, with what is known of the baseline's appetite so far."""
 
     name: str
     settings: LossSettings
     threads: int
-    plan: Plan
+    plan: Rounds
     resident: bool = True
     progress: Callable[[str], None] = lambda _: None
     ways: Sequence[Way] = ARMS
     checkpointed: bool = False
     steppers: dict[Way, Stepper] = field(init=False)
-    naive_bytes_per_token: float = field(default=0.0, init=False)
+    baseline_bytes_per_token: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         model, _ = load_model(self.name)
@@ -78,11 +78,11 @@ class StepBench:
     def run(self, batch: Batch, *, exact: bool = True) -> list[Comparison]:
         """Agreement of the two ways on a batch, then their times and memory.
 
-        ``exact``: hold both against the textbook in float64 (minutes for a large batch), else ours against float32.
+        ``exact``: hold both against the baseline in float64 (minutes for a large batch), else ours against float32.
         """
-        if "naive" not in self.ways or self.lacks_memory(count_tokens(batch).padded):
+        if "baseline" not in self.ways or self.lacks_memory(count_tokens(batch).padded):
             oracle = self.gradients("tuna", batch, self.settings)
-            return [self.compare_steps(batch, oracle, "our own float32 step, without the textbook")]
+            return [self.compare_steps(batch, oracle, "our own float32 step, without the baseline")]
         fits = exact and not self.lacks_memory(2 * count_tokens(batch).padded)
         dtype = torch.float64 if fits else torch.float32
         second: Preset = "paper" if self.settings.preset == "released" else "released"
@@ -91,11 +91,11 @@ class StepBench:
         for preset in (second, self.settings.preset):  # the last oracle is that of the steps timed
             oracle.clear()
             settings = replace(self.settings, preset=preset)
-            oracle = self.gradients("naive", batch, settings, dtype)
+            oracle = self.gradients("baseline", batch, settings, dtype)
             reports += self.agreement(batch, oracle, settings, dtype)
-        title = f"agreement of loss and gradients, {self.name}, {_count(batch)}; oracle: {_textbook(dtype)}"
+        title = f"agreement of loss and gradients, {self.name}, {_count(batch)}; oracle: {_baseline(dtype)}"
         agreement = Comparison(title, {"groups": len(batch)}, TOLERANCE, [], {}, reports)
-        return [agreement, self.compare_steps(batch, oracle, _textbook(dtype))]
+        return [agreement, self.compare_steps(batch, oracle, _baseline(dtype))]
 
     def compare_steps(self, batch: Batch, oracle: Results, source: str) -> Comparison:
         """Check both ways against ``oracle``, then time them."""
@@ -105,7 +105,7 @@ class StepBench:
         comparison = compare(
             f"training step, {self.name}, {_count(batch)}, {tokens.tree:,} tokens in the tree, "
             f"{tokens.unshared:,} in separate sequences, {tokens.padded:,} in padded copies; oracle: {source}",
-            [self.arm(way, too_large if way == "naive" else "") for way in self.ways],
+            [self.arm(way, too_large if way == "baseline" else "") for way in self.ways],
             batch,
             oracle=oracle,
             tolerance=TOLERANCE,
@@ -116,24 +116,24 @@ class StepBench:
             setting=setting,
             progress=self.progress,
         )
-        peak = comparison.arm("naive").allocator_peak if "naive" in self.ways else None
+        peak = comparison.arm("baseline").allocator_peak if "baseline" in self.ways else None
         if peak is not None:
-            self.naive_bytes_per_token = max(self.naive_bytes_per_token, peak / tokens.padded)
+            self.baseline_bytes_per_token = max(self.baseline_bytes_per_token, peak / tokens.padded)
         return comparison
 
     def agreement(self, batch: Batch, oracle: Results, settings: LossSettings, dtype: torch.dtype) -> list[ArmReport]:
-        """Both ways in float32 against ``oracle``, and ours against the float32 textbook."""
-        textbook = self.gradients("naive", batch, settings) if dtype == torch.float64 else oracle
+        """Both ways in float32 against ``oracle``, and ours against the float32 baseline."""
+        baseline = self.gradients("baseline", batch, settings) if dtype == torch.float64 else oracle
 
         def report(name: str, way: Way, against: Results) -> ArmReport:
             self.progress(f"agreement, {_count(batch)}: {name}")
             return replace(check_arm(self.arm(way, settings=settings), batch, against, TOLERANCE), name=name)
 
         preset = settings.preset
-        between = report(f"tuna to float32 naive, {preset}", "tuna", textbook)
+        between = report(f"tuna to float32 baseline, {preset}", "tuna", baseline)
         if dtype == torch.float32:
             return [between]
-        return [report(f"tuna, {preset}", "tuna", oracle), report(f"naive, {preset}", "naive", oracle), between]
+        return [report(f"tuna, {preset}", "tuna", oracle), report(f"baseline, {preset}", "baseline", oracle), between]
 
     def arm(self, way: Way, refusal: str = "", settings: LossSettings | None = None) -> Arm[Batch]:
         """One way as an arm of the harness; with ``settings`` it stops at the gradients."""
@@ -147,7 +147,7 @@ class StepBench:
 
         notes = {
             "tuna": "prefix tree, model_ranking_loss",
-            "naive": "padded copies, full logits",
+            "baseline": "padded copies, full logits",
             "plain tree": "prefix tree in plain torch: SDPA with a [T, T] mask, logits of every slot",
         }
         call = stepper if settings is None else loss_alone
@@ -162,15 +162,15 @@ class StepBench:
         return loss_and_gradients(way, model, batch, settings)
 
     def lacks_memory(self, padded_tokens: int) -> str:
-        """Why a textbook step on so many padded tokens would not fit, or "".
+        """Why a baseline step on so many padded tokens would not fit, or "".
 
         Predicted from the bytes a padded token took in the batches before; a fresh process also needs the model, its
         gradients and the optimizer's state.
         """
         weights = sum(p.numel() * p.element_size() for p in self.steppers["tuna"].model.parameters())
-        needed = self.naive_bytes_per_token * padded_tokens + 4 * weights
+        needed = self.baseline_bytes_per_token * padded_tokens + 4 * weights
         free = psutil.virtual_memory().available
-        if self.naive_bytes_per_token == 0 or needed < free:
+        if self.baseline_bytes_per_token == 0 or needed < free:
             return ""
         return f"would take {needed / GIB:.1f} GiB by what smaller batches took; {free / GIB:.1f} GiB are free"
 
@@ -207,8 +207,8 @@ def _count(batch: Batch) -> str:
     return f"{len(batch)} group" + ("s" if len(batch) > 1 else "")
 
 
-def _textbook(dtype: torch.dtype) -> str:
-    return f"the {str(dtype).removeprefix('torch.')} textbook"
+def _baseline(dtype: torch.dtype) -> str:
+    return f"the {str(dtype).removeprefix('torch.')} baseline"
 
 
 def main(
@@ -225,7 +225,7 @@ def main(
         bool, typer.Option(help="Hold the smallest batch against float64 too, which takes minutes.")
     ] = True,
     way: Annotated[
-        list[str] | None, typer.Option(help="naive or plain tree beside ours; may be repeated. Default: both.")
+        list[str] | None, typer.Option(help="baseline or plain tree beside ours; may be repeated. Default: both.")
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Activation checkpointing, in all ways.")] = False,
     once: Annotated[
@@ -253,7 +253,7 @@ def main(
             model,
             LossSettings(preset=preset),
             threads,
-            Plan(1 if once else rounds, once=once),
+            Rounds(1 if once else rounds, once=once),
             resident and not once,
             progress,
             ways,

@@ -7,7 +7,7 @@ from benchmarks.report import seconds
 
 RECORDS = ("step.json", "step_limit_512.json", "step_4_groups.json", "attention.json", "kernels.json", "sharing.json")
 OURS = ("tuna", "tuna cpu", "tuna tree")
-BASELINES = ("naive", "sdpa padded")
+BASELINES = ("baseline", "sdpa padded")
 HEADER = ["| comparison | Tuna | baseline | fastest peer |", "| --- | ---: | ---: | ---: |"]
 
 

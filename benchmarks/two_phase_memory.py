@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuna.compare.baseline import naive_step_loss
+from tuna.compare.baseline import baseline_step_loss
 from tuna.compare.memory_meter import allocator_peak
 from tuna.system.writing import replacing
 from tuna.train.memory_mode import ActivationModel
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model, two_phase_ranking_loss
 
-ARMS = ("naive", "one pass", "two phases")
+ARMS = ("baseline", "one pass", "two phases")
 
 
 def small_llama(layers: int) -> LlamaForCausalLM:
@@ -50,8 +50,8 @@ def peaks(model: LlamaForCausalLM, group: Group, arms: Sequence[str] = ARMS) -> 
     """Bytes of each arm at its peak."""
     tree = pack_groups([group])
 
-    def naive() -> None:
-        naive_step_loss(model, [group], preset="released").loss.backward()  # type: ignore[no-untyped-call]
+    def baseline() -> None:
+        baseline_step_loss(model, [group], preset="released").loss.backward()  # type: ignore[no-untyped-call]
 
     def one_pass() -> None:
         model_ranking_loss(model, tree, preset="released", logits_budget=0).loss.backward()  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ def peaks(model: LlamaForCausalLM, group: Group, arms: Sequence[str] = ARMS) -> 
         two_phase_ranking_loss(model, tree, preset="released")
 
     found = {}
-    calls = dict(zip(ARMS, (naive, one_pass, two_phases), strict=True))
+    calls = dict(zip(ARMS, (baseline, one_pass, two_phases), strict=True))
     for name in arms:
         calls[name]()  # gradients exist from here on, and are no part of the peak
         found[name] = allocator_peak(calls[name])
@@ -92,7 +92,7 @@ def measure(ks: list[int], prompt: int, response: int, layers: int) -> list[dict
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in MiB."""
     lines = [
-        "| checkpointing | k | released loss | one pass (estimated) | two phases (estimated) |",
+        "| checkpointing | k | baseline | one pass (estimated) | two phases (estimated) |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
@@ -100,7 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         guess = {name: value / 2**20 for name, value in row["estimated"].items()}
         shown = [f"{mib[name]:.1f} ({guess[name]:.1f})" for name in ARMS[1:]]
         checkpointed = "yes" if row["checkpointed"] else "no"
-        lines.append(f"| {checkpointed} | {row['k']} | {mib['naive']:.1f} | {' | '.join(shown)} |")
+        lines.append(f"| {checkpointed} | {row['k']} | {mib['baseline']:.1f} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ def _cases(device: torch.device, small: bool) -> Iterator[tuple[str, torch.dtype
 def _check(name: str, dtype: torch.dtype, run: Run, backend: str) -> Check:
     name = f"{name}, {str(dtype).removeprefix('torch.')}"
     truth = run(torch.float64, "reference")
-    textbook = run(dtype, "reference")
+    reference = run(dtype, "reference")
     try:
         got = run(dtype, backend)
     except Exception as error:  # a compiler or a driver may throw anything, and the other checks still tell something
@@ -87,7 +87,7 @@ def _check(name: str, dtype: torch.dtype, run: Run, backend: str) -> Check:
     worst = Check(name, 0.0, float("inf"))
     for part, right in truth.items():
         off = float((got[part].double() - right).abs().max())
-        own = float((textbook[part].double() - right).abs().max())
+        own = float((reference[part].double() - right).abs().max())
         limit = FACTOR * own + UNITS * torch.finfo(torch.float32).eps * float(right.abs().max())
         if not off <= limit:
             return Check(name, off, limit, f"{part} is off by {off:.2g}, {limit:.2g} is allowed")

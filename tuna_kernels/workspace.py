@@ -117,7 +117,7 @@ def _selective_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
 
 
 def _full_logits(shape: Shape, dtype: torch.dtype) -> int:
-    """The textbook: logits, their log-softmax and its gradient, and both operands in the computing type."""
+    """The reference: logits, their log-softmax and its gradient, and both operands in the computing type."""
     b, rows, width, vocabulary = compute_dtype(dtype).itemsize, shape["rows"], shape["width"], shape["vocabulary"]
     return b * (5 * rows * vocabulary + 2 * width * (rows + vocabulary)) + _PER_SLOT * rows
 
@@ -165,7 +165,7 @@ def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
-    """The textbook: scores of all rows against all rows in the computing type, kept for the backward."""
+    """The reference: scores of all rows against all rows in the computing type, kept for the backward."""
     b = compute_dtype(dtype).itemsize
     batch, heads, rows, size = shape.get("batch", 1), shape["heads"], shape["rows"], shape["head_size"]
     queries = shape.get("queries", rows)

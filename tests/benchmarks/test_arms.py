@@ -24,7 +24,7 @@ from tuna_kernels.versions import release
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(24, 16, 300)
-SLOW_TO_COMPILE = ("CCE compiled", "naive compiled")
+SLOW_TO_COMPILE = ("CCE compiled", "baseline compiled")
 
 
 def arms(*, slow: bool) -> list[Arm[Case]]:
@@ -41,10 +41,10 @@ def test_the_oracle_equals_autograd_in_float64(rows: int, width: int, vocab: int
         weight=case.weight.detach().double().requires_grad_(mode in TRAINABLE),
         upstream=case.upstream.double(),
     )
-    textbook = run_case(wide, lambda x, w, t: torch.log_softmax(x @ w.T, -1)[torch.arange(len(t)), t])
+    baseline = run_case(wide, lambda x, w, t: torch.log_softmax(x @ w.T, -1)[torch.arange(len(t)), t])
     mine = oracle(case, block_bytes=block)
-    assert set(mine) == set(textbook)
-    for name, right in textbook.items():
+    assert set(mine) == set(baseline)
+    for name, right in baseline.items():
         torch.testing.assert_close(mine[name], right, rtol=1e-12, atol=1e-13)
 
 
@@ -119,7 +119,7 @@ def test_a_shape_that_is_none_is_refused(text: str) -> None:
 
 def test_the_program_leaves_a_record_table_and_picture(tmp_path: Path) -> None:
     arguments = ["--quick", "--mode", "frozen", "--dtype", "float32", "--threads", "1"]
-    chosen = ["--arm", "naive", "--arm", "tuna torch", "--output", str(tmp_path)]
+    chosen = ["--arm", "baseline", "--arm", "tuna torch", "--output", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.kernels", *arguments, *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -127,10 +127,10 @@ def test_the_program_leaves_a_record_table_and_picture(tmp_path: Path) -> None:
     titles = [comparison.title.split(",")[0] for comparison in record.comparisons]
     assert titles == ["log-probs", "ranking loss"]
     logprobs = record.comparisons[0]
-    assert [arm.name for arm in logprobs.arms] == ["naive", "tuna torch"]
+    assert [arm.name for arm in logprobs.arms] == ["baseline", "tuna torch"]
     for arm in logprobs.arms:
         assert len(arm.samples) == 2 and set(arm.ratios) == {bound.name for bound in logprobs.bounds}
-    assert "| naive |" in (tmp_path / "kernels.md").read_text()
+    assert "| baseline |" in (tmp_path / "kernels.md").read_text()
     assert (tmp_path / "kernels-64x32x512-float32.png").stat().st_size > 10_000
     assert record.machine.threads == 1
     assert release(record.machine.versions["torch"]) == release(torch.__version__)

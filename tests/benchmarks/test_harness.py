@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.harness import Arm, Plan, compare, run_rounds
+from benchmarks.harness import Arm, Rounds, compare, run_rounds
 from benchmarks.record import Bound, Comparison
 
 ORACLE = {"value": torch.tensor([1.0, -2.0], dtype=torch.float64)}
@@ -53,7 +53,7 @@ class HandClock:
 
 
 def run(arms: list[Arm[None]], rounds: int = 2) -> Comparison:
-    return compare("t", arms, None, oracle=ORACLE, tolerance=TOLERANCE, plan=Plan(rounds=rounds))
+    return compare("t", arms, None, oracle=ORACLE, tolerance=TOLERANCE, plan=Rounds(rounds=rounds))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_rounds_interleave_and_the_order_rotates(arms: int, rounds: int) -> None
     clock = HandClock()
     names = [f"arm {i}" for i in range(arms)]
     timed = {name: clock.work(name, [1.0] * rounds) for name in names}
-    samples = run_rounds(timed, Plan(rounds=rounds, clock=clock))
+    samples = run_rounds(timed, Rounds(rounds=rounds, clock=clock))
     for number in range(rounds):
         played = clock.log[number * arms : (number + 1) * arms]
         assert played == [names[(number + i) % arms] for i in range(arms)]
@@ -110,7 +110,7 @@ def test_rounds_interleave_and_the_order_rotates(arms: int, rounds: int) -> None
 def test_a_slow_arm_keeps_the_least_rounds_and_skips_the_rest() -> None:
     clock = HandClock()
     timed = {"slow": clock.work("slow", [100.0] * 6), "fast": clock.work("fast", [1.0] * 6)}
-    samples = run_rounds(timed, Plan(rounds=6, budget=10, least=2, clock=clock))
+    samples = run_rounds(timed, Rounds(rounds=6, budget=10, least=2, clock=clock))
     assert [len(samples[name]) for name in ("slow", "fast")] == [2, 6]
 
 
@@ -134,7 +134,7 @@ def test_ratios_are_taken_within_the_round(rounds: list[tuple[int, int, int]]) -
         tolerance=TOLERANCE,
         units={name: clock.work(name, moved[name]) for name in ("a", "b")},
         bounds=[Bound("2a + b", {"a": 2, "b": 1}, 1000)],
-        plan=Plan(rounds=len(rounds), budget=math.inf, clock=clock),
+        plan=Rounds(rounds=len(rounds), budget=math.inf, clock=clock),
     )
     expected = [arm_time / (2 * a + b) for arm_time, a, b in rounds]
     ratio = table.arm("arm").ratios["2a + b"]
@@ -156,7 +156,7 @@ def test_memory_ratio_is_that_of_the_allocator_peak() -> None:
         tolerance=TOLERANCE,
         units={"unit": lambda: sum(range(1000))},
         bounds=[bound],
-        plan=Plan(rounds=1),
+        plan=Rounds(rounds=1),
     )
     peak = table.arm("arm").allocator_peak
     assert peak is not None and peak >= 2 * 8 * 2**16
@@ -177,7 +177,14 @@ def test_once_checks_times_and_meters_in_one_call() -> None:
     bounds = [Bound("unit", {"unit": 1})]
     units = {"unit": lambda: sum(range(1000))}
     table = compare(
-        "t", arms, None, oracle=ORACLE, tolerance=TOLERANCE, units=units, bounds=bounds, plan=Plan(rounds=1, once=True)
+        "t",
+        arms,
+        None,
+        oracle=ORACLE,
+        tolerance=TOLERANCE,
+        units=units,
+        bounds=bounds,
+        plan=Rounds(rounds=1, once=True),
     )
     assert calls == ["good", "bad"]
     good, bad = table.arm("good"), table.arm("bad")
@@ -201,4 +208,4 @@ def test_mistakes_of_the_caller_are_errors() -> None:
     with pytest.raises(ValueError, match="no entry for results of kind 'value'"):
         compare("t", [twice], None, oracle=ORACLE, tolerance={"other": 1.0})
     with pytest.raises(ValueError, match="rounds = 0"):
-        Plan(rounds=0)
+        Rounds(rounds=0)

@@ -14,7 +14,7 @@ RAGGED = [
 
 
 @pytest.mark.parametrize("groups", [RAGGED, made_groups(2, 3, 7, 5, 50)])
-def test_every_arm_computes_the_loss_and_gradients_of_the_textbook(groups: list[Group]) -> None:
+def test_every_arm_computes_the_loss_and_gradients_of_the_baseline(groups: list[Group]) -> None:
     case = SharingCase(small_llama(layers=2, width=64, vocab=50), groups)
     right = sharing_oracle(case)
     reports = [check_arm(arm, case, right, TOLERANCE) for arm in sharing_arms()]

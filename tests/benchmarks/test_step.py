@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Plan
+from benchmarks.harness import Rounds
 from benchmarks.record import read_record
 from benchmarks.step import StepBench, read_batches, typical_batch
 from tuna.compare.side_by_side import LossSettings, Way, count_tokens
@@ -26,27 +26,27 @@ def test_the_program_leaves_a_record_of_both_ways(tmp_path: Path) -> None:
     agreement, step = read_record(tmp_path / "step.json").comparisons
     assert [arm.name for arm in agreement.arms][::3] == ["tuna, paper", "tuna, released"]
     assert all(arm.status == "ok" and not arm.samples for arm in agreement.arms)
-    assert [arm.name for arm in step.arms] == ["tuna", "naive", "plain tree"]
-    assert step.arm("naive").ratios["naive step"].cpu.median == 1.0
-    assert 0 < (step.arm("tuna").ratios["naive step"].memory or 0) < 1
+    assert [arm.name for arm in step.arms] == ["tuna", "baseline", "plain tree"]
+    assert step.arm("baseline").ratios["baseline step"].cpu.median == 1.0
+    assert 0 < (step.arm("tuna").ratios["baseline step"].memory or 0) < 1
     assert step.setting["tree"] < step.setting["unshared"] <= step.setting["padded"]  # type: ignore[operator]
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
-def test_a_textbook_step_that_would_not_fit_is_skipped_and_said_so() -> None:
-    bench = StepBench(TINY, LossSettings(), threads=1, plan=Plan(rounds=1), resident=False)
+def test_a_baseline_step_that_would_not_fit_is_skipped_and_said_so() -> None:
+    bench = StepBench(TINY, LossSettings(), threads=1, plan=Rounds(rounds=1), resident=False)
     (batch,) = read_batches(None, TINY, "alpaca", 128, [1], seed=0)
     assert bench.lacks_memory(count_tokens(batch).padded) == ""
-    bench.naive_bytes_per_token = 1e12
+    bench.baseline_bytes_per_token = 1e12
     (step,) = bench.run(batch)
-    assert step.arm("naive").status == "unsupported" and "GiB are free" in step.arm("naive").reason
+    assert step.arm("baseline").status == "unsupported" and "GiB are free" in step.arm("baseline").reason
     assert step.arm("tuna").status == "ok" and step.arm("tuna").samples
-    assert "oracle: our own float32 step, without the textbook" in step.title
+    assert "oracle: our own float32 step, without the baseline" in step.title
 
 
 def test_ways_can_be_left_out_and_activations_computed_again() -> None:
     ways: tuple[Way, ...] = ("tuna", "plain tree")
-    bench = StepBench(TINY, LossSettings(), 1, Plan(rounds=1), resident=False, ways=ways, checkpointed=True)
+    bench = StepBench(TINY, LossSettings(), 1, Rounds(rounds=1), resident=False, ways=ways, checkpointed=True)
     (batch,) = read_batches(None, TINY, "alpaca", 128, [1], seed=0)
     (step,) = bench.run(batch)
     assert [arm.name for arm in step.arms] == list(ways)

@@ -1,4 +1,4 @@
-"""Attention sinks and strides on the Triton kernels: the textbook with one more column, whatever the layout."""
+"""Attention sinks and strides on the Triton kernels: the reference with one more column, whatever the layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels import selective_logprobs
 from tuna_kernels.attention.tree_attention import tree_attention
 from tuna_kernels.tree import Group, pack_groups
@@ -48,7 +48,7 @@ def test_sinks_equal_one_more_column(dtype: torch.dtype, window: int | None, sof
         got = evaluate([x.to(DEVICE) for x in leaves], "triton", window, softcap, last_apart=last_apart)
         for name, a, b, c in zip(NAMES, got, book, truth, strict=True):
             rounded = torch.float32 if name == "lse" else dtype
-            assert_as_good_as_textbook(a, b, c, name, rounded=rounded, scale=1.0)
+            assert_as_good_as_reference(a, b, c, name, rounded=rounded, scale=1.0)
 
 
 def test_targets_of_logits_may_be_strided() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tests.tuna_kernels.head.test_logprobs import VARIANTS, Case, evaluate, tensors
 from tuna_kernels import linear_logprobs, workspace_bytes
 from tuna_kernels.gpu import launch
@@ -33,13 +33,13 @@ def rounded(case: Case) -> torch.dtype:
 
 def check(case: Case, scale: float = 0.0) -> None:
     truth = evaluate(case, "reference", torch.float64)
-    textbook = evaluate(case, "reference")
+    reference = evaluate(case, "reference")
     got = evaluate(case, "triton", device=DEVICE)
     assert got.keys() == truth.keys()
     for name in truth:
         is_gradient = name.startswith("d ")
-        assert_as_good_as_textbook(
-            got[name], textbook[name], truth[name], f"{name} of {case}",
+        assert_as_good_as_reference(
+            got[name], reference[name], truth[name], f"{name} of {case}",
             rounded=rounded(case) if is_gradient else torch.float32, scale=scale,
         )  # fmt: skip
 

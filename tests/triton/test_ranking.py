@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tests.tuna_kernels.head import test_ranking_loss as cases
 from tuna_kernels import Group, linear_ranking_loss, pack_groups
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the shared cases are CP
 @pytest.mark.parametrize("preset", cases.PRESETS)
 @pytest.mark.parametrize("options", [{}, {"frozen": True}, {"lora": True, "logit_scale": 0.5, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("budget", [0, cases.ONE_GROUP, None])
-def test_equals_the_textbook(preset: str, options: dict[str, Any], budget: int | None) -> None:
+def test_equals_the_reference(preset: str, options: dict[str, Any], budget: int | None) -> None:
     groups = cases.make_groups()
     truth = cases.evaluate(groups, "reference", torch.float64, preset=preset, **options)
-    textbook = cases.evaluate(groups, "reference", torch.float32, preset=preset, **options)
+    reference = cases.evaluate(groups, "reference", torch.float32, preset=preset, **options)
     got = cases.evaluate(groups, "triton", torch.float32, preset=preset, logits_budget=budget, **options)
     assert got.keys() == truth.keys()
     for name in truth:
-        assert_as_good_as_textbook(got[name], textbook[name], truth[name], name)
+        assert_as_good_as_reference(got[name], reference[name], truth[name], name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,16 +38,16 @@ def test_half_precision(dtype: torch.dtype, budget: int | None) -> None:
     results = {}
     for name, backend, kind in (
         ("truth", "reference", torch.float64),
-        ("textbook", "reference", dtype),
+        ("reference", "reference", dtype),
         ("got", "triton", dtype),
     ):
         h, w = hidden.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
         out = linear_ranking_loss(h, w, tree, backend=backend, logits_budget=budget)
         (out.loss * 0.01).backward()
         results[name] = (out.logprobs, h.grad, w.grad)
-    for got, textbook, truth in zip(results["got"], results["textbook"], results["truth"], strict=True):
-        assert got is not None and textbook is not None and truth is not None
-        assert_as_good_as_textbook(got, textbook, truth, rounded=dtype)
+    for got, reference, truth in zip(results["got"], results["reference"], results["truth"], strict=True):
+        assert got is not None and reference is not None and truth is not None
+        assert_as_good_as_reference(got, reference, truth, rounded=dtype)
 
 
 @pytest.mark.parametrize("budget", [0, None])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels import selective_logprobs
 from tuna_kernels.head.triton import logits as kernels
 
@@ -36,9 +36,9 @@ def test_equals_the_oracle(dtype: torch.dtype, temperature: float, shift: float,
         return out.detach().cpu(), leaf.grad.cpu()
 
     truth = evaluate(logits.double(), "reference")
-    textbook = evaluate(logits, "reference")
-    for got, book, true in zip(evaluate(logits, "triton", DEVICE), textbook, truth, strict=True):
-        assert_as_good_as_textbook(got, book, true)
+    reference = evaluate(logits, "reference")
+    for got, book, true in zip(evaluate(logits, "triton", DEVICE), reference, truth, strict=True):
+        assert_as_good_as_reference(got, book, true)
 
 
 def test_nothing_to_do_and_strided() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.triton.device import DEVICE
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna.compare.memory_meter import allocator_peak
 from tuna_kernels import workspace_bytes
 from tuna_kernels.attention import bounds, reference
@@ -91,7 +91,7 @@ def inputs(
     ]
 
 
-def half_textbook(
+def half_reference(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """What plain torch does in the inputs' own dtype, softmax in float32."""
@@ -148,19 +148,19 @@ def assert_equals_oracle(
         return reference.tree_attention(AttentionCall(*qkv, end, rows, depth, window, scale, softcap))
 
     def plain(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return half_textbook(*qkv, reference.visible(end, rows, depth, window), scale, softcap)
+        return half_reference(*qkv, reference.visible(end, rows, depth, window), scale, softcap)
 
     dtype = leaves[0].dtype
     shape = oracle(*(x.detach() for x in leaves))
     given_upstream = {seed: upstream(shape, seed) for seed in seeds}
     found = run(kernel, dtype)
     truth = run(oracle, torch.float64)
-    textbook = run(oracle if dtype == torch.float32 else plain, dtype)
+    reference = run(oracle if dtype == torch.float32 else plain, dtype)
     names = [["out", "lse"], *[["dq", "dk", "dv"]] * len(seeds)]
-    for group in zip(found, textbook, truth, names, strict=True):
+    for group in zip(found, reference, truth, names, strict=True):
         for got, own, exact, name in zip(*group, strict=True):
             size = truth[0][1].abs().max().item() if large and name.startswith("d") else 0
-            assert_as_good_as_textbook(got, own, exact, name, units=16 + size)
+            assert_as_good_as_reference(got, own, exact, name, units=16 + size)
 
 
 @given(

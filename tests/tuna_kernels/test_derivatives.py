@@ -1,4 +1,4 @@
-"""Every derivative of every op is the textbook's or refused: torch.func, forward mode, second derivatives."""
+"""Every derivative of every op is the reference's or refused: torch.func, forward mode, second derivatives."""
 
 from __future__ import annotations
 

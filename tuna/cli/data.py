@@ -11,10 +11,9 @@ import typer
 from rich.table import Table
 
 from tuna.cli.template import TemplateOption
-from tuna.console.notices import given_template, warn
-from tuna.console.problems import print_problems
-from tuna.console.records import best_and_worst
+from tuna.console.preview import best_and_worst
 from tuna.console.terminal import Terminal, complain, say, say_json
+from tuna.console.warnings import given_template, print_problems, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

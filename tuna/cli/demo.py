@@ -26,7 +26,7 @@ def demo(
     threads: Annotated[int | None, typer.Option(help="Threads. Default: what torch takes.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("runs/demo"),
 ) -> None:
-    """Train on ranked responses, with our step beside the textbook's.
+    """Train on ranked responses, with our step beside the baseline's.
 
     Shows, on the CPU: that losses and gradients agree, what a step takes in time, memory and tokens both ways, and how
     well held-out responses are ranked before and after some tens of steps.
@@ -82,9 +82,9 @@ def demo_tables(results: dict[str, Any]) -> list[Any]:
 def _agreement(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    pairs = {"tuna_to_exact": "Tuna", "naive_to_exact": "textbook", "tuna_to_naive": "Tuna to textbook"}
+    pairs = {"tuna_to_exact": "Tuna", "baseline_to_exact": "baseline", "tuna_to_baseline": "Tuna to baseline"}
     table = Table("preset", "float32", "loss", "all gradients", "worst parameter", title_justify="left")
-    table.title = "Agreement on one batch, relative to the textbook in float64"
+    table.title = "Agreement on one batch, relative to the baseline in float64"
     for row in rows:
         for pair, name in pairs.items():
             loss, gradient = row[pair]["loss"], row[pair]["gradient"]
@@ -101,15 +101,15 @@ def _costs(costs: dict[str, Any]) -> Any:
     def seconds(value: float) -> str:
         return f"{value:.2f} s"
 
-    tuna, naive = costs["tuna"], costs["naive"]
-    table = Table("a step", "Tuna", "textbook", "ratio", title="Costs on the same batches", title_justify="left")
+    tuna, baseline = costs["tuna"], costs["baseline"]
+    table = Table("a step", "Tuna", "baseline", "ratio", title="Costs on the same batches", title_justify="left")
     rows: dict[str, tuple[float, float, Callable[[float], str]]] = {
-        "wall time, median": (median(tuna["wall"]), median(naive["wall"]), seconds),
-        "CPU time, median": (median(tuna["cpu"]), median(naive["cpu"]), seconds),
-        "tokens computed, all batches": (tuna["tokens"], naive["tokens"], "{:,}".format),
-        "memory above weights, allocator": (tuna["allocator_peak"], naive["allocator_peak"], size),
-        "memory above weights, process": (tuna["growth"], naive["growth"], size),
-        "process in all": (tuna["process"], naive["process"], size),
+        "wall time, median": (median(tuna["wall"]), median(baseline["wall"]), seconds),
+        "CPU time, median": (median(tuna["cpu"]), median(baseline["cpu"]), seconds),
+        "tokens computed, all batches": (tuna["tokens"], baseline["tokens"], "{:,}".format),
+        "memory above weights, allocator": (tuna["allocator_peak"], baseline["allocator_peak"], size),
+        "memory above weights, process": (tuna["growth"], baseline["growth"], size),
+        "process in all": (tuna["process"], baseline["process"], size),
     }
     for name, (ours, theirs, shown) in rows.items():
         table.add_row(name, shown(ours), shown(theirs), f"{ours / theirs:.2f}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tuna.cli import paid
-from tuna.console.problems import print_problems
+from tuna.console.warnings import print_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

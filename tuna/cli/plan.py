@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tuna.plan.comparison import Row
-    from tuna.plan.planner import Plan, Planner, Request
+    from tuna.plan.planner import Plan, Planner, PlanRequest
     from tuna.plan.workload import Workload
 
 __all__ = ["plan"]
@@ -44,7 +44,7 @@ def plan(
     max_length: Annotated[int, _flag(help="For --data, as in tuna train.", panel=DATA)] = 512,
     groups: Annotated[int, _flag(help="Groups of a micro-batch.", panel=STEP)] = 1,
     method: Annotated[
-        str, _flag(help="The way that must fit: one_pass, two_phase, unshared or released.", panel=STEP)
+        str, _flag(help="The way that must fit: one_pass, two_phase, unshared or baseline.", panel=STEP)
     ] = "one_pass",
     precision: Annotated[str, _flag(help="bf16, fp16 or fp32.", panel=STEP)] = "bf16",
     lora_r: Annotated[int | None, _flag(help="Rank of adapters. Default: train everything.", panel=STEP)] = None,
@@ -110,14 +110,14 @@ def plan(
     planner.checked(request)
 
 
-def _advise(console: Console, planner: Planner, request: Request, model: str | None, **reading: Any) -> None:
+def _advise(console: Console, planner: Planner, request: PlanRequest, model: str | None, **reading: Any) -> None:
     """The commands to go on with: of the plan that fits with the least change, and of adapters beside offload."""
     from dataclasses import replace
 
     from tuna.plan.advice import adapters, train_command
     from tuna.plan.planner import describe
 
-    if request.settings.method == "released":  # theirs; ours takes less
+    if request.settings.method == "baseline":
         request = replace(request, settings=replace(request.settings, method="one_pass"))
     nearest = planner.nearest(request)
     found: list[tuple[str, Plan | None]] = [("train", nearest)]
@@ -158,11 +158,11 @@ def _request(
     workload: Workload, groups: int, method: str, precision: str, lora_r: int | None, optimizer: str,
     checkpointing: bool, candidates_per_pass: int, gpu: str, gpus: int, gpus_per_node: int, zero: int | None,
     offload: str, host_memory: float | None,
-) -> Request:  # fmt: skip
+) -> PlanRequest:  # fmt: skip
     import torch
 
     from tuna.plan.cards import find_card
-    from tuna.plan.planner import GIB, Request
+    from tuna.plan.planner import GIB, PlanRequest
     from tuna.plan.settings import StepSettings
     from tuna.plan.states import Sharding
     from tuna.plan.workload import METHODS
@@ -176,7 +176,7 @@ def _request(
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
     stage = zero if zero is not None else {"none": 0, "optimizer": 2}.get(offload, 3)
-    return Request(
+    return PlanRequest(
         card=find_card(gpu),
         workload=workload,
         groups=groups,
@@ -193,7 +193,7 @@ def _request(
     )
 
 
-def _lowest_stage(planner: Planner, request: Request) -> Request:
+def _lowest_stage(planner: Planner, request: PlanRequest) -> PlanRequest:
     """The request at the lowest stage that fits, else at the highest there is."""
     from dataclasses import replace
 
@@ -204,7 +204,7 @@ def _lowest_stage(planner: Planner, request: Request) -> Request:
     return next((other for other in tried if planner.plan(other).fits), tried[-1])
 
 
-def _compare(console: Any, planner: Planner, request: Request, most_groups: int) -> list[Row]:
+def _compare(console: Any, planner: Planner, request: PlanRequest, most_groups: int) -> list[Row]:
     from tuna.plan.comparison import compare
     from tuna.plan.workload import METHODS
 
@@ -212,7 +212,7 @@ def _compare(console: Any, planner: Planner, request: Request, most_groups: int)
         return compare(planner, request, METHODS, lambda name: status.update(f"simulating {name} …"), most_groups)
 
 
-def _setting(request: Request) -> str:
+def _setting(request: PlanRequest) -> str:
     sharding, settings = request.sharding, request.settings
     what = "full" if settings.lora_rank is None else f"LoRA rank {settings.lora_rank}"
     where = f"{sharding.gpus} x {request.card.label}, ZeRO-{sharding.stage}, offload {sharding.offload}"

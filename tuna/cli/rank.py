@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli.template import TemplateOption
-from tuna.console.notices import given_template
+from tuna.console.warnings import given_template
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
-from tuna.console.notices import given_template, warn
-from tuna.console.problems import print_problems
+from tuna.console.warnings import given_template, print_problems, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli.template import TemplateOption
-from tuna.console.notices import given_template, warn
+from tuna.console.warnings import given_template, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Ours beside the textbook: how far they agree and what each takes."""
+"""Ours beside the baseline: how far they agree and what each takes."""

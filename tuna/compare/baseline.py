@@ -1,4 +1,4 @@
-"""The textbook way, as the paper's released code takes it: the thing that Tuna is compared with.
+"""The baseline way, as the paper's released code takes it: the thing that Tuna is compared with.
 
 Every prompt is copied k times, each copy is followed by one response, the G * k sequences are padded on the
 right to the longest, and the model gives logits for every position of every one of them::
@@ -29,8 +29,8 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class NaiveOutput:
-    """Result of `naive_step_loss`: ``loss`` carries the gradient, the rest is detached.
+class BaselineOutput:
+    """Result of `baseline_step_loss`: ``loss`` carries the gradient, the rest is detached.
 
     ``loss = ranking + mle_weight * mle``; ``scores`` [C] are the length-normalised log-probabilities.
     """
@@ -41,7 +41,7 @@ class NaiveOutput:
     scores: Tensor
 
 
-def naive_step_loss(
+def baseline_step_loss(
     model: nn.Module,
     groups: Sequence[Group],
     *,
@@ -50,7 +50,7 @@ def naive_step_loss(
     length_penalty: float = 1.0,
     mle_weight: float = 1.0,
     pad_token_id: int = 0,
-) -> NaiveOutput:
+) -> BaselineOutput:
     """Loss of one batch of groups with k padded copies of each prompt and full logits.
 
     Args:
@@ -90,7 +90,7 @@ def naive_step_loss(
         best = torch.tensor(_first_best(ranks), device=device)
         mle = -(sums[best] / lengths[best]).mean()
     loss = ranking + mle_weight * mle
-    return NaiveOutput(loss, ranking.detach(), mle.detach(), scores.detach())
+    return BaselineOutput(loss, ranking.detach(), mle.detach(), scores.detach())
 
 
 def plain_tree_loss(
@@ -101,10 +101,10 @@ def plain_tree_loss(
     margin: float = 0.1,
     length_penalty: float = 1.0,
     mle_weight: float = 1.0,
-) -> NaiveOutput:
+) -> BaselineOutput:
     """The same loss from the packed tree by a few lines of plain torch: what the kernels are worth beyond the layout.
 
-    Attention is SDPA with a [T, T] mask, the head gives logits of every slot. Arguments as in `naive_step_loss`; the
+    Attention is SDPA with a [T, T] mask, the head gives logits of every slot. Arguments as in `baseline_step_loss`; the
     model must have transformers' own attention (``sdpa``).
     """
     tree = pack_groups(groups, device=next(model.parameters()).device)
@@ -124,7 +124,7 @@ def plain_tree_loss(
     ranks = [_dense_ranks(group) for group in groups]
     ranking = _ranking(sums / lengths**length_penalty, ranks, preset, margin)
     mle = -token_logprobs.mean() if preset == "released" else -(sums / lengths)[_first_best(ranks)].mean()
-    return NaiveOutput(
+    return BaselineOutput(
         ranking + mle_weight * mle, ranking.detach(), mle.detach(), (sums / lengths**length_penalty).detach()
     )
 

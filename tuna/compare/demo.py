@@ -1,4 +1,4 @@
-"""`tuna demo`: the whole way on a few ranked groups, our step beside the textbook step, in minutes on a CPU.
+"""`tuna demo`: the whole way on a few ranked groups, our step beside the baseline step, in minutes on a CPU.
 
 Three parts, one function each: do both ways agree (`compare_results`), what does a step take (`compare_costs`), and
 does training learn the ranking (`train`). `run_demo` goes through them and leaves ``demo.json`` and ``demo.png``.

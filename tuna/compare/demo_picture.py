@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS, THEIRS, SECOND, INK = "#c2410c", "#94a3b8", "#0f766e", "#334155"
-NAMES = {"tuna": "Tuna", "naive": "textbook"}
+NAMES = {"tuna": "Tuna", "baseline": "baseline"}
 GIB = 2**30
 
 
@@ -84,7 +84,7 @@ def _draw_accuracy(axes: Axes, training: Mapping[str, Any], groups: int) -> None
 
 def _draw_times(axes: Axes, costs: Mapping[str, Any]) -> None:
     seconds = {way: median(cost["wall"]) for way, cost in costs.items()}
-    _title(axes, f"Time of a step: {seconds['naive'] / seconds['tuna']:.1f}x as fast as the textbook")
+    _title(axes, f"Time of a step: {seconds['baseline'] / seconds['tuna']:.1f}x as fast as the baseline")
     labels = {way: f"{seconds[way]:.2f} s\n{costs[way]['tokens']:,} tokens" for way in costs}
     _bars(axes, seconds, labels)
     axes.set_xlabel(f"seconds, median over {len(costs['tuna']['wall'])} batches; tokens of all of them")
@@ -92,7 +92,7 @@ def _draw_times(axes: Axes, costs: Mapping[str, Any]) -> None:
 
 def _draw_memory(axes: Axes, costs: Mapping[str, Any]) -> None:
     growth = {way: cost["growth"] / GIB for way, cost in costs.items()}
-    _title(axes, f"Memory of a step: {growth['tuna'] / growth['naive']:.0%} of the textbook's")
+    _title(axes, f"Memory of a step: {growth['tuna'] / growth['baseline']:.0%} of the baseline's")
     labels = {way: f"{size(costs[way]['growth'])}\n{size(costs[way]['process'])} in all" for way in costs}
     _bars(axes, growth, labels)
     axes.set_xlabel("GiB above weights and optimizer state, peak of a fresh process")
@@ -103,7 +103,7 @@ def size(number: float) -> str:
     return f"{number / GIB:.2f} GiB" if number >= GIB else f"{number / 2**20:.1f} MiB"
 
 
-_ORDER = ("naive", "tuna")
+_ORDER = ("baseline", "tuna")
 
 
 def _bars(axes: Axes, values: Mapping[str, float], labels: Mapping[str, str]) -> None:

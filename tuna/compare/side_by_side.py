@@ -1,6 +1,6 @@
-"""Ours beside the textbook: the same training step both ways, how far they agree and what each takes.
+"""Ours beside the baseline: the same training step both ways, how far they agree and what each takes.
 
-``"tuna"`` packs the groups into a tree and calls `model_ranking_loss`; ``"naive"`` is `baseline`: k padded copies of
+``"tuna"`` packs the groups into a tree and calls `model_ranking_loss`; ``"baseline"`` is `baseline`: k padded copies of
 each prompt and full logits; ``"plain tree"`` is the tree in a few lines of plain torch. All are followed by the same
 AdamW.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tuna.compare.agreement import Error, measure_errors
-from tuna.compare.baseline import naive_step_loss, plain_tree_loss
+from tuna.compare.baseline import baseline_step_loss, plain_tree_loss
 from tuna.compare.memory_meter import ResidentPeak, in_fresh_process, resident_peak
 from tuna.models.loading import load_model
 from tuna_kernels import Group, pack_groups
@@ -39,8 +39,8 @@ __all__ = [
     "step_memory",
 ]
 
-Way = Literal["tuna", "naive", "plain tree"]
-WAYS: tuple[Way, ...] = ("tuna", "naive")
+Way = Literal["tuna", "baseline", "plain tree"]
+WAYS: tuple[Way, ...] = ("tuna", "baseline")
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def tuna_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings)
     return model_ranking_loss(model, pack_groups(groups), **asdict(settings)).loss
 
 
-def naive_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings) -> Tensor:
-    """The textbook loss of one batch of groups, padding included; scalar with gradient."""
-    return naive_step_loss(model, groups, **asdict(settings)).loss
+def baseline_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings) -> Tensor:
+    """The baseline loss of one batch of groups, padding included; scalar with gradient."""
+    return baseline_step_loss(model, groups, **asdict(settings)).loss
 
 
 def plain_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings) -> Tensor:
@@ -70,7 +70,7 @@ def plain_loss(model: nn.Module, groups: Sequence[Group], settings: LossSettings
 
 LOSSES: Mapping[Way, Callable[[nn.Module, Sequence[Group], LossSettings], Tensor]] = {
     "tuna": tuna_loss,
-    "naive": naive_loss,
+    "baseline": baseline_loss,
     "plain tree": plain_loss,
 }
 
@@ -120,30 +120,30 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Both ways in float32 and the textbook in float64 (``exact``), on one batch.
+    """Both ways in float32 and the baseline in float64 (``exact``), on one batch.
 
-    ``losses``: of "tuna", "naive" and "exact". The errors have the kinds "loss" and "gradient"; ``max_rel`` of the
+    ``losses``: of "tuna", "baseline" and "exact". The errors have the kinds "loss" and "gradient"; ``max_rel`` of the
     latter is that of the worst parameter, ``norm_rel`` that of all parameters together.
     """
 
     preset: str
     losses: dict[str, float]
     tuna_to_exact: dict[str, Error]
-    naive_to_exact: dict[str, Error]
-    tuna_to_naive: dict[str, Error]
+    baseline_to_exact: dict[str, Error]
+    tuna_to_baseline: dict[str, Error]
 
 
 def agreement(model: nn.Module, groups: Sequence[Group], settings: LossSettings) -> Agreement:
     """Loss and all gradients of one batch both ways. Leaves ``model`` as it was."""
-    exact = loss_and_gradients("naive", copy.deepcopy(model).double(), groups, settings)
-    naive = loss_and_gradients("naive", copy.deepcopy(model), groups, settings)
+    exact = loss_and_gradients("baseline", copy.deepcopy(model).double(), groups, settings)
+    baseline = loss_and_gradients("baseline", copy.deepcopy(model), groups, settings)
     tuna = loss_and_gradients("tuna", copy.deepcopy(model), groups, settings)
     return Agreement(
         preset=settings.preset,
-        losses={"tuna": tuna["loss"].item(), "naive": naive["loss"].item(), "exact": exact["loss"].item()},
+        losses={"tuna": tuna["loss"].item(), "baseline": baseline["loss"].item(), "exact": exact["loss"].item()},
         tuna_to_exact=measure_errors(tuna, exact),
-        naive_to_exact=measure_errors(naive, exact),
-        tuna_to_naive=measure_errors(tuna, naive),
+        baseline_to_exact=measure_errors(baseline, exact),
+        tuna_to_baseline=measure_errors(tuna, baseline),
     )
 
 

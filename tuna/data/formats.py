@@ -20,15 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-from tuna.data.prompts import check_answer, prompt_of, turns_of
+from tuna.data.prompts import Fields, Row, check_answer, prompt_of, turns_of
 from tuna.data.unread import check_all_read
 
 __all__ = ["FORMATS", "Format", "convert_row", "detect_format", "known_formats"]
-
-Row: TypeAlias = Mapping[str, Any]
-Fields: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)

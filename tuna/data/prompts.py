@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 __all__ = [
+    "Fields",
+    "Row",
     "check_answer",
     "check_carried",
     "check_turn",

@@ -26,8 +26,7 @@ from tuna.gather.api.calls import PaidCalls
 from tuna.gather.api.journal import Journal, content_key
 from tuna.gather.diversity import worst_pair
 from tuna.gather.responses import Response, ResponseSet
-from tuna.gather.teacher import Sampling as EndpointSampling
-from tuna.gather.teacher import generate_responses
+from tuna.gather.teacher import Sampling, generate_responses
 from tuna.models import decoding
 from tuna.models.decoding import Row, end_tokens, generate, position_limit
 
@@ -122,9 +121,9 @@ class LocalSampling:
             raise ValueError(f"seed = {self.seed} must be at least 0")
         self.drawn_at(self.temperature, ())
 
-    def drawn_at(self, temperature: float, stream: tuple[int, ...]) -> decoding.Sampling:
+    def drawn_at(self, temperature: float, stream: tuple[int, ...]) -> decoding.Decoding:
         """Settings of one row."""
-        return decoding.Sampling(
+        return decoding.Decoding(
             max_tokens=self.max_tokens,
             temperature=temperature,
             top_p=self.top_p,
@@ -145,7 +144,7 @@ async def diverse(
 
 
 async def sample_from_endpoint(
-    calls: PaidCalls, sampling: EndpointSampling, instruction: Instruction, diversity: Diversity
+    calls: PaidCalls, sampling: Sampling, instruction: Instruction, diversity: Diversity
 ) -> ResponseSet:
     """The same from a student behind an endpoint; every answer is in the journal of ``calls``.
 

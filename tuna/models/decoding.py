@@ -25,9 +25,9 @@ from tuna.data.templates import end_token_id
 from tuna.models.constrained import Constraint
 
 __all__ = [
+    "Decoding",
     "Finish",
     "Row",
-    "Sampling",
     "TopTokens",
     "answer_text",
     "end_tokens",
@@ -43,7 +43,7 @@ CHUNK = 128  # prompt tokens whose logits are held at once
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Decoding:
     """How one answer is drawn.
 
     Attributes:
@@ -95,7 +95,7 @@ class Row:
     """
 
     prompt: Sequence[int]
-    sampling: Sampling
+    sampling: Decoding
     ends: frozenset[int]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

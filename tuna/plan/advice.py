@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tuna.plan.planner import Plan, Planner, Request
+from tuna.plan.planner import Plan, Planner, PlanRequest
 
 __all__ = ["LORA_RANK", "adapters", "train_command"]
 
@@ -50,7 +50,7 @@ def train_command(plan: Plan, model: str | None, *, data: str | None, template: 
     return shlex.join(words)
 
 
-def adapters(planner: Planner, request: Request) -> Plan | None:
+def adapters(planner: Planner, request: PlanRequest) -> Plan | None:
     """The plan that trains adapters on the same GPUs without offload, where it fits and all weights were asked for."""
     if request.settings.lora_rank is not None:
         return None
@@ -78,7 +78,7 @@ def _launcher(plan: Plan) -> Sequence[str]:
     return ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(each), "-m", "tuna"]
 
 
-def _changes(request: Request) -> list[str]:
+def _changes(request: PlanRequest) -> list[str]:
     settings, changes = request.settings, []
     if settings.dtype in PRECISIONS and request.optimizer != "kahan":
         changes.append(f"{PRECISIONS[settings.dtype][0]}=true")

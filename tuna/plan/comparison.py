@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuna.plan.planner import GIB, LARGEST, Plan, Planner, Request, fewest_gpus, largest_batch
+from tuna.plan.planner import GIB, LARGEST, Plan, Planner, PlanRequest, fewest_gpus, largest_batch
 from tuna.plan.workload import Method
 
 __all__ = ["Row", "compare", "plan_rows"]
@@ -42,7 +42,7 @@ class Row:
 
 def compare(
     planner: Planner,
-    request: Request,
+    request: PlanRequest,
     methods: Sequence[Method],
     on_method: Callable[[Method], None] = lambda method: None,
     most_groups: int = LARGEST,

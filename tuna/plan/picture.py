@@ -27,7 +27,7 @@ COLOURS = {
 }
 INK = "#334155"
 NAMES = {
-    "released": "released loss",
+    "baseline": "baseline",
     "unshared": "fused head, no sharing",
     "one_pass": "Tuna, one pass",
     "two_phase": "Tuna, two-phase",

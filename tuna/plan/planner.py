@@ -15,7 +15,7 @@ from tuna.plan.states import Offload, Optimizer, Sharding, StateMemory, model_st
 from tuna.plan.timing import StepTime, step_time
 from tuna.plan.workload import Workload
 
-__all__ = ["Plan", "Planner", "Request", "fewest_gpus", "largest_batch"]
+__all__ = ["Plan", "PlanRequest", "Planner", "fewest_gpus", "largest_batch"]
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
@@ -30,7 +30,7 @@ GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class PlanRequest:
     """What is to be trained, and on what.
 
     Attributes:
@@ -65,7 +65,7 @@ class Plan:
         peak, peak_at: the most a GPU holds, allowance included, and when.
     """
 
-    request: Request
+    request: PlanRequest
     states: StateMemory
     step: StepMemory
     time: StepTime
@@ -147,7 +147,7 @@ class Planner:
     def __init__(self, simulator: Simulator) -> None:
         self.simulator = simulator
 
-    def plan(self, request: Request) -> Plan:
+    def plan(self, request: PlanRequest) -> Plan:
         """What ``request`` takes, whether it fits or not.
 
         Raises:
@@ -175,12 +175,12 @@ class Planner:
         time = step_time(request.card, step, counts, states, request.sharding, settings, request.optimizer)
         return Plan(request, states, step, time, allowance, held + allowance, at)
 
-    def nearest(self, request: Request) -> Plan | None:
+    def nearest(self, request: PlanRequest) -> Plan | None:
         """The plan that fits with the least change, the request itself where it does; None if none does."""
         plan = self.plan(request)
         return plan if plan.fits else next((other for other in self._near(request) if other.fits), None)
 
-    def checked(self, request: Request) -> Plan:
+    def checked(self, request: PlanRequest) -> Plan:
         """A plan that fits.
 
         Raises:
@@ -193,7 +193,7 @@ class Planner:
         advice = f"nearest plan that fits: {describe(nearest)}" if nearest else "no plan with up to 64 GPUs fits"
         raise ValueError(f"this plan does not fit: {plan.why_not}; {advice}")
 
-    def _near(self, request: Request) -> Iterator[Plan]:
+    def _near(self, request: PlanRequest) -> Iterator[Plan]:
         """Other plans, the least change first: a smaller micro-batch, sharding, offload, more GPUs."""
         largest = largest_batch(self, request)
         if largest is not None:
@@ -219,7 +219,7 @@ def shardings(
                 yield replace(like, gpus=gpus, stage=stage, offload=offload)
 
 
-def fewest_gpus(planner: Planner, request: Request, offloads: tuple[Offload, ...] = ("none",)) -> Plan | None:
+def fewest_gpus(planner: Planner, request: PlanRequest, offloads: tuple[Offload, ...] = ("none",)) -> Plan | None:
     """The plan with the fewest GPUs (of 1, 2, 4 … 64) that fits, at the lowest stage that does; None if none does."""
     for gpus in GPU_COUNTS:
         for sharding in shardings(request.sharding, gpus, offloads):
@@ -229,7 +229,7 @@ def fewest_gpus(planner: Planner, request: Request, offloads: tuple[Offload, ...
     return None
 
 
-def largest_batch(planner: Planner, request: Request, limit: int = LARGEST) -> Plan | None:
+def largest_batch(planner: Planner, request: PlanRequest, limit: int = LARGEST) -> Plan | None:
     """The plan with the most groups in a micro-batch that fits, at most ``limit``; None if not even one does.
 
     Memory grows with the batch, so the largest is found by doubling and halving; each size is simulated.

@@ -125,7 +125,7 @@ def simulate_step(config: PretrainedConfig, batch: list[Group], settings: StepSe
     model = _model(config, settings)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_storage(model)
-        if settings.method != "released":
+        if settings.method != "baseline":
             prepare_model(model)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -211,7 +211,7 @@ def _extended(
     peaks = {key: _line([(depth, step.peaks[key]) for depth, step in found], layers) for key in keys}
     saved = {call: _line([(depth, step.saved[call]) for depth, step in found], layers) for call in first.saved}
     peak_at = max(peaks, key=lambda key: peaks[key])
-    tree = None if settings.method == "released" else pack_groups(batch, share=share_of(settings.method))
+    tree = None if settings.method == "baseline" else pack_groups(batch, share=share_of(settings.method))
     lengths = [len(group.prompt) + len(response) for group in batch for response in group.responses]
     moments: dict[str, int] = {}
     for (_, part), value in peaks.items():

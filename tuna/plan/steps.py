@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tuna.compare.baseline import naive_step_loss
+from tuna.compare.baseline import baseline_step_loss
 from tuna.plan.settings import StepSettings
 from tuna.plan.workload import share_of
 from tuna_kernels import Group, PackedTree, pack_groups
@@ -30,7 +30,7 @@ Wanted = Callable[[tuple[int, ...], int], bool]
 
 
 def prepared_step(batch: list[Group], settings: StepSettings) -> Callable[[nn.Module, Wanted | None], None]:
-    """Forward and backward of a micro-batch, as the trainer (or the released code) runs them on a model.
+    """Forward and backward of a micro-batch, as the trainer (or the baseline) runs them on a model.
 
     What a data loader makes on the host, the packed tree and its counts, is made here: it is never simulated.
 
@@ -39,8 +39,8 @@ def prepared_step(batch: list[Group], settings: StepSettings) -> Callable[[nn.Mo
         has no scores to choose candidates by and takes all, and of passes of one kind it runs the first, beside
         which most is held, and one that adds to the gradients the first has left.
     """
-    if settings.method == "released":
-        return lambda model, wanted: _backward(naive_step_loss(model, batch, preset=settings.preset).loss)
+    if settings.method == "baseline":
+        return lambda model, wanted: _backward(baseline_step_loss(model, batch, preset=settings.preset).loss)
     tree = pack_groups(batch, share=share_of(settings.method))
     options: dict[str, Any] = {"preset": settings.preset, "counts": tree.loss_counts()}
     if settings.method != "two_phase":

@@ -11,8 +11,8 @@ from tuna_kernels import Group, tree_tokens
 
 __all__ = ["METHODS", "Method", "Workload", "share_of"]
 
-Method: TypeAlias = Literal["released", "unshared", "one_pass", "two_phase"]
-"""How a step is computed: `released`: k padded copies and full logits (`compare.baseline`); `unshared`: the fused head
+Method: TypeAlias = Literal["baseline", "unshared", "one_pass", "two_phase"]
+"""How a step is computed: `baseline`: k padded copies and full logits (`compare.baseline`); `unshared`: the fused head
 on k separate, unpadded sequences; `one_pass`: the packed tree; `two_phase`: candidates a few at a time."""
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -83,8 +83,8 @@ def _epoch(groups: Sequence[Group], count: int) -> list[list[Group]]:
 
 
 def _weight(batch: Sequence[Group], method: Method) -> int:
-    """Tokens that the trunk sees: padded copies for the released way, packed rows otherwise."""
-    if method == "released":
+    """Tokens that the trunk sees: padded copies for the baseline, packed rows otherwise."""
+    if method == "baseline":
         lengths = [len(group.prompt) + len(response) for group in batch for response in group.responses]
         return len(lengths) * max(lengths)
     return int(tree_tokens(batch, share=share_of(method)).sum())

@@ -23,14 +23,14 @@ from tuna.data.templates import DEFAULT
 from tuna.data.tokenization import TokenizedGroup, encode_prompts, tokenize_records
 from tuna.data.vocabulary import check_vocabulary, vocabulary_of
 from tuna.models.constrained import Constraint, json_constraint
-from tuna.models.decoding import Row, Sampling, end_tokens, position_limit
+from tuna.models.decoding import Decoding, Row, end_tokens, position_limit
 from tuna.serve.access import Access
 from tuna.serve.answers import NOTHING, Part, chat_logprobs, completion_logprobs, echo_part, joined, part_of, usage
 from tuna.serve.bodies import MAX_BODY, disconnected, parse, read_body, to_json
 from tuna.serve.engine import Busy, Engine, RowTask
 from tuna.serve.errors import ApiError, Ending, answer_errors, shown
 from tuna.serve.protocol import ChatRequest, CompletionRequest, RankRequest, SamplingRequest
-from tuna.serve.ranking import parts_of, rank_answer, score_part
+from tuna.serve.rank import parts_of, rank_answer, score_part
 from tuna.serve.streams import stream
 from tuna.serve.workers import Workers
 
@@ -318,7 +318,7 @@ class _Handlers:
             RowTask(
                 Row(
                     ids,
-                    Sampling(
+                    Decoding(
                         max_tokens=max_tokens,
                         temperature=body.temperature,
                         top_p=body.top_p,

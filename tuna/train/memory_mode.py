@@ -100,7 +100,7 @@ class ActivationModel:
         return int(max(gradients, scoring) + self.head)
 
 
-class Schedule:
+class MemoryMode:
     """Chooses for every micro-batch how it is run, and keeps what there is to log about it.
 
     Args:

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from tuna.console.next import say_next
-from tuna.console.notices import given_template, warn
-from tuna.console.problems import print_problems
-from tuna.console.records import best_and_worst
+from tuna.console.preview import best_and_worst
+from tuna.console.warnings import given_template, print_problems, warn
 from tuna.data.notices import reversed_notice, sample_of
 from tuna.data.records import Record, read_records
 from tuna.data.split import split_records

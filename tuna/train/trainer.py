@@ -39,7 +39,7 @@ from tuna.train.config import TunaConfig
 from tuna.train.durable import DurableTrainer
 from tuna.train.finite import FiniteLoss
 from tuna.train.group_data import GroupData, check_data, tokenized
-from tuna.train.memory_mode import Schedule
+from tuna.train.memory_mode import MemoryMode
 from tuna.train.meters import TrainingMeter
 from tuna_kernels import LossCounts, RankingLossOutput
 from tuna_kernels.integrations.transformers import (
@@ -131,7 +131,7 @@ class TunaTrainer(DurableTrainer):
         # What says the same to versions of transformers without loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.meter = TrainingMeter()
-        self.schedule = Schedule(model, args)
+        self.memory_mode = MemoryMode(model, args)
         self.finite = FiniteLoss(wish=lambda: self.stop.received is not None)
         self.sources: dict[str, Any] = {}
 
@@ -193,7 +193,7 @@ class TunaTrainer(DurableTrainer):
         mine = [batch["tree"].loss_counts() for batch in batches if batch["counted"]]
         counts = functools.reduce(operator.add, mine, LossCounts(0, (), 0))
         states_made = bool(getattr(self.optimizer, "state", None))
-        wishes = [self.schedule.wants_two_phase(batch["tree"], states_made=states_made) for batch in batches]
+        wishes = [self.memory_mode.wants_two_phase(batch["tree"], states_made=states_made) for batch in batches]
         all_counts, all_wishes = zip(*gather_object([(counts, wishes)]), strict=True)
         for batch, *wanted in zip(batches, *all_wishes, strict=True):  # ranks step together, so in one mode
             batch["two_phase"] = any(wanted)
@@ -244,7 +244,7 @@ class TunaTrainer(DurableTrainer):
             most_passes=lambda passes: max(gather_object([passes])),
             **self._loss_settings(),
         )
-        self.schedule.add(inputs["tree"], output)
+        self.memory_mode.add(inputs["tree"], output)
         if counted:
             self.meter.add(inputs, output)
         return output.loss * factor
@@ -379,7 +379,7 @@ class TunaTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a line of the training loop gets the meter's figures."""
         if "loss" in logs:
-            logs |= self.meter.flush() | self.schedule.flush()
+            logs |= self.meter.flush() | self.memory_mode.flush()
         super().log(logs, start_time)
 
 

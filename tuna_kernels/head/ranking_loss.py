@@ -79,7 +79,7 @@ def linear_ranking_loss(
     """Tuna's total loss over the groups of a packed tree, from the trunk's hidden states.
 
     Goes a few groups at a time: within ``logits_budget`` bytes their logits are kept, so that scores, loss and
-    gradients come from one block (as many products as the textbook loss, without its memory); a group beyond the
+    gradients come from one block (as many products as the reference loss, without its memory); a group beyond the
     budget is recomputed. Gradients are made in the forward and handed over in the backward; a second backward
     (``retain_graph``) recomputes them.
 
@@ -196,7 +196,7 @@ def active_candidates(grad_logprobs: Tensor, tree: PackedTree) -> Tensor:
 def _reference(
     hidden: Tensor, weight: Tensor, tree: PackedTree, head: _HeadTerms, s: PresetSettings, counts: LossCounts
 ) -> RankingLossOutput:
-    """The textbook, term by term, with plain autograd from full logits."""
+    """The reference, term by term, with plain autograd from full logits."""
     logprobs, *_ = reference.linear_logprobs(
         hidden,
         weight,

@@ -1,7 +1,7 @@
 """``linear_ranking_loss`` over the tile loop, a few groups at a time.
 
 Within a byte budget the logits of some groups are kept in one block; scores, loss, their closed-form gradient and
-gradients of those groups all come from it: three products, as many as the textbook loss, without its memory. A
+gradients of those groups all come from it: three products, as many as the reference loss, without its memory. A
 group whose logits alone exceed the budget is recomputed instead (four products).
 """
 

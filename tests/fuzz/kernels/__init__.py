@@ -1,4 +1,4 @@
-"""Kernels: any shape, stride, type and scale, on every backend, against the textbook in float64."""
+"""Kernels: any shape, stride, type and scale, on every backend, against the reference in float64."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def in_another_order(leaves: dict[str, Tensor], order: Tensor | None) -> dict[st
     return made
 
 
-def textbooks(case: Any, leaves: dict[str, Tensor], upstream: list[Tensor], rng: random.Random) -> list[Results]:
+def references(case: Any, leaves: dict[str, Tensor], upstream: list[Tensor], rng: random.Random) -> list[Results]:
     """The reference in the types of the call, in three orders of summation."""
     width = leaves["hidden"].shape[1]
     found = []
@@ -190,7 +190,7 @@ def _largest(x: Tensor) -> float:
 def size_of_logits(leaves: dict[str, Tensor], scale: float, lora_scale: float) -> float:
     """At least 1: the size of logits whose rounding is the error that float32 products make of these.
 
-    Of all logits, where a call has few slots, on which the textbook may be lucky. In float64 there is no better truth
+    Of all logits, where a call has few slots, on which the reference may be lucky. In float64 there is no better truth
     to compare with, and both sides round logits of their size.
     """
     is_double = any(x.dtype == torch.float64 for x in leaves.values())
@@ -237,7 +237,7 @@ def check(rng: random.Random) -> None:
     )
     doubles = {n: x.detach().double().clone().requires_grad_(x.requires_grad) for n, x in case.leaves.items()}
     (truth, *_) = run(lambda: case.call(doubles, "reference"), doubles, upstream)
-    books = textbooks(case, case.leaves, upstream, rng)
+    books = references(case, case.leaves, upstream, rng)
     what = f"linear_logprobs on {backend} {isa}: {case.text}"
     with instruction_set(isa):
         before = {n: x.detach().clone() for n, x in case.leaves.items()}

@@ -1,4 +1,4 @@
-"""The laws of a call: within a small multiple of the textbook's error, the same bits again, inputs left alone."""
+"""The laws of a call: within a small multiple of the reference's error, the same bits again, inputs left alone."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Results = dict[str, Tensor]
 
 
 def within_bounds(
-    got: Results, textbooks: list[Results], truth: Results, scales: dict[str, float], rounded: torch.dtype, what: str
+    got: Results, references: list[Results], truth: Results, scales: dict[str, float], rounded: torch.dtype, what: str
 ) -> None:
-    """``|got - truth| <= 4 * textbook's error + 16 units of rounding of the terms that were summed``.
+    """``|got - truth| <= 4 * reference's error + 16 units of rounding of the terms that were summed``.
 
     Args:
         got: results of a backend.
-        textbooks: results of the textbook in the types of the call, in several orders of summation, so that none is
+        references: results of the reference in the types of the call, in several orders of summation, so that none is
             taken for more exact than it is because of one lucky order.
-        truth: results of the textbook in float64.
+        truth: results of the reference in float64.
         scales: size of the terms that make up each result, by name.
         rounded: the type gradients are rounded to before they are multiplied.
         what: the case, for the message.
     """
     assert got.keys() == truth.keys(), f"{what}: {sorted(got)} instead of {sorted(truth)}"
     for name, true in truth.items():
-        mine, books = got[name], torch.stack([t[name].double() for t in textbooks])
-        assert mine.shape == true.shape and mine.dtype == textbooks[0][name].dtype, f"{what}: {name} {mine.dtype}"
-        # Where the textbook leaves what its type can hold, there is no bound.
+        mine, books = got[name], torch.stack([t[name].double() for t in references])
+        assert mine.shape == true.shape and mine.dtype == references[0][name].dtype, f"{what}: {name} {mine.dtype}"
+        # Where the reference leaves what its type can hold, there is no bound.
         judged = books.isfinite().all(0) | ~true.isfinite()
         most = torch.finfo(mine.dtype).max
         mine, true, books = mine.double()[judged], true.double()[judged], books[:, judged]
@@ -54,7 +54,7 @@ def within_bounds(
             limit += torch.finfo(rounded).eps * size
         if is_double:
             limit *= 4  # there is no better truth than float64
-        assert error <= limit, f"{what}: {name} is off by {error:.3g}, bound {limit:.3g} (textbook {own:.3g})"
+        assert error <= limit, f"{what}: {name} is off by {error:.3g}, bound {limit:.3g} (reference {own:.3g})"
 
 
 def same_bits(first: Results, second: Results, what: str) -> None:

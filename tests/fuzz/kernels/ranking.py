@@ -15,9 +15,9 @@ from tests.fuzz.kernels.head import (
     gradient_scales,
     instruction_set,
     leaves_of,
+    references,
     rounded_in,
     size_of_logits,
-    textbooks,
 )
 from tests.fuzz.kernels.laws import run, same_bits, within_bounds
 from tuna_kernels import PackedTree, linear_ranking_loss, pack_groups
@@ -79,7 +79,7 @@ def check(rng: random.Random) -> None:
     upstream = [torch.tensor(rng.choice([1.0, 1e-3, -2.0])), *[torch.zeros(())] * 4]
     doubles = {n: x.detach().double().clone().requires_grad_(x.requires_grad) for n, x in leaves.items()}
     (truth, *_) = run(lambda: case.call(doubles, "reference"), doubles, upstream)
-    books = textbooks(case, leaves, upstream, rng)
+    books = references(case, leaves, upstream, rng)
     with instruction_set(isa):
         first, *again = run(lambda: case.call(leaves, backend), leaves, upstream)
         rounded = rounded_in(dtypes, backend)

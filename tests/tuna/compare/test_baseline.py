@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tuna.compare.baseline import naive_step_loss, padded_batch, plain_tree_loss
+from tuna.compare.baseline import baseline_step_loss, padded_batch, plain_tree_loss
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
 from tuna_kernels.losses import Preset
@@ -97,7 +97,7 @@ def expected_ranks(group: Group) -> list[int]:
 @pytest.mark.parametrize(("margin", "penalty", "weight"), [(0.1, 1.0, 1.0), (0.4, 1.3, 0.2)])
 def test_equals_the_hand_formula(preset: Preset, margin: float, penalty: float, weight: float) -> None:
     model, groups = tiny_gpt2(), ragged_groups()
-    output = naive_step_loss(model, groups, preset=preset, margin=margin, length_penalty=penalty, mle_weight=weight)
+    output = baseline_step_loss(model, groups, preset=preset, margin=margin, length_penalty=penalty, mle_weight=weight)
     expected = hand_formula(model, groups, preset, margin, penalty, weight)
     torch.testing.assert_close(output.loss, expected, rtol=ROUNDINGS, atol=0)
     torch.testing.assert_close(output.loss.detach(), output.ranking + weight * output.mle)
@@ -111,12 +111,12 @@ def test_equals_the_hand_formula(preset: Preset, margin: float, penalty: float, 
 def test_packed_tree_gives_the_same_loss_and_gradients(preset: Preset, share: str) -> None:
     model, groups = tiny_gpt2(), ragged_groups()
     settings = {"preset": preset, "margin": 0.4, "length_penalty": 1.2, "mle_weight": 0.5}
-    naive = naive_step_loss(model, groups, **settings)
-    expected = torch.autograd.grad(naive.loss, list(model.parameters()))
+    baseline = baseline_step_loss(model, groups, **settings)
+    expected = torch.autograd.grad(baseline.loss, list(model.parameters()))
     ours = model_ranking_loss(prepare_model(model), pack_groups(groups, share=share), **settings)
     gradients = torch.autograd.grad(ours.loss, list(model.parameters()))
     for name in ("loss", "ranking", "mle", "scores"):
-        torch.testing.assert_close(getattr(ours, name), getattr(naive, name), rtol=ROUNDINGS, atol=0)
+        torch.testing.assert_close(getattr(ours, name), getattr(baseline, name), rtol=ROUNDINGS, atol=0)
     assert_all_close(gradients, expected)
 
 
@@ -138,14 +138,14 @@ def test_padding_is_masked_and_prompts_are_not_labelled() -> None:
 
 def test_the_padding_token_does_not_matter() -> None:
     model, groups = tiny_gpt2(), ragged_groups()
-    losses = [naive_step_loss(model, groups, pad_token_id=token).loss.item() for token in (0, 11)]
+    losses = [baseline_step_loss(model, groups, pad_token_id=token).loss.item() for token in (0, 11)]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_groups_of_one_train_on_likelihood_alone(preset: Preset) -> None:
     model = tiny_gpt2()
-    output = naive_step_loss(model, [Group([1, 2], [[3, 4, 5]])], preset=preset, mle_weight=2.0)
+    output = baseline_step_loss(model, [Group([1, 2], [[3, 4, 5]])], preset=preset, mle_weight=2.0)
     expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]]), labels=torch.tensor([[-100, -100, 3, 4, 5]])).loss
     assert output.ranking.item() == 0
     torch.testing.assert_close(output.loss, 2 * expected.double(), rtol=1e-6, atol=0)
@@ -155,16 +155,16 @@ def test_groups_of_one_train_on_likelihood_alone(preset: Preset) -> None:
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="groups is empty"):
-        naive_step_loss(tiny_gpt2(), [])
+        baseline_step_loss(tiny_gpt2(), [])
     with pytest.raises(ValueError, match="preset = 'rrhf'"):
-        naive_step_loss(tiny_gpt2(), ragged_groups(), preset="rrhf")  # type: ignore[arg-type]
+        baseline_step_loss(tiny_gpt2(), ragged_groups(), preset="rrhf")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_plain_torch_tree_gives_the_same_loss_and_gradients(preset: Preset) -> None:
     model, groups = tiny_gpt2(), ragged_groups()
     found = []
-    for loss_of in (naive_step_loss, plain_tree_loss):
+    for loss_of in (baseline_step_loss, plain_tree_loss):
         model.zero_grad()
         out = loss_of(model, groups, preset=preset, margin=0.3, length_penalty=1.2, mle_weight=0.7)
         out.loss.backward()

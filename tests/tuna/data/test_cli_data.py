@@ -14,7 +14,7 @@ import pytest
 from tuna import __version__
 from tuna.cli import main
 from tuna.cli.data import record_stats
-from tuna.console.records import best_and_worst
+from tuna.console.preview import best_and_worst
 from tuna.data.records import Record, read_records
 from tuna.data.tokenization import token_stats, tokenize_records
 from tuna.models.loading import load_tokenizer

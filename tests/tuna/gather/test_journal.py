@@ -14,7 +14,8 @@ import pytest
 from tests.tuna.gather.misbehaving import Misbehaving
 from tests.tuna.gather.test_endpoint import ask_all
 from tuna.gather.api.budget import Usage
-from tuna.gather.api.journal import FolderInUse, Journal, OtherParameters, content_key
+from tuna.gather.api.journal import Journal, OtherParameters, content_key
+from tuna.system.locks import FolderInUse
 
 
 @pytest.mark.parametrize("cut", range(0, 140, 7))

@@ -1,5 +1,5 @@
 """Laws of `tuna.models.decoding`: each row draws from the model's own distribution with its own settings and random
-numbers, whatever its company; log-probabilities are those of the textbook."""
+numbers, whatever its company; log-probabilities are those of the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tuna_kernels.integrations.tiny_models import FAMILIES
-from tuna.models.decoding import Row, Sampling, end_tokens, generate, position_limit, prompt_logprobs
+from tuna.models.decoding import Decoding, Row, end_tokens, generate, position_limit, prompt_logprobs
 from tuna.models.loading import tiny_model
 from tuna_kernels.integrations.transformers import prepare_model
 
@@ -33,7 +33,7 @@ def ids_of(text: str) -> list[int]:
 
 def rows_of(prompts: list[str], **sampling: Any) -> list[Row]:
     return [
-        Row(ids_of(text), Sampling(**{"max_tokens": 9, "seed": i, **sampling}), NEVER) for i, text in enumerate(prompts)
+        Row(ids_of(text), Decoding(**{"max_tokens": 9, "seed": i, **sampling}), NEVER) for i, text in enumerate(prompts)
     ]
 
 
@@ -78,7 +78,7 @@ def test_prepared_models_generate_the_same() -> None:
 def test_rows_leave_the_batch_one_by_one() -> None:
     limits = [1, 7, 3]
     rows = [
-        Row(ids_of(p), Sampling(max_tokens=m, seed=i), NEVER)
+        Row(ids_of(p), Decoding(max_tokens=m, seed=i), NEVER)
         for i, (p, m) in enumerate(zip(PROMPTS, limits, strict=True))
     ]
     whole = drawn(rows_of(PROMPTS))
@@ -89,7 +89,7 @@ def test_rows_leave_the_batch_one_by_one() -> None:
 def test_an_end_token_ends_and_has_a_logprob_but_no_text() -> None:
     model, tokenizer = tiny()
     whole = drawn(rows_of(PROMPTS[:1]))[0]
-    row = Row(ids_of(PROMPTS[0]), Sampling(max_tokens=9), frozenset([whole[4]]))
+    row = Row(ids_of(PROMPTS[0]), Decoding(max_tokens=9), frozenset([whole[4]]))
     other = rows_of(PROMPTS[2:])[0]
     generate(model, tokenizer, [row, other])
     end = whole.index(whole[4])
@@ -120,7 +120,7 @@ def test_a_row_can_be_cancelled() -> None:
 @given(seed=st.integers(0, 2**32), top_p=st.floats(0.01, 1.0), temperature=st.floats(1e-12, 50.0))
 @settings(deadline=None, max_examples=20)
 def test_top_p_draws_within_the_nucleus(seed: int, top_p: float, temperature: float) -> None:
-    row = Row(ids_of(PROMPTS[0]), Sampling(max_tokens=1, seed=seed, top_p=top_p, temperature=temperature), NEVER)
+    row = Row(ids_of(PROMPTS[0]), Decoding(max_tokens=1, seed=seed, top_p=top_p, temperature=temperature), NEVER)
     generate(*tiny(), [row])
     weights = (reference_logprobs([*row.prompt, 0])[-1] / temperature).softmax(-1)
     likelier = weights[weights > weights[row.ids[0]]].sum().item()
@@ -131,7 +131,7 @@ def test_top_p_draws_within_the_nucleus(seed: int, top_p: float, temperature: fl
 def test_draws_follow_the_distribution() -> None:
     """Chi-square of 4000 draws over the tempered distribution, the rare tokens pooled."""
     count, temperature = 4000, 0.25
-    rows = [Row(ids_of("A"), Sampling(max_tokens=1, seed=i, temperature=temperature), NEVER) for i in range(count)]
+    rows = [Row(ids_of("A"), Decoding(max_tokens=1, seed=i, temperature=temperature), NEVER) for i in range(count)]
     generate(*tiny(), rows)
     expected = (reference_logprobs([*ids_of("A"), 0])[-1] / temperature).softmax(-1) * count
     seen = torch.bincount(torch.tensor([row.ids[0] for row in rows]), minlength=len(expected)).double()
@@ -152,7 +152,7 @@ def test_other_families_take_the_padding(family: str) -> None:
     model = FAMILIES[family]().to(torch.float64 if exact else torch.float32).eval()
     tokenizer = tiny()[1]
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16]]
-    rows = [Row(p, Sampling(max_tokens=6, seed=i), NEVER) for i, p in enumerate(prompts)]
+    rows = [Row(p, Decoding(max_tokens=6, seed=i), NEVER) for i, p in enumerate(prompts)]
     generate(model, tokenizer, rows)
     for row in rows:
         with torch.no_grad():
@@ -165,7 +165,7 @@ def test_other_families_take_the_padding(family: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 128, 129, 300])
-def test_prompt_logprobs_are_the_textbooks_in_any_number_of_chunks(length: int) -> None:
+def test_prompt_logprobs_are_the_references_in_any_number_of_chunks(length: int) -> None:
     ids = [int(token) for token in torch.randint(3, 1000, (length,), generator=torch.Generator().manual_seed(0))]
     logprobs, top = prompt_logprobs(tiny()[0], ids, 2)
     assert (logprobs[0], top[0], len(logprobs), len(top)) == (None, None, length, length)
@@ -184,7 +184,7 @@ def test_ends_and_limits_are_the_models() -> None:
     }
     assert position_limit(model) == 4096
     with pytest.raises(ValueError, match="4096 positions"):
-        generate(model, tokenizer, [Row([1], Sampling(max_tokens=4096), NEVER)])
+        generate(model, tokenizer, [Row([1], Decoding(max_tokens=4096), NEVER)])
 
 
 @pytest.mark.parametrize(
@@ -199,4 +199,4 @@ def test_ends_and_limits_are_the_models() -> None:
 )
 def test_bad_settings_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sampling(**wrong)
+        Decoding(**wrong)

@@ -12,7 +12,7 @@ import pytest
 from tuna.cli import main
 from tuna.plan.advice import adapters, train_command
 from tuna.plan.cards import CARDS, find_card
-from tuna.plan.planner import Planner, Request
+from tuna.plan.planner import Planner, PlanRequest
 from tuna.plan.settings import StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
@@ -43,7 +43,7 @@ def tiny() -> Planner:
     ],
 )  # fmt: skip
 def test_the_command_has_the_settings_of_the_plan(tiny: Planner, changes: dict[str, Any], words: list[str]) -> None:
-    request = replace(Request(find_card("rtx3090"), Workload(3, 8, 8)), **changes)
+    request = replace(PlanRequest(find_card("rtx3090"), Workload(3, 8, 8)), **changes)
     command = train_command(tiny.plan(request), "tiny", **READING)
     assert all(word in command for word in words), command
     assert "--max-length 16" in command
@@ -55,7 +55,7 @@ def test_the_command_has_the_settings_of_the_plan(tiny: Planner, changes: dict[s
 def test_the_command_trains(tiny: Planner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}\n')
-    request = Request(find_card("rtx3090"), Workload(2, 8, 8), settings=StepSettings(lora_rank=2))
+    request = PlanRequest(find_card("rtx3090"), Workload(2, 8, 8), settings=StepSettings(lora_rank=2))
     plan = tiny.plan(request)
     words = shlex.split(train_command(plan, "tiny", data=str(data), template="none", max_length=64))
     words[words.index("FOLDER")] = str(tmp_path / "out")
@@ -66,7 +66,7 @@ def test_the_command_trains(tiny: Planner, tmp_path: Path, capsys: pytest.Captur
 
 def test_adapters_stand_beside_offload(capsys: pytest.CaptureFixture[str]) -> None:
     planner = Planner(Simulator(model_config("llama-7b")))
-    request = Request(find_card("4090"), Workload(5, 64, 64))
+    request = PlanRequest(find_card("4090"), Workload(5, 64, 64))
     found = adapters(planner, request)
     assert found is not None and found.fits and found.request.sharding.offload == "none"
     assert adapters(planner, found.request) is None

@@ -8,7 +8,7 @@ import torch
 from tests.tuna.plan.models import CONFIGS, WORKLOAD, config_of, real_model
 from tuna.compare.memory_meter import allocator_peak
 from tuna.plan.cards import find_card
-from tuna.plan.planner import Planner, Request
+from tuna.plan.planner import Planner, PlanRequest
 from tuna.plan.settings import StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.steps import prepared_step
@@ -35,7 +35,7 @@ def test_a_real_step(name: str, method: Method, checkpointing: bool) -> None:
         head_backend="auto",
     )
     groups = 3
-    predicted = Planner(Simulator(config_of(name))).plan(Request(find_card("a100-80"), WORKLOAD, groups, settings))
+    predicted = Planner(Simulator(config_of(name))).plan(PlanRequest(find_card("a100-80"), WORKLOAD, groups, settings))
 
     model = real_model(name, settings)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # the default of transformers; no temporaries

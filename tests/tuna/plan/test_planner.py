@@ -13,7 +13,7 @@ import torch
 from tuna.cli import main
 from tuna.plan.cards import CARDS, find_card
 from tuna.plan.comparison import compare, plan_rows
-from tuna.plan.planner import GIB, Planner, Request, fewest_gpus, largest_batch
+from tuna.plan.planner import GIB, Planner, PlanRequest, fewest_gpus, largest_batch
 from tuna.plan.settings import StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
@@ -29,8 +29,8 @@ def llama() -> Planner:
     return Planner(Simulator(model_config("llama-7b")))
 
 
-def _request(card: str, **changes: Any) -> Request:
-    return replace(Request(find_card(card), WORKLOAD), **changes)
+def _request(card: str, **changes: Any) -> PlanRequest:
+    return replace(PlanRequest(find_card(card), WORKLOAD), **changes)
 
 
 @pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
@@ -54,8 +54,8 @@ def test_what_is_expected_of_llama_7b(llama: Planner) -> None:
     lora = replace(full, lora_rank=64)
     long = Workload(5, 1024, 1024)
     assert llama.plan(_request("rtx3090", settings=lora, workload=long)).fits
-    naive = replace(full, method="released")
-    official = fewest_gpus(llama, _request("a100-80", settings=naive, groups=16))
+    baseline = replace(full, method="baseline")
+    official = fewest_gpus(llama, _request("a100-80", settings=baseline, groups=16))
     assert official is not None and 2 <= official.request.sharding.gpus <= 8
 
 
@@ -81,7 +81,7 @@ def test_an_impossible_plan_names_the_nearest_that_fits(llama: Planner) -> None:
 
 
 def test_a_smaller_batch_is_the_nearest_plan(llama: Planner) -> None:
-    request = _request("a100-80", groups=16, optimizer="kahan", settings=StepSettings("released"))
+    request = _request("a100-80", groups=16, optimizer="kahan", settings=StepSettings("baseline"))
     with pytest.raises(ValueError, match=r"nearest plan that fits: --gpus 1 --zero 0 --offload none --groups [2-6] "):
         llama.checked(request)
 
@@ -89,8 +89,8 @@ def test_a_smaller_batch_is_the_nearest_plan(llama: Planner) -> None:
 def test_time_follows_products_and_traffic(llama: Planner) -> None:
     """More work takes longer, a faster card less; offload costs what is published for it (0.5 to 7 s)."""
     plain = llama.plan(_request("a100-80")).time
-    released = llama.plan(_request("a100-80", settings=StepSettings("released"))).time
-    assert released.compute / plain.compute == pytest.approx(1.68, abs=0.05)
+    baseline = llama.plan(_request("a100-80", settings=StepSettings("baseline"))).time
+    assert baseline.compute / plain.compute == pytest.approx(1.68, abs=0.05)
     assert llama.plan(_request("h100-80")).time.compute < plain.compute
     offloaded = llama.plan(_request("a100-80", sharding=Sharding(1, 8, 2, "optimizer"))).time
     assert 3 < offloaded.total < 12 and plain.total < 1
@@ -106,9 +106,10 @@ def test_cards_have_what_their_name_says() -> None:
 
 def test_the_comparison_is_a_table_and_plain_values() -> None:
     planner = Planner(Simulator(model_config("tiny")))
-    rows = compare(planner, Request(find_card("rtx3090"), Workload(3, 8, 8)), ["released", "one_pass"], most_groups=2)
+    request = PlanRequest(find_card("rtx3090"), Workload(3, 8, 8))
+    rows = compare(planner, request, ["baseline", "one_pass"], most_groups=2)
     assert all(len(cells) == 2 for _, cells in plan_rows(rows))
-    assert json.loads(json.dumps(rows[0].summary()))["method"] == "released"
+    assert json.loads(json.dumps(rows[0].summary()))["method"] == "baseline"
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A simulated step: linear in layers, the known point of the released loss, what sharing and the fused head save."""
+"""A simulated step: linear in layers, the known point of the baseline, what sharing and the fused head save."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_llama_7b_is_llama_7b() -> None:
     assert with_adapters.trainable == 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
 
 
-def test_the_released_loss_at_its_own_batch() -> None:
+def test_the_baseline_at_its_own_batch() -> None:
     """16 groups of 5 x 512 tokens in fp16: about 33 GiB, of which the layers' inputs are 10."""
-    workload, settings = Workload(5, 256, 256), StepSettings("released", torch.float16)
+    workload, settings = Workload(5, 256, 256), StepSettings("baseline", torch.float16)
     step = Simulator(model_config("llama-7b")).step(workload, 16, settings)
     inputs = 32 * 16 * 5 * 512 * 4096 * 2
     assert step.tokens == 40960 and step.peak_at == "head and loss"
@@ -81,12 +81,12 @@ def test_the_released_loss_at_its_own_batch() -> None:
 
 def test_what_sharing_and_the_fused_head_save() -> None:
     simulator, workload = Simulator(model_config("llama-7b")), Workload(5, 256, 256)
-    released, unshared, shared, phases = (simulator.step(workload, 4, StepSettings(m)) for m in METHODS)
+    baseline, unshared, shared, phases = (simulator.step(workload, 4, StepSettings(m)) for m in METHODS)
     rho = 5 * 512 / (256 + 5 * 256)
     assert unshared.tokens / shared.tokens == pytest.approx(rho)
     assert unshared.saved / shared.saved == pytest.approx(rho, rel=0.05)
     assert unshared.flops / shared.flops == pytest.approx(rho, rel=0.05)
-    assert released.peak > unshared.peak > shared.peak > phases.peak
+    assert baseline.peak > unshared.peak > shared.peak > phases.peak
     assert phases.flops / shared.flops == pytest.approx(1.25, rel=0.05)
 
 

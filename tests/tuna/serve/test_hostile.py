@@ -28,7 +28,7 @@ from tuna.serve.access import host_name
 from tuna.serve.bodies import parse, to_json
 from tuna.serve.engine import Engine
 from tuna.serve.protocol import CompletionRequest
-from tuna.serve.ranking import parts_of
+from tuna.serve.rank import parts_of
 from tuna_kernels import Group
 from tuna_kernels.integrations.transformers import prepare_model
 

@@ -1,5 +1,5 @@
 """Laws of `tuna serve`, asked over a real socket by the real client: answers are the model's, log-probabilities the
-textbook's, a seed repeats them, a stream adds up to the whole, and what is not served is refused in OpenAI's words."""
+reference's, a seed repeats them, a stream adds up to the whole, and what is not served is refused in OpenAI's words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from tests.tuna.serve.live_server import live_server
 from tuna.data.records import Record
 from tuna.data.tokenization import encode_prompts, tokenize_records
-from tuna.models.decoding import Row, Sampling
+from tuna.models.decoding import Decoding, Row
 from tuna.models.loading import tiny_model
 from tuna.serve import Engine
 from tuna.serve.engine import Busy, RowTask
@@ -57,7 +57,7 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert client.models.retrieve("tiny").owned_by == "tuna"
 
 
-def test_completion_logprobs_equal_the_textbooks(client: openai.OpenAI, tiny: tuple[Any, Any]) -> None:
+def test_completion_logprobs_equal_the_references(client: openai.OpenAI, tiny: tuple[Any, Any]) -> None:
     tokenizer = tiny[1]
     answer = client.completions.create(
         model="tiny", prompt=PROMPT, n=2, max_tokens=12, seed=4, temperature=0.8, logprobs=3, echo=True
@@ -92,7 +92,7 @@ def _ids_of(tiny: tuple[Any, Any], prompt: list[int], logprobs: list[float]) -> 
     return ids[len(prompt) :]
 
 
-def test_chat_logprobs_equal_the_textbooks(client: openai.OpenAI, tiny: tuple[Any, Any]) -> None:
+def test_chat_logprobs_equal_the_references(client: openai.OpenAI, tiny: tuple[Any, Any]) -> None:
     tokenizer = tiny[1]
     answer = client.chat.completions.create(
         model="tiny", messages=CHAT, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
@@ -207,7 +207,7 @@ def test_chat_answers_have_a_default_length(client: openai.OpenAI) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens <= 8  # as the server was started
 
 
-def test_rank_scores_equal_the_kernels_and_the_textbooks(served: tuple[str, Engine], tiny: tuple[Any, Any]) -> None:
+def test_rank_scores_equal_the_kernels_and_the_references(served: tuple[str, Engine], tiny: tuple[Any, Any]) -> None:
     responses = ["A prime is 7.", "Nine", "A prime is 9, I think.", "Nine", ""]
     asked = {"messages": CHAT, "responses": responses, "length_penalty": 0.5, "logprobs": True}
     answer = httpx.post(f"{served[0]}/rank", json=asked).raise_for_status().json()
@@ -358,7 +358,7 @@ def test_an_engine_keeps_its_limits_and_outlives_errors(tiny: tuple[Any, Any]) -
     try:
         gate = threading.Event()
         engine.call(gate.wait)
-        tasks = [RowTask(Row([1, 5, 6], Sampling(max_tokens=13, seed=i), frozenset())) for i in range(9)]
+        tasks = [RowTask(Row([1, 5, 6], Decoding(max_tokens=13, seed=i), frozenset())) for i in range(9)]
         engine.submit(tasks)
         failing = engine.call(lambda: 1 // 0)
         gate.set()
@@ -378,7 +378,7 @@ def test_an_engine_keeps_its_limits_and_outlives_errors(tiny: tuple[Any, Any]) -
 def test_a_caller_that_gives_up_does_not_disturb_its_company(tiny: tuple[Any, Any]) -> None:
     engine = Engine(*tiny)
     try:
-        tasks = [RowTask(Row([1, 5, 6], Sampling(max_tokens=9, seed=i), frozenset())) for i in range(3)]
+        tasks = [RowTask(Row([1, 5, 6], Decoding(max_tokens=9, seed=i), frozenset())) for i in range(3)]
 
         def give_up(row: Row) -> None:  # in the very step in which the row ends, as well as before
             if len(row.ids) >= 9:

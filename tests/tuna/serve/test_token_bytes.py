@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tuna.models.decoding import Row, Sampling
+from tuna.models.decoding import Decoding, Row
 from tuna.models.loading import load_tokenizer
 from tuna.serve.answers import Part, chat_logprobs, part_of
 from tuna.serve.token_bytes import token_bytes, token_text
@@ -67,7 +67,7 @@ def test_offsets_of_pieces_are_those_of_their_character(make: Any) -> None:
     tokenizer = make()
     text = "a🦊b🦊"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    row = Row(ids[:1], Sampling(max_tokens=99), frozenset())
+    row = Row(ids[:1], Decoding(max_tokens=99), frozenset())
     row.ids, row.logprobs, row.top = ids, [-1.0] * len(ids), [[] for _ in ids]
     row.text, row.finish_reason = text, "length"
     assert part_of(row, tokenizer, shift=5).offsets == [5, 6, 6, 6, 6, 7, 8, 8, 8, 8]

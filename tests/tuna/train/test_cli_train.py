@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from tuna.cli import app, main
-from tuna.compare.baseline import naive_step_loss
+from tuna.compare.baseline import baseline_step_loss
 from tuna.data.records import read_records
 from tuna.data.tokenization import tokenize_records
 from tuna.models.integrity import CheckpointError
@@ -76,18 +76,18 @@ def test_train_from_files_to_files(tmp_path: Path) -> None:
     assert again.exit_code != 0 and "holds a run already" in str(again.exception)
 
 
-def test_score_equals_the_naive_scores(tmp_path: Path) -> None:
+def test_score_equals_the_baseline_scores(tmp_path: Path) -> None:
     report, rows = tmp_path / "report.json", tmp_path / "rows.jsonl"
     done = invoke("score", *SMALL, "--limit", "7", "--batch", "300", "--json", str(report), "--per-record", str(rows))
     assert done.exit_code == 0, done.output
     assert "rank/accuracy" in done.output
     model, tokenizer = load_model("tiny")
     groups, _ = tokenize_records(read_records(EXAMPLES).records[:7], tokenizer, template="alpaca", max_length=128)
-    naive = naive_step_loss(model.eval(), [item.group for item in groups]).scores.tolist()
+    baseline = baseline_step_loss(model.eval(), [item.group for item in groups]).scores.tolist()
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [line["id"] for line in lines] == [item.id for item in groups]
     # float32 through two layers: batches of other shapes round differently
-    np.testing.assert_allclose([s for line in lines for s in line["scores"]], naive, rtol=1e-5)
+    np.testing.assert_allclose([s for line in lines for s in line["scores"]], baseline, rtol=1e-5)
     summary = json.loads(report.read_text())
     right = pairs = 0
     for line in lines:

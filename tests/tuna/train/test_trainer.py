@@ -1,4 +1,4 @@
-"""Laws of `TunaTrainer`: a step does not depend on how it is split into micro-batches; it equals the naive
+"""Laws of `TunaTrainer`: a step does not depend on how it is split into micro-batches; it equals the baseline
 step; training can be interrupted; what is saved is a plain transformers model; figures logged are true.
 """
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tuna.compare.baseline import naive_step_loss
+from tuna.compare.baseline import baseline_step_loss
 from tuna.data.batching import GroupBatchSampler
 from tuna.data.tokenization import TokenizedGroup
 from tuna.models.loading import tiny_model
@@ -122,15 +122,15 @@ def test_splitting_a_step_changes_nothing(tmp_path: Path, preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
-def test_a_step_equals_the_naive_step(tmp_path: Path, preset: str) -> None:
+def test_a_step_equals_the_baseline_step(tmp_path: Path, preset: str) -> None:
     groups = ragged(5, seed=1)
     settings = {"preset": preset, "margin": 0.3, "length_penalty": 1.1, "mle_weight": 0.7}
     ours, logged = one_step(tmp_path, groups, per_device_train_batch_size=2, gradient_accumulation_steps=3, **settings)
     model = tiny_gpt2()
-    naive = naive_step_loss(model, [item.group for item in groups], **settings)
-    naive.loss.backward()
+    baseline = baseline_step_loss(model, [item.group for item in groups], **settings)
+    baseline.loss.backward()
     # The stock trainer sums the losses of micro-batches in float32.
-    assert logged == pytest.approx(naive.loss.item(), rel=8 * torch.finfo(torch.float32).eps)
+    assert logged == pytest.approx(baseline.loss.item(), rel=8 * torch.finfo(torch.float32).eps)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         # float64 roundings of sums over some hundred terms of order one
@@ -148,7 +148,7 @@ def test_the_last_step_of_an_epoch_may_be_short(tmp_path: Path) -> None:
     settings = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.0)
     trainer = TunaTrainer(model, settings, groups)
     trainer.train()
-    expected = naive_step_loss(tiny_llama(), [item.group for item in last], preset="paper").loss.item()
+    expected = baseline_step_loss(tiny_llama(), [item.group for item in last], preset="paper").loss.item()
     assert trainer.state.log_history[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -207,9 +207,9 @@ def test_logged_figures_are_those_of_the_data(tmp_path: Path) -> None:
     longest = [max(len(plain[i].prompt) + len(y) for i in batch for y in plain[i].responses) for batch in plan]
     padded = [sum(len(plain[i].responses) for i in batch) * n for batch, n in zip(plan, longest, strict=True)]
     assert line["tokens/padded"] == sum(padded)
-    naive = [naive_step_loss(tiny_llama(), [plain[i] for i in batch], preset="paper") for batch in plan]
-    assert line["loss/rank"] == pytest.approx(np.mean([part.ranking.item() for part in naive]), rel=1e-4)
-    assert line["loss/mle"] == pytest.approx(np.mean([part.mle.item() for part in naive]), rel=1e-4)
+    baseline = [baseline_step_loss(tiny_llama(), [plain[i] for i in batch], preset="paper") for batch in plan]
+    assert line["loss/rank"] == pytest.approx(np.mean([part.ranking.item() for part in baseline]), rel=1e-4)
+    assert line["loss/mle"] == pytest.approx(np.mean([part.mle.item() for part in baseline]), rel=1e-4)
     assert line["loss"] == pytest.approx(line["loss/rank"] + line["loss/mle"], rel=1e-6)
     scored = trainer.score(groups)
     for name, value in ranking_metrics(scored).items():
@@ -231,8 +231,8 @@ def test_evaluation_does_not_depend_on_its_batches(tmp_path: Path) -> None:
         np.testing.assert_array_equal(other.ranks, results[0].ranks)
         np.testing.assert_array_equal(other.lengths, results[0].lengths)
         np.testing.assert_allclose(other.scores, results[0].scores, rtol=1e-5)
-    naive = naive_step_loss(tiny_llama(), [item.group for item in groups])
-    np.testing.assert_allclose(results[0].scores, naive.scores.double().numpy(), rtol=1e-5)
+    baseline = baseline_step_loss(tiny_llama(), [item.group for item in groups])
+    np.testing.assert_allclose(results[0].scores, baseline.scores.double().numpy(), rtol=1e-5)
 
 
 def test_named_evaluation_sets(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path, targets: list[str]) -> No
     # The merged model is a plain one and scores the same.
     scores = trainer.score(groups).scores
     merged = model.merge_and_unload()
-    naive = naive_step_loss(merged.eval(), [item.group for item in groups])
-    np.testing.assert_allclose(naive.scores.double().numpy(), scores, rtol=1e-4)
+    baseline = baseline_step_loss(merged.eval(), [item.group for item in groups])
+    np.testing.assert_allclose(baseline.scores.double().numpy(), scores, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

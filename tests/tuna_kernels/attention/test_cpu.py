@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tuna_kernels.attention.test_tree_attention import TREE, gradients, inputs
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna.compare.memory_meter import allocator_peak
 from tuna_kernels import available_backends
 from tuna_kernels.attention import cpu as attention_cpu
@@ -75,8 +75,8 @@ def expectations(leaves: list[Tensor], tree: PackedTree, **arguments: Any) -> tu
 
 
 def assert_as_good(found: list[Tensor], expected: tuple[list[Tensor], list[Tensor]]) -> None:
-    for name, got, textbook, truth in zip(("out", "lse", "dq", "dk", "dv"), found, *expected, strict=True):
-        assert_as_good_as_textbook(got, textbook, truth, name)
+    for name, got, reference, truth in zip(("out", "lse", "dq", "dk", "dv"), found, *expected, strict=True):
+        assert_as_good_as_reference(got, reference, truth, name)
 
 
 def assert_near_float64(leaves: list[Tensor], tree: PackedTree, **arguments: Any) -> None:
@@ -101,7 +101,7 @@ def case_expectations(case: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_as_good_as_textbook(case: str, instruction_set: str) -> None:
+def test_as_good_as_reference(case: str, instruction_set: str) -> None:
     heads, size, value_size, arguments = CASES[case]
     leaves = leaves_of(BLOCKS, heads, size, value_size)
     assert_as_good(results(leaves, BLOCKS, "cpu", **arguments), case_expectations(case))

@@ -1,4 +1,4 @@
-"""Tree attention of tiny, huge and peaked scores, odd head sizes and few rows: as good as the textbook."""
+"""Tree attention of tiny, huge and peaked scores, odd head sizes and few rows: as good as the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tuna_kernels.attention.test_tree_attention import CPU, groups
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels.attention.tree_attention import tree_attention
 from tuna_kernels.tree import Group, pack_groups
 
@@ -43,8 +43,8 @@ def test_scales_and_sizes(
     with_lse: bool,
     seed: int,
 ) -> None:
-    """The textbook's bound, or some roundings of the scores; for dq and dk some roundings of the terms that are summed:
-    where a row sees one key they cancel, and nothing but rounding is left."""
+    """The reference's bound, or some roundings of the scores; for dq and dk some roundings of the summed terms: where
+    a row sees one key they cancel, and nothing but rounding is left."""
     tree = pack_groups(forest)
     g = torch.Generator().manual_seed(seed)
     shapes = ((heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1]))
@@ -69,7 +69,7 @@ def test_scales_and_sizes(
     of_terms = {"dq": term, "dk": term * spread}
     truth, book = (evaluate(dtype, "reference") for dtype in (torch.float64, torch.float32))
     for name, a, b, c in zip(NAMES, evaluate(torch.float32, backend), book, truth, strict=True):
-        assert_as_good_as_textbook(a, b, c, name, scale=of_terms.get(name, score))
+        assert_as_good_as_reference(a, b, c, name, scale=of_terms.get(name, score))
 
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
@@ -92,4 +92,4 @@ def test_large_scores_round_the_log_sum_exp_and_not_the_gradient(backend: str, w
         return torch.autograd.grad(loss, value)[0]
 
     truth, book = (evaluate(dtype, "reference") for dtype in (torch.float64, torch.float32))
-    assert_as_good_as_textbook(evaluate(torch.float32, backend), book, truth, "dv")
+    assert_as_good_as_reference(evaluate(torch.float32, backend), book, truth, "dv")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tuna_kernels.attention.test_tree_attention import CPU, TREE, groups, inputs
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels.attention.reference import visible
 from tuna_kernels.attention.tree_attention import tree_attention
 from tuna_kernels.tree import Group, PackedTree, pack_groups
@@ -25,7 +25,7 @@ SINKS = {
 }
 
 
-def textbook(
+def reference(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, tree: PackedTree, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """A key more, whose score is the sink and whose value is 0, written out apart from the library."""
@@ -45,7 +45,7 @@ def evaluate(
     """out, lse and the gradients of q, k, v and sinks for a fixed upstream of both."""
     own = [x.detach().clone().requires_grad_() for x in leaves]
     if backend == "":
-        out, lse = textbook(own[0], own[1], own[2], own[3], tree, window, softcap)
+        out, lse = reference(own[0], own[1], own[2], own[3], tree, window, softcap)
     else:
         out, lse = tree_attention(
             own[0], own[1], own[2], tree.subtree_end, position_ids=tree.position_ids, window=window, softcap=softcap,
@@ -65,7 +65,7 @@ def check(leaves: list[Tensor], tree: PackedTree, backend: str, window: int | No
     for name, a, b, c in zip(NAMES, got, book, truth, strict=True):
         half = leaves[0].dtype in (torch.bfloat16, torch.float16) and name != "lse"
         rounded = leaves[0].dtype if half else torch.float32
-        assert_as_good_as_textbook(a, b, c, name, rounded=rounded, scale=0.0 if tree is TREE else score)
+        assert_as_good_as_reference(a, b, c, name, rounded=rounded, scale=0.0 if tree is TREE else score)
 
 
 @pytest.mark.parametrize("sinks", SINKS)

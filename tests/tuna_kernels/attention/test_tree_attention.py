@@ -1,4 +1,4 @@
-"""Tree attention: equal to the textbook, differentiable, block by block, the same bits alone and in
+"""Tree attention: equal to the reference, differentiable, block by block, the same bits alone and in
 company."""
 
 from __future__ import annotations

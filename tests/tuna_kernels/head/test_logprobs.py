@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels import available_backends, linear_logprobs, selective_logprobs
 from tuna_kernels.head import cpu, tiled, tiled_linear
 from tuna_kernels.head.cpu import multiplies
@@ -98,14 +98,14 @@ def check(case: Case, backend: str, **slack: float) -> None:
     types = {case.hidden, case.weight}
     rounded = case.weight if backend == "cpu" and len(types) == 1 and multiplies(case.weight) else torch.float32
     truth = evaluate(case, "reference", torch.float64)
-    textbook = evaluate(case, "reference")
+    reference = evaluate(case, "reference")
     got = evaluate(case, backend)
     assert got.keys() == truth.keys()
     for name in truth:
         where = f"{name} of {case} on {backend}"
-        assert_as_good_as_textbook(
+        assert_as_good_as_reference(
             got[name],
-            textbook[name],
+            reference[name],
             truth[name],
             where,
             rounded=rounded if name.startswith("d ") else torch.float32,
@@ -378,9 +378,9 @@ def test_selective_equals_the_oracle(backend: str, dtype: torch.dtype, temperatu
         return out.detach(), leaf.grad
 
     truth = evaluate(logits.double(), "reference")
-    textbook = evaluate(logits, "reference")
-    for got, book, true in zip(evaluate(logits, backend), textbook, truth, strict=True):
-        assert_as_good_as_textbook(got, book, true)
+    reference = evaluate(logits, "reference")
+    for got, book, true in zip(evaluate(logits, backend), reference, truth, strict=True):
+        assert_as_good_as_reference(got, book, true)
 
 
 def test_selective_handles_strided_and_empty_logits() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels import available_backends, linear_logprobs
 
 RANKS, VOCABULARY, PADDED = 2, 97, 130
@@ -127,14 +127,14 @@ def check_ranks(backend: str) -> None:
     for i, options in enumerate(OPTIONS):
         dtype = options.get("dtype", torch.float32)
         leaves, *layout = problem(options, dtype)
-        textbook = evaluate(options, leaves, layout, backend="reference")
+        reference = evaluate(options, leaves, layout, backend="reference")
         double, *_ = problem(options, torch.float64)
         truth = evaluate(options, double, layout, backend="reference")
         for rank in range(RANKS):
             expected, wanted = (
                 {f"d {k}": v for k, v in shards({n[2:]: t for n, t in r.items() if n[0] == "d"}, rank).items()}
                 | {n: t for n, t in r.items() if n[0] != "d"}
-                for r in (textbook, truth)
+                for r in (reference, truth)
             )
             got = by_rank[rank][i]
             assert got.keys() == wanted.keys()
@@ -144,7 +144,7 @@ def check_ranks(backend: str) -> None:
                 absent = wanted[name] == -torch.inf
                 assert torch.equal(got[name] == -torch.inf, absent), f"{name} {options} rank {rank}"
                 values = (x[name].masked_fill(absent, 0) for x in (got, expected, wanted))
-                assert_as_good_as_textbook(*values, f"{name} {options} rank {rank}", rounded=rounded)
+                assert_as_good_as_reference(*values, f"{name} {options} rank {rank}", rounded=rounded)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""linear_ranking_loss: equals the textbook from full logits, however its groups are cut into blocks."""
+"""linear_ranking_loss: equals the reference from full logits, however its groups are cut into blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels import Group, LossCounts, available_backends, linear_ranking_loss, pack_groups
 from tuna_kernels.head import tiled
 
@@ -90,14 +90,14 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("budget", [0, ONE_GROUP, None])
-def test_equals_the_textbook(backend: str, preset: str, options: dict[str, Any], budget: int | None) -> None:
+def test_equals_the_reference(backend: str, preset: str, options: dict[str, Any], budget: int | None) -> None:
     groups = make_groups()
     truth = evaluate(groups, "reference", torch.float64, preset=preset, **options)
-    textbook = evaluate(groups, "reference", torch.float32, preset=preset, **options)
+    reference = evaluate(groups, "reference", torch.float32, preset=preset, **options)
     got = evaluate(groups, backend, torch.float32, preset=preset, logits_budget=budget, **options)
     assert got.keys() == truth.keys()
     for name in truth:
-        assert_as_good_as_textbook(got[name], textbook[name], truth[name], name)
+        assert_as_good_as_reference(got[name], reference[name], truth[name], name)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

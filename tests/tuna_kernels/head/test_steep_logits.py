@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tuna_kernels.bounds import assert_as_good_as_textbook
+from tests.tuna_kernels.bounds import assert_as_good_as_reference
 from tuna_kernels import available_backends, linear_logprobs, selective_logprobs
 
 NATIVE = pytest.param(
@@ -39,9 +39,9 @@ def test_any_temperature(backend: str, dtype: torch.dtype, temperature: float, l
     book = evaluate(x, targets, "reference", temperature=temperature)
     got = evaluate(x, targets, backend, temperature=temperature)
     assert bool((got[0] <= 0).all())
-    assert_as_good_as_textbook(got[0], book[0], truth[0], "log-probs", scale=1.0)
+    assert_as_good_as_reference(got[0], book[0], truth[0], "log-probs", scale=1.0)
     if 1 / temperature < torch.finfo(dtype).max:
-        assert_as_good_as_textbook(got[1], book[1], truth[1], "gradient", scale=1 / temperature)
+        assert_as_good_as_reference(got[1], book[1], truth[1], "gradient", scale=1 / temperature)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -113,7 +113,7 @@ def test_logprobs_entropy_and_length_penalty() -> None:
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("family", ["gemma2", "opt", "granite"])
-def test_ranking_loss_equals_the_textbook(family: str, preset: str) -> None:
+def test_ranking_loss_equals_the_reference(family: str, preset: str) -> None:
     """Loss and all gradients against hinge and MLE over log-probabilities of separate sequences."""
     model = tiny(family)
     tree = pack_groups(GROUPS)

@@ -1,4 +1,4 @@
-"""Tiny random causal LMs of the families that must agree with separate sequences, and the textbook to compare
+"""Tiny random causal LMs of the families that must agree with separate sequences, and the reference to compare
 with."""
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def separate_logprobs(model: nn.Module, groups: list[Group]) -> list[Tensor]:
 
 
 def separate_scores(model: nn.Module, groups: list[Group], length_penalty: float = 1.0) -> Tensor:
-    """[C]: the textbook's scores."""
+    """[C]: the reference's scores."""
     return torch.stack([x.sum() / len(x) ** length_penalty for x in separate_logprobs(model, groups)])
 
 

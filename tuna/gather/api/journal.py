@@ -24,9 +24,10 @@ from typing import IO, Any
 
 from tuna.gather.api.bodies import clean_text, parse_json
 from tuna.gather.api.budget import Usage
+from tuna.system.locks import FolderInUse
 from tuna.system.writing import write_json
 
-__all__ = ["FolderInUse", "Journal", "OtherParameters", "content_key"]
+__all__ = ["Journal", "OtherParameters", "content_key"]
 
 JOURNAL, MANIFEST, LOCK = "journal.jsonl", "manifest.json", "lock"
 MOST_USED = 10**12  # tokens of a call in the books: beyond, a line is not to be believed
@@ -34,10 +35,6 @@ MOST_USED = 10**12  # tokens of a call in the books: beyond, a line is not to be
 
 class OtherParameters(ValueError):
     """The folder holds work done with other parameters."""
-
-
-class FolderInUse(ValueError):
-    """Another process works in the folder."""
 
 
 def content_key(content: Any) -> str:

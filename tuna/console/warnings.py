@@ -1,14 +1,18 @@
-"""Warnings, and the template a command uses: the one given, the one the model was trained with, or none."""
+"""Warnings: rows left out, oddities of the data, a template other than the one a model was trained with."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["given_template", "warn"]
+    from tuna.data.problems import Problem
+
+__all__ = ["given_template", "print_problems", "warn"]
 
 
 def given_template(
@@ -42,3 +46,13 @@ def warn(console: Console, notice: str | None) -> None:
 
     if notice is not None:
         console.print(Text(f"warning: {notice}", style="yellow"), soft_wrap=True)
+
+
+def print_problems(console: Console, problems: Sequence[Problem] | Sequence[str]) -> None:
+    """The first problems, a line each, and how many more there are."""
+    from rich.text import Text
+
+    from tuna.data.problems import problem_lines
+
+    for line in problem_lines(problems):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
