@@ -57,7 +57,7 @@ def serve(
     from tuna.models.loading import load_model, place_for
     from tuna.serve import Engine, create_app
     from tuna.serve.access import check_key, host_name
-    from tuna.serve.connections import BoundedProtocol
+    from tuna.serve.connections import BoundedProtocol, Server
     from tuna_kernels.integrations.transformers import prepare_model
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        server = uvicorn.Server(config)
+        server = Server(config)
         if with_stdin:
             threading.Thread(target=_stop_with_stdin, args=(server,), daemon=True).start()
         gc.freeze()  # what is loaded stays: collections, which stop all threads, need not walk it

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["BoundedProtocol"]
+__all__ = ["BoundedProtocol", "Server"]
 
 HEADER_SECONDS = 20.0  # from the connection, or a request's first byte, to the end of its headers
 SPARE = 64  # files the process needs besides connections
 MOST = 8192
+LAST_WORDS = 1.0  # seconds for requests that were cancelled at the end to be answered
 
 
 class BoundedProtocol(H11Protocol):
@@ -58,6 +61,16 @@ class BoundedProtocol(H11Protocol):
         others: Any = self.connections
         waiting = [(other._due.when(), id(other), other) for other in others if other._due is not None]
         min(waiting)[2].transport.abort()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which waits for the answers to requests it cancelled: SIGTERM kills the process right after."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks and not self.force_exit:
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS)
 
 
 def most_connections() -> int:
