@@ -155,9 +155,9 @@ def assert_equals_oracle(
     given_upstream = {seed: upstream(shape, seed) for seed in seeds}
     found = run(kernel, dtype)
     truth = run(oracle, torch.float64)
-    reference = run(oracle if dtype == torch.float32 else plain, dtype)
+    book = run(oracle if dtype == torch.float32 else plain, dtype)
     names = [["out", "lse"], *[["dq", "dk", "dv"]] * len(seeds)]
-    for group in zip(found, reference, truth, names, strict=True):
+    for group in zip(found, book, truth, names, strict=True):
         for got, own, exact, name in zip(*group, strict=True):
             size = truth[0][1].abs().max().item() if large and name.startswith("d") else 0
             assert_as_good_as_reference(got, own, exact, name, units=16 + size)
