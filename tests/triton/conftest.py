@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton.interpreter import multiply_in_one_order, patch_the_language_once_a_launch
+from tests.triton.interpreter import multiply_in_one_order, patch_the_language_once_a_launch, round_bfloat16_to_nearest
 from tuna_kernels.gpu import availability
 
 if availability.why_not_here():
@@ -27,3 +27,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 if availability.is_interpreted() and not availability.why_not_here():
     patch_the_language_once_a_launch()
     multiply_in_one_order()
+    round_bfloat16_to_nearest()

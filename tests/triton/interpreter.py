@@ -1,4 +1,4 @@
-"""Triton's interpreter as these tests want it: quick, and with products that are the same on every machine."""
+"""Triton's interpreter as these tests want it: quick, rounding as GPUs do, the same products on every machine."""
 
 from __future__ import annotations
 
@@ -49,3 +49,20 @@ def multiply_in_one_order() -> None:
         return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def round_bfloat16_to_nearest() -> None:
+    """The interpreter cuts float32 to bfloat16 (a softmax of 1 - 2^-24 becomes 0.996); GPUs round to nearest even."""
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, given: Any, wanted: Any, mode: Any) -> Any:
+        if given != tl.float32 or wanted != tl.bfloat16:
+            return convert(data, given, wanted, mode)
+        exact = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
+        return exact.to(torch.bfloat16).view(torch.uint16).numpy()
+
+    interpreter._convert_float = rounded

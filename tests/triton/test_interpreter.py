@@ -1,4 +1,4 @@
-"""The interpreter's products are those of no BLAS: the same on every machine, and a row's its own."""
+"""The interpreter rounds as GPUs do, and its products are those of no BLAS: the same everywhere, a row's its own."""
 
 from __future__ import annotations
 
@@ -55,3 +55,18 @@ class _Handle:
         import triton.language as tl
 
         return tl.float32
+
+
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def cast(given: Any, found: Any, SIZE: tl.constexpr) -> None:
+        places = tl.arange(0, SIZE)
+        tl.store(found + places, tl.load(given + places).to(tl.bfloat16))
+
+    given = torch.cat([torch.tensor([1 - 2**-24, 1 + 2**-8, 1 + 3 * 2**-8, -3e38, float("inf")]), torch.randn(59)])
+    found = torch.empty(64, dtype=torch.bfloat16)
+    cast[(1,)](given, found, 64)
+    assert torch.equal(found, given.to(torch.bfloat16))
