@@ -27,7 +27,7 @@ def should_validate(validate: bool | None, tensor: Tensor) -> bool:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x`` itself if the entries of its last axis are neighbours in memory, else a copy in which they are."""
+    """`x` itself if the entries of its last axis are neighbours in memory, else a copy in which they are."""
     return x if x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 

@@ -5,10 +5,10 @@ constants when they are differentiated once more, and has no `torch.func.grad`. 
 
 * reverse mode, with autograd and with `torch.func.grad`, `vjp`, `jacrev`, also under `vmap`;
 * forward mode (`torch.func.jvp`, `jacfwd`, `hessian`, `forward_ad.dual_level`) raises, or takes the op's own rule;
-* a gradient taken with ``create_graph=True`` is joined to all it depends on by a node that raises when it is
+* a gradient taken with `create_graph=True` is joined to all it depends on by a node that raises when it is
   differentiated, unless the op says that its gradient is made of differentiable operations.
 
-The backend ``"reference"`` is plain PyTorch and differentiable in either mode, as often as wanted.
+The backend `"reference"` is plain PyTorch and differentiable in either mode, as often as wanted.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["register"]
 
 Gradients: TypeAlias = Mapping[str, Tensor | None]
 SetupContext: TypeAlias = Callable[[Any, Any, Any], None]
-"""``(ctx, inputs, output)``, as `torch.library.register_autograd` takes it, with the inputs as a named tuple."""
+"""`(ctx, inputs, output)`, as `torch.library.register_autograd` takes it, with the inputs as a named tuple."""
 Backward: TypeAlias = Callable[..., Gradients]
-"""``(ctx, saved tensors, *grads)``: gradients by the names of the inputs; inputs left out have none."""
+"""`(ctx, saved tensors, *grads)`: gradients by the names of the inputs; inputs left out have none."""
 
 
 def register(
@@ -43,15 +43,15 @@ def register(
     twice: bool = False,
     instead: str = 'backend="reference", which PyTorch differentiates in either mode as often as wanted',
 ) -> None:
-    """Make ``op`` differentiable by ``backward``; without one it is an op that only gradients are made with.
+    """Make `op` differentiable by `backward`; without one it is an op that only gradients are made with.
 
     Args:
         op: its backend and fake implementations may come before or after.
         setup_context: what the backward needs, from the op's inputs (defaults filled in) and output.
-        backward: given ``ctx``, whose ``needs`` says by name which inputs need a gradient, ``ctx.saved_tensors`` and
+        backward: given `ctx`, whose `needs` says by name which inputs need a gradient, `ctx.saved_tensors` and
             the gradients of the outputs.
-        jvp: ``(ctx, *tangents of the inputs)``: the tangents of the outputs, where forward mode is served.
-        twice: ``backward`` is made of differentiable operations and right to differentiate again.
+        jvp: `(ctx, *tangents of the inputs)`: the tangents of the outputs, where forward mode is served.
+        twice: `backward` is made of differentiable operations and right to differentiate again.
         instead: what to use where the op is not differentiable enough.
     """
     overload = op._opoverload

@@ -1,4 +1,4 @@
-"""Which backend computes: what is usable here, why another is not, and what ``auto`` chooses."""
+"""Which backend computes: what is usable here, why another is not, and what `auto` chooses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def available_backends() -> dict[str, str]:
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """ "" if ``backend`` serves these inputs, else the reason why not."""
+    """ "" if `backend` serves these inputs, else the reason why not."""
     if backend == "triton":
         return availability.why_not(device, *dtypes)
     if backend != "cpu":
@@ -44,11 +44,11 @@ def resolve_backend(
     known: Sequence[str] = BACKENDS,
     refuses: Callable[[str], str] | None = None,
 ) -> str:
-    """The backend that serves a call, of those ``known``; ``refuses`` gives the reason why one does not (default:
+    """The backend that serves a call, of those `known`; `refuses` gives the reason why one does not (default:
     `why_not` of the device and dtypes).
 
-    ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` or, on
-    CUDA tensors, ``triton`` where it serves the inputs, else ``torch``.
+    `"auto"` takes the environment variable `TUNA_KERNELS_BACKEND` where it is set, else `cpu` or, on
+    CUDA tensors, `triton` where it serves the inputs, else `torch`.
 
     Raises:
         ValueError: unknown backend.

@@ -37,13 +37,13 @@ def tuna_hinge(
 ) -> tuple[Tensor, Tensor]:
     """The Tuna loss of some groups and its gradient with respect to each score, in float64, without autograd.
 
-    ``groups`` and ``pairs_by_lag`` are those of the whole optimizer step, so losses of parts of a batch add up.
+    `groups` and `pairs_by_lag` are those of the whole optimizer step, so losses of parts of a batch add up.
 
     Returns:
-        ``(loss, gradient)``: a float64 scalar and float64 [C].
+        `(loss, gradient)`: a float64 scalar and float64 [C].
 
     Raises:
-        ValueError: ``reduction="mean_per_lag"`` and a pair whose lag ``pairs_by_lag`` does not count.
+        ValueError: `reduction="mean_per_lag"` and a pair whose lag `pairs_by_lag` does not count.
     """
     better, worse = ranked_pairs(ranks, group_offsets)
     lag = ranks[worse] - ranks[better]
@@ -81,10 +81,10 @@ def ranking_loss(
     Args:
         scores: [C] floating point, higher = more likely; differentiable.
         ranks: [C] int64, dense within a group, 0 = best, equal = tie (ties make no pair).
-        group_offsets: [G+1] int64; group g holds candidates ``group_offsets[g]:group_offsets[g+1]``.
-        kind: ``"tuna"``.
-        reduction: ``"mean_groups"`` (the paper): sum over a group's pairs, mean over groups, groups without a
-            pair included. ``"mean_per_lag"`` (the released code): for each rank difference the mean over all
+        group_offsets: [G+1] int64; group g holds candidates `group_offsets[g]:group_offsets[g+1]`.
+        kind: `"tuna"`.
+        reduction: `"mean_groups"` (the paper): sum over a group's pairs, mean over groups, groups without a
+            pair included. `"mean_per_lag"` (the released code): for each rank difference the mean over all
             pairs of that difference in the batch, then the sum over differences.
         counts: denominators of the whole optimizer step; by default those of the ranks at hand.
         margin: score gap asked for per step of rank difference.
@@ -93,8 +93,8 @@ def ranking_loss(
         A scalar: float64 for float64 scores, else float32.
 
     Raises:
-        ValueError: unknown ``kind`` or ``reduction``; shapes that do not fit; counts that miss a pair.
-        TypeError: ``scores`` not floating point, ``ranks`` or ``group_offsets`` not integers.
+        ValueError: unknown `kind` or `reduction`; shapes that do not fit; counts that miss a pair.
+        TypeError: `scores` not floating point, `ranks` or `group_offsets` not integers.
 
     Examples:
         >>> scores = torch.tensor([-1.0, -0.5], requires_grad=True)
@@ -149,10 +149,10 @@ def preset_loss(
     settings: PresetSettings,
     counts: LossCounts,
 ) -> PresetResult:
-    """Tuna's total loss ``ranking + mle_weight * mle`` of some groups, and its closed-form gradient per slot.
+    """Tuna's total loss `ranking + mle_weight * mle` of some groups, and its closed-form gradient per slot.
 
-    The MLE term is, in the preset ``paper``, the mean over groups of the token mean of each group's first best
-    candidate; in ``released`` the token mean over all candidates of the batch.
+    The MLE term is, in the preset `paper`, the mean over groups of the token mean of each group's first best
+    candidate; in `released` the token mean over all candidates of the batch.
     """
     lengths = candidate_offsets.diff()
     candidate = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
@@ -184,7 +184,7 @@ def preset_loss(
 
 
 def weighted(term: Tensor, weight: float) -> Tensor:
-    """``weight * term``, and 0 without weight even where the term is infinite."""
+    """`weight * term`, and 0 without weight even where the term is infinite."""
     return weight * term if weight else torch.zeros_like(term)
 
 

@@ -1,4 +1,4 @@
-"""Every GPU kernel against the float64 oracle, on the card at hand: ``tuna info --self-check``.
+"""Every GPU kernel against the float64 oracle, on the card at hand: `tuna info --self-check`.
 
 The kernels are tested in Triton's interpreter and compiled for every architecture without a GPU; a card, its driver and
 its compiler are still the user's own. This runs each kernel forward and backward on small inputs, within a minute, and
@@ -32,8 +32,8 @@ Run = Callable[[torch.dtype, str], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One kernel path. ``error`` and ``limit`` are those of the result that came closest to its limit (absolute);
-    ``reason`` says why it failed, "" when it passed."""
+    """One kernel path. `error` and `limit` are those of the result that came closest to its limit (absolute);
+    `reason` says why it failed, "" when it passed."""
 
     name: str
     error: float
@@ -46,7 +46,7 @@ class Check:
 
 
 def run_checks(device: torch.device | str, backend: str = "triton", *, small: bool = False) -> Iterator[Check]:
-    """All checks of ``backend`` on ``device``, each when it is finished; a pass of all on a GPU is remembered.
+    """All checks of `backend` on `device`, each when it is finished; a pass of all on a GPU is remembered.
 
     Args:
         device: where to run.
@@ -107,7 +107,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _LinearLogprobs:
-    """``linear_logprobs`` of a vocabulary and a width that no tile divides, some rows with several slots or none."""
+    """`linear_logprobs` of a vocabulary and a width that no tile divides, some rows with several slots or none."""
 
     def __init__(self, device: torch.device, small: bool, *, plain: bool = True, frozen: bool = False) -> None:
         self.rows, self.width, self.vocab = (19, 40, 151) if small else (300, 520, 32003)
@@ -151,7 +151,7 @@ def _selective(device: torch.device, small: bool) -> Run:
 
 
 def sample_groups(longest: int) -> list[Group]:
-    """Groups of several shapes: ragged, a response that begins another, a single one; responses up to ``longest``."""
+    """Groups of several shapes: ragged, a response that begins another, a single one; responses up to `longest`."""
     maker = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:

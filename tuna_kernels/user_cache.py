@@ -11,7 +11,7 @@ from typing import Any
 
 
 def path_of(name: str) -> Path:
-    """``$XDG_CACHE_HOME/tuna_kernels/NAME.json``, by default below ``~/.cache``."""
+    """`$XDG_CACHE_HOME/tuna_kernels/NAME.json`, by default below `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "tuna_kernels" / f"{name}.json"
 
@@ -35,7 +35,7 @@ def is_writable(name: str) -> bool:
 
 
 def keep_first(name: str, value: Any, is_valid: Callable[[Any], bool]) -> Any:
-    """Remember ``value`` unless another process remembered a valid one first, and return what is remembered: processes
+    """Remember `value` unless another process remembered a valid one first, and return what is remembered: processes
     that start together agree."""
     if not _place(name, value, os.link) and not is_valid(read(name)):
         write(name, value)  # over what is no value, or on a file system without hard links
@@ -44,7 +44,7 @@ def keep_first(name: str, value: Any, is_valid: Callable[[Any], bool]) -> Any:
 
 
 def _place(name: str, value: Any, put: Callable[[str, Path], None]) -> bool:
-    """Write ``value`` to a file beside its place and ``put`` it there; whether that could be done."""
+    """Write `value` to a file beside its place and `put` it there; whether that could be done."""
     path, temporary = path_of(name), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

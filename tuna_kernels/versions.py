@@ -39,7 +39,7 @@ def installed(name: str) -> str | None:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without build, pre-release and the like: ``2.13.0+cu130`` is (2, 13, 0)."""
+    """The numbers of a version, without build, pre-release and the like: `2.13.0+cu130` is (2, 13, 0)."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 

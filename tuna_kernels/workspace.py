@@ -1,7 +1,7 @@
 """What an op takes beyond its inputs and results, as a formula: for planners, which cannot look inside an op.
 
 Every formula is an upper bound of what PyTorch's allocator is asked for, held to it by
-``tests/tuna_kernels/test_workspace.py``; b is the bytes of an element of the computing type (float32, float64
+`tests/tuna_kernels/test_workspace.py`; b is the bytes of an element of the computing type (float32, float64
 for float64), R the rows that are scored, V the vocabulary, D the width.
 """
 
@@ -42,17 +42,17 @@ def workspace_bytes(op: str, shape: Shape, dtype: torch.dtype, backend: str = "a
     """Bytes an op takes at its peak, forward or backward, beyond its inputs and results.
 
     Args:
-        op: ``"linear_logprobs"``, ``"linear_ranking_loss"``, ``"selective_logprobs"`` or ``"tree_attention"``.
-        shape: for the head ``rows`` (hidden rows that are scored; a row of several slots counts for each, at
-            most), ``width`` (D), ``vocabulary`` (V); for the ranking loss also ``logits_budget`` in bytes and, if
-            known, ``group_rows``, those of the largest group, and ``skips``, 0 where every row has a gradient.
-            For the attention ``rows`` (T), ``heads``, ``kv_heads``, ``head_size``, ``longest`` (tokens of the
-            longest sequence), and where they differ from 1 and T, ``batch`` and ``queries``.
+        op: `"linear_logprobs"`, `"linear_ranking_loss"`, `"selective_logprobs"` or `"tree_attention"`.
+        shape: for the head `rows` (hidden rows that are scored; a row of several slots counts for each, at
+            most), `width` (D), `vocabulary` (V); for the ranking loss also `logits_budget` in bytes and, if
+            known, `group_rows`, those of the largest group, and `skips`, 0 where every row has a gradient.
+            For the attention `rows` (T), `heads`, `kv_heads`, `head_size`, `longest` (tokens of the
+            longest sequence), and where they differ from 1 and T, `batch` and `queries`.
         dtype: dtype of hidden states and weight, of logits, or of queries, keys and values.
         backend: as in the op.
 
     Raises:
-        ValueError: an unknown op or backend, or a missing entry of ``shape``.
+        ValueError: an unknown op or backend, or a missing entry of `shape`.
 
     Examples:
         >>> workspace_bytes("linear_logprobs", {"rows": 1, "width": 8, "vocabulary": 9}, torch.float32, "torch")
@@ -126,7 +126,7 @@ def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
     """Buffers of one walk over the tiles: logits and hidden rows; in half precision a tile of the weight's gradient
     and, where products do not convert it, one of the weight; where they are our own, a packed left operand.
 
-    ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
+    `more` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
     """
     compute, width, plan = compute_dtype(dtype), shape["width"], _plan(shape, dtype)
     is_native = backend == "cpu" and cpu.has_products(dtype)

@@ -1,7 +1,7 @@
 """How the `torch` backend cuts the attention of a packed tree into blocks.
 
 Rows are cut where a branch starts (the row before it ends its own subtree) and into blocks of at most
-``MAX_ROWS``. The keys that some row of block [a, b) can see are the rows j < b with subtree_end[j] > a: the
+`MAX_ROWS`. The keys that some row of block [a, b) can see are the rows j < b with subtree_end[j] > a: the
 ancestors' path and the block itself, a few contiguous runs. So a group with a prompt of P and k responses of
 R tokens costs about P² + kR(P + R) scores instead of (P + kR)², and no block reaches across groups.
 
@@ -73,13 +73,13 @@ def plan_for(
     Args:
         subtree_end: [T] int64.
         query_rows: [Tq] int64 packed row of each query, in any order; None: all rows.
-        position_ids: [T] int64 depth of each row; needed with ``window``.
-        window: see ``0 <= depth_i - depth_j < window`` only; None: no limit.
+        position_ids: [T] int64 depth of each row; needed with `window`.
+        window: see `0 <= depth_i - depth_j < window` only; None: no limit.
         device: where the masks go.
 
     Raises:
-        ValueError: ``subtree_end[j]`` outside ``(j, T]``.
-        IndexError: a query row outside ``[0, T)``.
+        ValueError: `subtree_end[j]` outside `(j, T]`.
+        IndexError: a query row outside `[0, T)`.
     """
     return _build(
         host_bytes(subtree_end),
@@ -132,7 +132,7 @@ def _build(
 
 
 def check_subtree_end(end: IntArray) -> None:
-    """Raise ``ValueError`` unless ``j < subtree_end[j] <= T`` for all j: every row sees itself."""
+    """Raise `ValueError` unless `j < subtree_end[j] <= T` for all j: every row sees itself."""
     wrong = np.flatnonzero((end <= np.arange(len(end))) | (end > len(end)))
     if wrong.size:
         j = int(wrong[0])
@@ -149,7 +149,7 @@ def check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
 
 
 def check_rows(rows: IntArray, total: int) -> None:
-    """Raise ``IndexError`` unless all query rows lie in [0, T)."""
+    """Raise `IndexError` unless all query rows lie in [0, T)."""
     wrong = np.flatnonzero((rows < 0) | (rows >= total))
     if wrong.size:
         i = int(wrong[0])
@@ -177,7 +177,7 @@ class _Visible:
         return BLOCK_COST + (stop - start) * len(self.keys(int(rows[start]), int(rows[stop - 1]), root))
 
     def block(self, rows: IntArray, start: int, stop: int, root: int, device: torch.device) -> Block:
-        """The block of the queries [start, stop), whose group begins at row ``root``."""
+        """The block of the queries [start, stop), whose group begins at row `root`."""
         i = rows[start:stop, None]
         keys = self.keys(int(rows[start]), int(rows[stop - 1]), root)
         hidden = (keys[None, :] > i) | (self.end[keys][None, :] <= i)
@@ -220,7 +220,7 @@ def _cut(rows: IntArray, end: IntArray, visible: _Visible) -> list[tuple[int, in
 
 
 def _pieces(cuts: IntArray) -> list[tuple[int, int]]:
-    """The ranges between cuts, long ones split evenly into at most ``MAX_ROWS``."""
+    """The ranges between cuts, long ones split evenly into at most `MAX_ROWS`."""
     pieces: list[tuple[int, int]] = []
     for start, stop in pairwise(cuts.tolist()):
         parts = -(-(stop - start) // MAX_ROWS)

@@ -35,7 +35,7 @@ class Route(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        """``(out, lse)``."""
+        """`(out, lse)`."""
         ...
 
     def backward(
@@ -48,7 +48,7 @@ class Route(Protocol):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dq, dk, dv)``."""
+        """`(dq, dk, dv)`."""
         ...
 
 

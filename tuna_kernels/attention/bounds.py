@@ -9,7 +9,7 @@ row j are [j, subtree_end[j]); the ranges of a block's rows overlap one after th
 Two ranges of queries per key block decide every pair of blocks. A window is judged by the least and greatest depth of
 both blocks: it may keep a block that holds no work, never the reverse. Full blocks need no mask.
 
-All of it is a few small tensor operations on the tree's own device; ``ceil(Tq/M) * ceil(T/N)`` entries of 8 bytes are
+All of it is a few small tensor operations on the tree's own device; `ceil(Tq/M) * ceil(T/N)` entries of 8 bytes are
 held at most (8 MiB for 65536 rows and blocks of 64). It is kept with the tree's arrays, so all layers, the backward and
 a checkpoint's recomputation share it.
 """
@@ -37,7 +37,7 @@ class BlockLists:
     """For each of n blocks the blocks of the other side to visit, as a kernel walks them.
 
     Attributes:
-        index: [n, m] int32, contiguous: the ``full`` blocks ascending, then the masked ones, then the dead ones.
+        index: [n, m] int32, contiguous: the `full` blocks ascending, then the masked ones, then the dead ones.
         full: [n] int32, how many are fully visible.
         live: [n] int32, how many must be visited.
     """
@@ -52,9 +52,9 @@ class BlockMap:
     """The arrays of a tree as kernels take them, and its maps by block size.
 
     Attributes:
-        end: [T] int32 ``subtree_end``.
+        end: [T] int32 `subtree_end`.
         rows: [Tq] int32 packed row of each query, ascending; None: query i is row i.
-        order: [Tq] int32, where query i of ``rows`` stands among the caller's queries; None with ``rows``.
+        order: [Tq] int32, where query i of `rows` stands among the caller's queries; None with `rows`.
         depth: [T] int32, None without a window.
         window: in depth, or None.
         kept: what a backend derives from the tree and wants to find again.
@@ -93,7 +93,7 @@ class BlockMap:
         return live, full & live
 
     def lists(self, block_m: int, block_n: int, *, of_keys: bool = False) -> BlockLists:
-        """Key blocks for each query block or, ``of_keys``, query blocks for each key block."""
+        """Key blocks for each query block or, `of_keys`, query blocks for each key block."""
         key = (block_m, block_n, of_keys)
         if key not in self._lists:
             live, full = (x.T.contiguous() if of_keys else x for x in self.pairs(block_m, block_n))

@@ -19,10 +19,10 @@ class AttentionCall(NamedTuple):
         v: [B, Hkv, T, dv].
         subtree_end: [T] int64.
         query_rows: [Tq] int64 packed row of each query; None: all rows in order.
-        position_ids: [T] int64 depth of each row; needed with ``window``.
+        position_ids: [T] int64 depth of each row; needed with `window`.
         window: in depth, or None.
         scale: factor on the scores.
-        softcap: c in ``c tanh(score / c)``, or None.
+        softcap: c in `c tanh(score / c)`, or None.
     """
 
     q: Tensor

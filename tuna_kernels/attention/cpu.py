@@ -87,13 +87,13 @@ class _NativeCall:
         return int(measure(torch.get_num_threads()))
 
     def forward(self) -> None:
-        """Fill the ``out`` and ``lse`` given."""
+        """Fill the `out` and `lse` given."""
         threads = torch.get_num_threads()
         workspace = torch.empty(self.workspace(backward=False))
         self._native.forward(workspace=workspace.data_ptr(), threads=threads, instruction_set=instruction_set())
 
     def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> AttentionGradients:
-        """From ``out`` and ``lse`` as they are."""
+        """From `out` and `lse` as they are."""
         threads = torch.get_num_threads()
         workspace = torch.empty(self.workspace(backward=True))
         gradients = self.call.empty_gradients()

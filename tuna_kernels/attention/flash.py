@@ -143,7 +143,7 @@ def _forward_part(part: Part, call: AttentionCall) -> tuple[Tensor, Tensor]:
 def _backward_part(
     part: Part, call: AttentionCall, grad_out: Tensor, result: AttentionResult
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), [B, n, H, d], of a part; ``result`` is that of all parts."""
+    """(dq, dk, dv), [B, n, H, d], of a part; `result` is that of all parts."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     batch = call.q.shape[0]
@@ -191,6 +191,6 @@ def _lengths(part: Part, batch: int) -> dict[str, Any]:
 
 
 def _repeated(offsets: Tensor, batch: int) -> Tensor:
-    """Offsets of the same sequences ``batch`` times over."""
+    """Offsets of the same sequences `batch` times over."""
     shifts = torch.arange(batch, device=offsets.device, dtype=torch.int32)[:, None] * offsets[-1]
     return torch.cat([offsets[:1], (offsets[1:] + shifts).flatten()])

@@ -16,8 +16,8 @@ def visible(
     position_ids: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Bool [Tq, T]: whether query i sees row j, that is ``j <= i < subtree_end[j]`` and, with a window w,
-    ``0 <= depth_i - depth_j < w``."""
+    """Bool [Tq, T]: whether query i sees row j, that is `j <= i < subtree_end[j]` and, with a window w,
+    `0 <= depth_i - depth_j < w`."""
     keys = torch.arange(subtree_end.shape[0], device=subtree_end.device)
     rows = keys if query_rows is None else query_rows
     seen = (keys <= rows[:, None]) & (rows[:, None] < subtree_end)

@@ -47,10 +47,10 @@ class Part:
 
 @lru_cache(maxsize=8)
 def parts_of(end_bytes: bytes, device: torch.device) -> tuple[Part, ...]:
-    """The parts of a tree, the causal one first. ``end_bytes``: content of the int64 `subtree_end`.
+    """The parts of a tree, the causal one first. `end_bytes`: content of the int64 `subtree_end`.
 
     Raises:
-        ValueError: ``subtree_end[j]`` outside ``(j, T]``.
+        ValueError: `subtree_end[j]` outside `(j, T]`.
     """
     end = np.frombuffer(end_bytes, dtype=np.int64)
     check_subtree_end(end)

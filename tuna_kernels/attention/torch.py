@@ -71,7 +71,7 @@ def _fold(x: Tensor, block: Block, heads: int) -> Tensor:
 
 
 def _put(total: Tensor, part: Tensor, block: Block) -> None:
-    """Write the block's [B, Hkv, G·bq, d] to its rows of ``total`` [B, Hq, Tq, d]."""
+    """Write the block's [B, Hkv, G·bq, d] to its rows of `total` [B, Hq, Tq, d]."""
     rows = total[:, :, block.start : block.stop]
     rows.copy_(part.reshape(rows.shape))
 
@@ -84,7 +84,7 @@ def _gather(x: Tensor, block: Block) -> Tensor:
 
 
 def _scatter_add(total: Tensor, part: Tensor, block: Block) -> None:
-    """Add [B, Hkv, nk, d] to the block's runs of ``total`` [B, Hkv, T, d]."""
+    """Add [B, Hkv, nk, d] to the block's runs of `total` [B, Hkv, T, d]."""
     done = 0
     for start, stop in block.keys:
         total[:, :, start:stop] += part[:, :, done : done + stop - start]

@@ -89,16 +89,16 @@ def tree_attention(
 
     Args:
         q: [B, Hq, Tq, d] float queries. The B trees are the same; Hq is a multiple of Hkv (query head h reads
-            key head ``h // (Hq / Hkv)``).
+            key head `h // (Hq / Hkv)`).
         k: [B, Hkv, T, d] keys of all T packed rows, dtype and device of q.
         v: [B, Hkv, T, dv] values.
         subtree_end: [T] int64, one past the last row of the subtree below row j (`PackedTree.subtree_end`).
         query_rows: [Tq] int64 packed row of each query, in any order; default: all rows (Tq = T).
-        position_ids: [T] int64 depth of each row; needed with ``window``.
-        window: w >= 1: see row j only where ``0 <= depth_i - depth_j < w`` too. Depth, not packed rows: a
+        position_ids: [T] int64 depth of each row; needed with `window`.
+        window: w >= 1: see row j only where `0 <= depth_i - depth_j < w` too. Depth, not packed rows: a
             branch measures its distance along its own sequence. A row always sees itself.
-        scale: factor on the scores; default ``1 / sqrt(d)``.
-        softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
+        scale: factor on the scores; default `1 / sqrt(d)`.
+        softcap: c > 0: scores become `c * tanh(score / c)`, after `scale`.
         sinks: [Hq] float, one learned logit per query head that stands in the denominator of all its rows and
             carries no value (GPT-OSS), differentiable; neither scaled nor capped; -inf: none.
         return_lse: also the log-sum-exp of the scores, sink included, differentiable.
@@ -108,12 +108,12 @@ def tree_attention(
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
-        ``return_lse`` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable in q, k, v and sinks: once,
-        in reverse mode; backend ``"reference"`` as often and in whatever mode one likes.
+        `return_lse` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable in q, k, v and sinks: once,
+        in reverse mode; backend `"reference"` as often and in whatever mode one likes.
         Under autocast q, k and v are cast to its dtype first, as for PyTorch's own attention.
 
     Raises:
-        ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
+        ValueError: shapes, dtypes, devices or settings that do not fit, or `subtree_end[j]` outside (j, T].
         IndexError: a query row outside [0, T).
         TypeError: an argument that is no tensor of the right kind.
         RuntimeError: a backend that cannot serve this call, with the reason.
@@ -203,7 +203,7 @@ def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
 
 
 def check_backend(name: str, argument: str = "backend") -> None:
-    """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
+    """Raise `ValueError` unless some machine serves tree attention under that name (or `"auto"`)."""
     if name not in ("auto", *_BACKENDS):
         raise ValueError(f"{argument} = {name!r} is not one of {('auto', *_BACKENDS)}")
 

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run here; under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, for tests.
+"""Whether Triton's kernels can run here; under `TRITON_INTERPRET=1` the same kernels run on CPU tensors, for tests.
 
 Nothing here imports triton, so that a machine without it works.
 """
@@ -34,7 +34,7 @@ def why_not_here() -> str:
 
 
 def why_not(device: torch.device, *dtypes: torch.dtype) -> str:
-    """ "" if the kernels serve tensors on ``device`` of these types, else the reason why not."""
+    """ "" if the kernels serve tensors on `device` of these types, else the reason why not."""
     if reason := why_not_here():
         return reason
     wanted = "cpu" if is_interpreted() else "cuda"

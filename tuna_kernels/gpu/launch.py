@@ -1,8 +1,8 @@
 """Which launch configuration a kernel runs with: a fixed choice for each architecture, or one tuned and remembered.
 
 A kernel's file lists few configurations and why they are there. By default its first one for the GPU at hand runs.
-With ``TUNA_KERNELS_AUTOTUNE=1`` the first call of a shape times all of them and the quickest is kept in
-``$XDG_CACHE_HOME/tuna_kernels/autotune.json``, by GPU, Triton version, kernel, dtype and shape. The number of rows is
+With `TUNA_KERNELS_AUTOTUNE=1` the first call of a shape times all of them and the quickest is kept in
+`$XDG_CACHE_HOME/tuna_kernels/autotune.json`, by GPU, Triton version, kernel, dtype and shape. The number of rows is
 no part of that key where a row's bits would depend on it.
 """
 
@@ -63,7 +63,7 @@ def planned_device() -> Device:
 
 
 def float32_precision(highest: str) -> str:
-    """How a kernel multiplies float32: as ``highest`` says where `torch.get_float32_matmul_precision` asks for that,
+    """How a kernel multiplies float32: as `highest` says where `torch.get_float32_matmul_precision` asks for that,
     else in TF32. Which of the exact ways a kernel takes is told in docs/numerics.md."""
     return highest if torch.get_float32_matmul_precision() == "highest" else "tf32"
 

@@ -14,7 +14,7 @@ from tuna_kernels.head.tiled_selective import SelectiveResult
 
 
 class HeadBackend(NamedTuple):
-    """Each with the arguments (but ``ops``) and results of its namesake in ``tiled`` or ``tiled_selective``."""
+    """Each with the arguments (but `ops`) and results of its namesake in `tiled` or `tiled_selective`."""
 
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]

@@ -11,7 +11,7 @@ from tuna_kernels.head.triton import slabs
 
 
 def head_backend(backend: str) -> HeadBackend:
-    """What a resolved backend other than ``reference`` does with the LM head."""
+    """What a resolved backend other than `reference` does with the LM head."""
     if backend == "triton":
         from tuna_kernels.head.triton import launches  # imports triton
 

@@ -143,7 +143,7 @@ class NativeTileOps:
 class _NativeMultiply:
     """See `tuna_kernels.head.products.Multiply` and csrc/cpu/head/products.h.
 
-    ``as_it_is``: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
+    `as_it_is`: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
     logits not at all. Otherwise everything is float32.
     """
 

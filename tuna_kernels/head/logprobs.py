@@ -20,7 +20,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HeadLora(NamedTuple):
-    """A LoRA adapter on the LM head: ``z += scale * (h A^T) B^T``, with A [r, D] and B [V, r]."""
+    """A LoRA adapter on the LM head: `z += scale * (h A^T) B^T`, with A [r, D] and B [V, r]."""
 
     a: Tensor
     b: Tensor
@@ -47,7 +47,7 @@ def linear_logprobs(
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """``log softmax(z)[target]`` for each slot, ``z = softcap(logit_scale * (h W^T + bias))``, without full logits.
+    """`log softmax(z)[target]` for each slot, `z = softcap(logit_scale * (h W^T + bias))`, without full logits.
 
     Differentiable with respect to hidden, weight, bias and the LoRA matrices, with a gradient for every slot of
     its own; log-sum-exp and entropy are differentiable too. What needs no gradient costs nothing; with a frozen
@@ -55,33 +55,33 @@ def linear_logprobs(
 
     Args:
         hidden: [T, D] final hidden states.
-        weight: [V, D] LM head; may have another floating dtype than ``hidden`` (tiles are converted, never the
+        weight: [V, D] LM head; may have another floating dtype than `hidden` (tiles are converted, never the
             whole). Rows must be dense (stride 1 along D); a transposed weight is copied.
-        targets: [M] int64 target tokens in ``[0, V)`` or ``ignore_index``.
-        rows: [M] int64 the hidden row of each slot, in ``[0, T)``; default: slot m uses row m (then M = T). A row
+        targets: [M] int64 target tokens in `[0, V)` or `ignore_index`.
+        rows: [M] int64 the hidden row of each slot, in `[0, T)`; default: slot m uses row m (then M = T). A row
             may serve many slots; its log-sum-exp is computed once.
         bias: [V], added before the scale.
-        lora: ``(A [r, D], B [V, r], scale)`` adds ``scale * (h A^T) B^T`` to ``h W^T``.
+        lora: `(A [r, D], B [V, r], scale)` adds `scale * (h A^T) B^T` to `h W^T`.
         ignore_index: slots with this target give 0 and have no gradient.
         logit_scale: factor on the logits.
-        softcap: c in ``c * tanh(z / c)``, after the scale; None: none.
+        softcap: c in `c * tanh(z / c)`, after the scale; None: none.
         return_lse: also the log-sum-exp of each slot's row, [M].
         return_entropy: also the entropy (nats) of each slot's row, [M].
         valid_vocab: entries of a padded vocabulary that count, the first ones; default: all.
-        process_group: a ``torch.distributed`` group (or its ``group_name``) of which each rank holds V rows of the
-            head, in rank order; targets and ``valid_vocab`` count over all ranks, results are the same on all.
+        process_group: a `torch.distributed` group (or its `group_name`) of which each rank holds V rows of the
+            head, in rank order; targets and `valid_vocab` count over all ranks, results are the same on all.
             The gradient of hidden is summed over the group here; that of the head is of the rank's own rows
             (`tuna_kernels.head.parallel` says who reduces what).
         accumulate_into: [V, D] float32 (float64 for float64 inputs) to which the backward adds the weight's
-            gradient, such as ``weight.main_grad``; ``weight.grad`` is left alone and no hook of it fires. Not
+            gradient, such as `weight.main_grad`; `weight.grad` is left alone and no hook of it fires. Not
             under torch.compile.
         filter_eps: the backward may leave out a vocabulary entry whose dL/dlogit, upstream included, is below this
-            in every row. A hidden row's gradient is then wrong by at most ``filter_eps`` times the sum of the
-            left-out rows' norms, ``filter_eps * sum_v |w_v|``; a left-out row of the weight's gradient, which
-            becomes 0, by ``filter_eps * sum_t |h_t|``. 0: exact. Only ``triton`` makes use of it.
+            in every row. A hidden row's gradient is then wrong by at most `filter_eps` times the sum of the
+            left-out rows' norms, `filter_eps * sum_v |w_v|`; a left-out row of the weight's gradient, which
+            becomes 0, by `filter_eps * sum_t |h_t|`. 0: exact. Only `triton` makes use of it.
         validate: whether to check the values of targets and rows; default: on CPU yes, elsewhere no (that would
             wait for the device; an out-of-range target then gives NaN).
-        backend: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+        backend: `"auto"`, `"triton"`, `"cpu"`, `"torch"` or `"reference"`.
 
     Returns:
         logprobs [M], or the tuple (logprobs, lse, entropy) of those asked for; float64 if hidden or weight is,
@@ -143,7 +143,7 @@ class _Options(NamedTuple):
 
 
 class _HeadTensors(NamedTuple):
-    """A head's tensors along the vocabulary; ``low_rank`` is (scale * h A^T [T, r], B [V, r])."""
+    """A head's tensors along the vocabulary; `low_rank` is (scale * h A^T [T, r], B [V, r])."""
 
     weight: Tensor
     bias: Tensor | None
@@ -151,7 +151,7 @@ class _HeadTensors(NamedTuple):
     main_grad: Tensor | None
 
     def first(self, entries: int) -> _HeadTensors:
-        """The first ``entries`` of the vocabulary."""
+        """The first `entries` of the vocabulary."""
         if entries == self.weight.shape[0]:
             return self
         return _HeadTensors(
@@ -165,7 +165,7 @@ class _HeadTensors(NamedTuple):
 def _compute(
     hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy, state)`` of the whole ``head``; ``state`` [3, M] as in `tiled_linear.forward`."""
+    """`(logprobs, lse, entropy, state)` of the whole `head`; `state` [3, M] as in `tiled_linear.forward`."""
     if call.backend == "reference":
         if head.main_grad is not None:
             raise CannotServe("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
@@ -243,13 +243,13 @@ def selective_logprobs(
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``log softmax(logits / temperature)[target]`` of logits that are already there, in float32 or better.
+    """`log softmax(logits / temperature)[target]` of logits that are already there, in float32 or better.
 
     Args:
         logits: [..., V] floating point.
-        targets: [...] int64 in ``[0, V)`` or ``ignore_index`` (gives 0, zero gradient).
+        targets: [...] int64 in `[0, V)` or `ignore_index` (gives 0, zero gradient).
         temperature: positive.
-        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves as much memory again.
+        inplace_backward: let the backward overwrite `logits` with their gradient, which saves as much memory again.
             For logits that nobody reads afterwards (a second backward is an error); the reference backend does not.
         validate: as in `linear_logprobs`.
         backend: as in `linear_logprobs`.
@@ -290,7 +290,7 @@ def selective_logprobs(
 def low_rank_pair(
     hidden: Tensor, lora: tuple[Tensor, Tensor, float] | None, compute: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """``(scale * h A^T [T, r] in the compute type, B [V, r])``: the head's adapter as a second, narrow product."""
+    """`(scale * h A^T [T, r] in the compute type, B [V, r])`: the head's adapter as a second, narrow product."""
     if lora is None:
         return None
     a, b, scale = lora
@@ -375,7 +375,7 @@ def check_index(name: str, index: Tensor, device: torch.device) -> None:
 
 
 def check_range(name: str, index: Tensor, limit: int, what: str, ignore_index: int | None = None) -> None:
-    """Every entry lies in ``[0, limit)`` or is ``ignore_index``."""
+    """Every entry lies in `[0, limit)` or is `ignore_index`."""
     bad = (index < 0) | (index >= limit)
     if ignore_index is not None:
         bad &= index != ignore_index

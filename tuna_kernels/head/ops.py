@@ -1,7 +1,7 @@
-"""Registration with ``torch.library``: op, fake implementation, autograd. No arithmetic here.
+"""Registration with `torch.library`: op, fake implementation, autograd. No arithmetic here.
 
-Ops take flat tensors, numbers and flags, and return fixed tuples, so ``torch.compile(fullgraph=True)``,
-``opcheck``, autocast and ``torch.export`` see them. What is not wanted comes back empty. The ``reference`` backend
+Ops take flat tensors, numbers and flags, and return fixed tuples, so `torch.compile(fullgraph=True)`,
+`opcheck`, autocast and `torch.export` see them. What is not wanted comes back empty. The `reference` backend
 is plain autograd and has no op.
 """
 
@@ -82,7 +82,7 @@ def linear_logprobs(
     main_grad: Tensor | None = None,
     filter_eps: float = 0.0,
 ) -> FiveTensors:
-    """`tiled_linear.forward`; ``main_grad`` and ``filter_eps`` serve the backward."""
+    """`tiled_linear.forward`; `main_grad` and `filter_eps` serve the backward."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     return tiled_linear.forward(
         head_backend(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
@@ -157,7 +157,7 @@ def linear_logprobs_backward_into(
     filter_eps: float,
     main_grad: Tensor,
 ) -> FiveTensors:
-    """``linear_logprobs_backward`` that adds the weight's gradient to ``main_grad`` and returns an empty one."""
+    """`linear_logprobs_backward` that adds the weight's gradient to `main_grad` and returns an empty one."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     saved = Saved(entropy, unit, state, grad_logprobs, grad_lse, grad_entropy)
     return tiled_linear.backward(
@@ -287,7 +287,7 @@ def selective_logprobs_backward_(
     ignore_index: int,
     backend: str,
 ) -> None:
-    """``logits`` become their gradient."""
+    """`logits` become their gradient."""
     backward = head_backend(backend).selective_backward
     backward(grad_logprobs, logits, targets, maximum, log_sum, temperature, ignore_index, logits)
 
@@ -333,7 +333,7 @@ def ranking_loss(
     groups: int,
     pairs_by_lag: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """``groups`` < 0: denominators are those of the ranks at hand."""
+    """`groups` < 0: denominators are those of the ranks at hand."""
     if groups < 0:
         counts = LossCounts.from_ranks(ranks, group_offsets, 0)
         groups, pairs_by_lag = counts.groups, counts.pairs_by_lag
@@ -359,7 +359,7 @@ def _save_ranking(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
 def _ranking_gradients(
     ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, _gradient: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """The loss is piecewise linear: its gradient is constant in the scores, and linear in ``grad_loss``."""
+    """The loss is piecewise linear: its gradient is constant in the scores, and linear in `grad_loss`."""
     (gradient,) = saved
     return {} if grad_loss is None else {"scores": (gradient * grad_loss).to(gradient.dtype)}
 
@@ -403,8 +403,8 @@ def linear_ranking_loss(
     needs: Sequence[bool],
     backend: str,
 ) -> ElevenTensors:
-    """`tiled_ranking.linear_ranking`. Its gradients stay in the compute type until the true ``grad_loss`` is known, so
-    that scaling a loss up against underflow in float16 still helps. ``groups`` < 0: denominators are those of the ranks
+    """`tiled_ranking.linear_ranking`. Its gradients stay in the compute type until the true `grad_loss` is known, so
+    that scaling a loss up against underflow in float16 still helps. `groups` < 0: denominators are those of the ranks
     at hand."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     counts = LossCounts(groups, tuple(pairs_by_lag), tokens)

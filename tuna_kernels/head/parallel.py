@@ -13,7 +13,7 @@ Who reduces what, as Megatron-LM has it for its output layer:
 * The gradients of weight, bias and a LoRA's B are those of the rank's own shard: nothing to reduce within the group
   (data-parallel groups reduce them as any other parameter).
 
-A vocabulary padded to a multiple of the ranks has its padding at the end: ``valid_vocab`` says how many entries count.
+A vocabulary padded to a multiple of the ranks has its padding at the end: `valid_vocab` says how many entries count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tuna_kernels.arguments import register_fake
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's part of the vocabulary: entries ``start … start + size``, of which ``valid`` count."""
+    """This rank's part of the vocabulary: entries `start … start + size`, of which `valid` count."""
 
     group: str
     start: int
@@ -42,7 +42,7 @@ class Shard:
 
     @classmethod
     def of(cls, group: Any, size: int, valid_vocab: int | None) -> Shard:
-        """The shard of ``size`` rows of this rank in a ``ProcessGroup``, or the group of a name."""
+        """The shard of `size` rows of this rank in a `ProcessGroup`, or the group of a name."""
         group = resolve(group) if isinstance(group, str) else group
         padded = size * group.size()
         vocabulary = check_valid_vocab(valid_vocab, padded)
@@ -58,14 +58,14 @@ class Shard:
 
 
 def resolve(name: str) -> dist.ProcessGroup:
-    """The process group of a name (``ProcessGroup.group_name``); ops take names, so that they can be compiled."""
+    """The process group of a name (`ProcessGroup.group_name`); ops take names, so that they can be compiled."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def check_valid_vocab(valid_vocab: int | None, padded: int) -> int:
-    """The entries that count of ``padded``: all by default."""
+    """The entries that count of `padded`: all by default."""
     if valid_vocab is None:
         return padded
     if not 0 < valid_vocab <= padded:
@@ -75,7 +75,7 @@ def check_valid_vocab(valid_vocab: int | None, padded: int) -> int:
 
 @torch.library.custom_op("tuna_kernels::all_reduce_sum", mutates_args=())
 def all_reduce_sum(x: Tensor, group: str) -> Tensor:
-    """The sum of ``x`` over the ranks of a group, a new tensor."""
+    """The sum of `x` over the ranks of a group, a new tensor."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=resolve(group))
     return total
@@ -104,14 +104,14 @@ class _Copy(torch.autograd.Function):
 
 
 def copy_to_group(x: Tensor, group: str) -> Tensor:
-    """``x``, the same on every rank, for use in a shard of each: its gradient is the sum of all ranks'."""
+    """`x`, the same on every rank, for use in a shard of each: its gradient is the sum of all ranks'."""
     copied: Tensor = _Copy.apply(x, group)  # type: ignore[no-untyped-call]
     return copied
 
 
 class Combined(NamedTuple):
-    """[M] each; ``entropy`` and ``above`` may be empty. For the backward: the shard's ``weight`` in the softmax, and by
-    how much its mean logit lies ``above`` that of all shards."""
+    """[M] each; `entropy` and `above` may be empty. For the backward: the shard's `weight` in the softmax, and by
+    how much its mean logit lies `above` that of all shards."""
 
     logprobs: Tensor
     lse: Tensor
@@ -133,9 +133,9 @@ def combine_shards(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Over all shards, from each rank's own: `Combined`.
 
-    The numbers come from ``state`` [3, M], the (target_logit, maximum, log_sum) of `tiled_linear.forward`, and the
-    head's ``factor``, exact for large logits too; the shard's ``logprobs`` and ``lse`` are there to be differentiated.
-    ``mine`` [M]: this rank owns the target; ``counted`` [M]: the slot is not ignored. A target that no rank or more
+    The numbers come from `state` [3, M], the (target_logit, maximum, log_sum) of `tiled_linear.forward`, and the
+    head's `factor`, exact for large logits too; the shard's `logprobs` and `lse` are there to be differentiated.
+    `mine` [M]: this rank owns the target; `counted` [M]: the slot is not ignored. A target that no rank or more
     than one owns gives NaN.
     """
     ranks = resolve(group)

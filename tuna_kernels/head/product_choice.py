@@ -3,7 +3,7 @@
 The instruction set does not tell which: a processor with AMX has units that only a BLAS uses. So both are timed, at the
 first use on a processor, in some milliseconds. Bits differ between the two, so the choice is remembered in the user's
 cache directory, where it cannot change from run to run; where nothing can be remembered nothing is timed, and the
-products are our own. ``TUNA_KERNELS_CPU_PRODUCTS`` overrides.
+products are our own. `TUNA_KERNELS_CPU_PRODUCTS` overrides.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _measuring = threading.Lock()
 
 @dataclass(frozen=True)
 class Choice:
-    """``way`` is `OWN` or `BLAS`; times of the same products in milliseconds where they were measured."""
+    """`way` is `OWN` or `BLAS`; times of the same products in milliseconds where they were measured."""
 
     way: str
     reason: str
@@ -52,7 +52,7 @@ Run = Callable[[], None]
 def choose(dtype: torch.dtype, instruction_set: str, own: Callable[[], Run], blas: Callable[[], Run]) -> Choice:
     """The way for products of this type on an instruction set that has some of our own.
 
-    ``own`` and ``blas`` prepare the same products and give what computes them, for the time they take.
+    `own` and `blas` prepare the same products and give what computes them, for the time they take.
 
     Raises:
         ValueError: TUNA_KERNELS_CPU_PRODUCTS is neither.
@@ -80,7 +80,7 @@ def forget() -> None:
 
 
 def _read(content: object, key: str) -> Choice | None:
-    """A choice that was written for ``key``; None for anything else."""
+    """A choice that was written for `key`; None for anything else."""
     if not isinstance(content, dict) or content.get("key") != key or content.get("way") not in WAYS:
         return None
     own_ms, blas_ms = content.get("own_ms"), content.get("blas_ms")
@@ -122,7 +122,7 @@ def _times(*runs: Run) -> list[float]:
 
 
 def _precision() -> str:
-    """What the BLAS may do with float32: from ``medium`` on it may multiply in bfloat16, on AMX where there is some."""
+    """What the BLAS may do with float32: from `medium` on it may multiply in bfloat16, on AMX where there is some."""
     return torch.get_float32_matmul_precision()
 
 

@@ -24,7 +24,7 @@ class Multiply(Protocol):
     """Whether it takes a weight of another type than it computes in as it is."""
 
     def __call__(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-        """``out = left right``, or added to it; ``out`` [m, n], operands may be transposed views."""
+        """`out = left right`, or added to it; `out` [m, n], operands may be transposed views."""
 
 
 class TorchMultiply:
@@ -43,7 +43,7 @@ class TorchMultiply:
 
 
 class Products:
-    """``rows`` are places in ``slots.rows``, ``columns`` vocabulary entries; both at most those of the first call."""
+    """`rows` are places in `slots.rows`, `columns` vocabulary entries; both at most those of the first call."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class Products:
         self._weights: dict[int, Tensor] = {}
 
     def logits(self, out: Tensor, source: Tensor, rows: slice, weight: Tensor, columns: slice, *, add: bool) -> None:
-        """``out (+)= source[rows] weight[columns]^T``; ``out`` [max(n, MIN_ROWS), c]."""
+        """`out (+)= source[rows] weight[columns]^T`; `out` [max(n, MIN_ROWS), c]."""
         self._multiply(out, self._source_rows(source, rows), self._weight_tile(weight, columns).t(), add=add)
 
     def add_to_rows(self, out: Tensor, gradient: Tensor, weight: Tensor, columns: slice) -> None:
-        """``out += gradient weight[columns]``; ``gradient`` [n, c], ``out`` [n, D]."""
+        """`out += gradient weight[columns]`; `gradient` [n, c], `out` [n, D]."""
         self._multiply(out, gradient, self._weight_tile(weight, columns), add=True)
 
     def to_weight(self, out: Tensor, gradient: Tensor, source: Tensor, rows: slice, *, add: bool) -> None:
-        """``out (+)= gradient^T source[rows]``; ``out`` [c, D]."""
+        """`out (+)= gradient^T source[rows]`; `out` [c, D]."""
         self._multiply(out, gradient.t(), self._source_rows(source, rows)[: rows.stop - rows.start], add=add)
 
     def _weight_tile(self, source: Tensor, columns: slice) -> Tensor:

@@ -42,7 +42,7 @@ class RankingLossOutput:
     """Loss of a packed tree and what it was made of.
 
     Attributes:
-        loss: scalar, ``ranking + mle_weight * mle``; carries the gradient. Everything else is detached.
+        loss: scalar, `ranking + mle_weight * mle`; carries the gradient. Everything else is detached.
         ranking: scalar, the ranking term.
         mle: scalar, the negative log-likelihood term.
         scores: [C] length-normalised log-probability of each candidate.
@@ -78,23 +78,23 @@ def linear_ranking_loss(
 ) -> RankingLossOutput:
     """Tuna's total loss over the groups of a packed tree, from the trunk's hidden states.
 
-    Goes a few groups at a time: within ``logits_budget`` bytes their logits are kept, so that scores, loss and
+    Goes a few groups at a time: within `logits_budget` bytes their logits are kept, so that scores, loss and
     gradients come from one block (as many products as the textbook loss, without its memory); a group beyond the
     budget is recomputed. Gradients are made in the forward and handed over in the backward; a second backward
-    (``retain_graph``) recomputes them.
+    (`retain_graph`) recomputes them.
 
     Args:
         hidden: [T, D] final hidden states of the tree's rows.
         weight: [V, D] LM head.
-        tree: the packed groups, on the device of ``hidden``.
-        kind: ``"tuna"``.
-        preset: ``"paper"`` or ``"released"`` (docs/numerics.md): the reduction over pairs and the MLE term.
+        tree: the packed groups, on the device of `hidden`.
+        kind: `"tuna"`.
+        preset: `"paper"` or `"released"` (docs/numerics.md): the reduction over pairs and the MLE term.
         margin: score gap asked for per step of rank difference.
         length_penalty: score = sum of log-probabilities / length ** length_penalty.
         mle_weight: weight of the MLE term.
         counts: denominators of the whole optimizer step; by default those of this tree.
         bias: [V], as in `linear_logprobs`.
-        lora: ``(A, B, scale)``, as in `linear_logprobs`.
+        lora: `(A, B, scale)`, as in `linear_logprobs`.
         logit_scale: as in `linear_logprobs`.
         softcap: as in `linear_logprobs`.
         logits_budget: bytes of logits to keep at most; default 128 MiB, on CUDA 1 GiB; 0 always recomputes.
@@ -102,7 +102,7 @@ def linear_ranking_loss(
 
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `linear_logprobs`; also an unknown
-            ``kind`` or ``preset``, a tree of another length than ``hidden``, counts that miss a pair.
+            `kind` or `preset`, a tree of another length than `hidden`, counts that miss a pair.
 
     Examples:
         >>> from tuna_kernels import Group, pack_groups
@@ -186,7 +186,7 @@ def check_choices(kind: str, preset: str) -> None:
 
 
 def active_candidates(grad_logprobs: Tensor, tree: PackedTree) -> Tensor:
-    """[C] bool: whether any slot of the candidate has a gradient, of ``grad_logprobs`` [M]."""
+    """[C] bool: whether any slot of the candidate has a gradient, of `grad_logprobs` [M]."""
     slots = torch.arange(grad_logprobs.numel(), device=grad_logprobs.device)
     candidate = torch.bucketize(slots, tree.candidate_offsets[1:], right=True)
     counted = torch.zeros(tree.ranks.shape, dtype=torch.int64, device=grad_logprobs.device)

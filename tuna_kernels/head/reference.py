@@ -1,6 +1,6 @@
 """Textbook PyTorch with plain autograd: the oracle that every other backend is compared with.
 
-The one place that holds full ``[rows, vocabulary]`` logits. Half-precision inputs are converted to float32
+The one place that holds full `[rows, vocabulary]` logits. Half-precision inputs are converted to float32
 whole; in float64 it is the truth.
 """
 
@@ -26,8 +26,8 @@ def linear_logprobs(
     want_entropy: bool = True,
     want_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy)``, each [M], and of the softmax ``state`` [3, M]: target's logit, the largest, log of
-    the sum against that; empty where not wanted. ``low_rank`` is (hidden2 [T, r], weight2 [V, r])."""
+    """`(logprobs, lse, entropy)`, each [M], and of the softmax `state` [3, M]: target's logit, the largest, log of
+    the sum against that; empty where not wanted. `low_rank` is (hidden2 [T, r], weight2 [V, r])."""
     given = (hidden, weight, bias, *(low_rank or ()))
     dtype = compute_dtype(*(t.dtype for t in given if t is not None))
     logits = hidden.to(dtype) @ weight.to(dtype).t()
@@ -60,13 +60,13 @@ def linear_logprobs(
 
 
 def selective_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, ignore_index: int) -> Tensor:
-    """[...]: log-probability of each target under ``softmax(logits / temperature)``."""
+    """[...]: log-probability of each target under `softmax(logits / temperature)`."""
     counted = targets != ignore_index
     logits, target_logit = _of_counted(logits.to(compute_dtype(logits.dtype)) / temperature, targets, counted)
     return torch.where(counted, target_logit - torch.logsumexp(logits, -1), 0)
 
 
 def _of_counted(logits: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """``(logits, those of the targets)``; ignored rows are zeros, and take no part whatever they held."""
+    """`(logits, those of the targets)`; ignored rows are zeros, and take no part whatever they held."""
     logits = logits.masked_fill(~counted.unsqueeze(-1), 0)
     return logits, logits.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)

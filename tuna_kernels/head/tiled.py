@@ -1,6 +1,6 @@
 """The tile loop: log-probabilities and their gradients without full logits.
 
-Rows are taken ``plan.rows`` at a time, the vocabulary ``plan.columns`` at a time, vocabulary outermost, so that
+Rows are taken `plan.rows` at a time, the vocabulary `plan.columns` at a time, vocabulary outermost, so that
 each tile of the weight is converted to the compute type once and each tile of its gradient is finished in one
 go. A tile of logits is one matrix product; what happens to it in between is a `TileOps`, in torch
 operations or in C++.
@@ -27,9 +27,9 @@ SMALLEST_FACTOR = 1e-37  # not 0, so that -inf stays -inf
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``.
+    """The LM head: `z = softcap(logit_scale * (h W^T + h2 W2^T + bias))`.
 
-    Statistics of a row are kept of v, where ``z = factor * v``: with a softcap v = z, without one v is the product and
+    Statistics of a row are kept of v, where `z = factor * v`: with a softcap v = z, without one v is the product and
     bias, its sign turned where the scale is negative. Differences of v are taken before they are multiplied, so that
     large or steep logits lose nothing to the rounding of z (docs/numerics.md).
     """
@@ -89,7 +89,7 @@ class RowGradient(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A [rows, columns] view of logits that starts at vocabulary entry ``first_column``, for ``slots`` of its rows."""
+    """A [rows, columns] view of logits that starts at vocabulary entry `first_column`, for `slots` of its rows."""
 
     logits: Tensor
     first_column: int
@@ -102,16 +102,16 @@ class TileOps(Protocol):
     """What a backend does to one tile."""
 
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
-        """``out[i] = source[index[i]]`` (None: i), converted to the compute type."""
+        """`out[i] = source[index[i]]` (None: i), converted to the compute type."""
 
     def softmax(self, tile: Tile, head: LinearHead, state: SoftmaxState) -> None:
-        """Merge the tile into the state; a softcap leaves z in the tile, ``rescale`` leaves exponentials."""
+        """Merge the tile into the state; a softcap leaves z in the tile, `rescale` leaves exponentials."""
 
     def gradient(self, tile: Tile, head: LinearHead, gradient: RowGradient, *, is_capped: bool) -> None:
         """The tile becomes dL/d(h W^T)."""
 
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
-        """``x[i] *= factor[i]``."""
+        """`x[i] *= factor[i]`."""
 
     def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
         """How one call over sources of these types multiplies."""
@@ -162,7 +162,7 @@ class _Loop:
             yield slice(first, min(first + self.plan.columns, self.head.vocabulary))
 
     def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """[n, c] of h W^T + h2 W2^T, in ``out`` or in this loop's buffer."""
+        """[n, c] of h W^T + h2 W2^T, in `out` or in this loop's buffer."""
         n, width = rows.stop - rows.start, columns.stop - columns.start
         count = max(n, MIN_ROWS)
         if out is None or out.shape[0] < count:
@@ -215,7 +215,7 @@ def forward(
 ) -> ForwardResult:
     """Log-probabilities of all slots.
 
-    ``block`` [R, V] keeps the logits (capped ones where there is a softcap) for `backward`.
+    `block` [R, V] keeps the logits (capped ones where there is a softcap) for `backward`.
     """
     loop = _Loop(ops, inputs, head, slots, compute)
     total = loop.total
@@ -293,12 +293,12 @@ class Gradients:
         return [t for t in (self.weight, self.low_rank_weight, self.bias) if t is not None]
 
     def row_products(self, head: LinearHead) -> list[tuple[Tensor, Tensor]]:
-        """(gradient, weight): ``gradient += dL/dlogits weight``, over all of the vocabulary."""
+        """(gradient, weight): `gradient += dL/dlogits weight`, over all of the vocabulary."""
         pairs = (self.rows, head.weight), (self.low_rank_rows, head.low_rank_weight)
         return [(out, weight) for out, weight in pairs if out is not None and weight is not None]
 
     def weight_products(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-        """(gradient, source): ``gradient (+)= dL/dlogits^T source``, over all rows."""
+        """(gradient, source): `gradient (+)= dL/dlogits^T source`, over all rows."""
         pairs = (self.weight, inputs.hidden), (self.low_rank_weight, inputs.low_rank)
         return [(out, source) for out, source in pairs if out is not None and source is not None]
 
@@ -315,9 +315,9 @@ def backward(
     block: Tensor | None = None,
     block_rows: Tensor | None = None,
 ) -> None:
-    """Fill ``into``: recompute each tile of logits (or take it from ``block``), turn it into its gradient, multiply.
+    """Fill `into`: recompute each tile of logits (or take it from `block`), turn it into its gradient, multiply.
 
-    ``block_rows`` [R]: the rows of ``block`` that ``slots`` kept (None: all, in order).
+    `block_rows` [R]: the rows of `block` that `slots` kept (None: all, in order).
     """
     if not into.any:
         return
@@ -384,9 +384,9 @@ UNIT_SLOTS = 1024
 
 
 def unit_rows(weight: Tensor, slots: Slots, unit: Tensor, places: Tensor, gradient: RowGradient) -> Tensor:
-    """Gradient of hidden rows from their unit gradients ``unit[places]``: one weight row a slot, no logits.
+    """Gradient of hidden rows from their unit gradients `unit[places]`: one weight row a slot, no logits.
 
-    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``, and ``slot_gradient``
+    `dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target`, and `slot_gradient`
     here is dL/d(h W^T) of the target.
     """
     weight_of_row = gradient.softmax_weight.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""``linear_logprobs`` over the tile loop: slots in the caller's order in, gradients of the inputs out."""
+"""`linear_logprobs` over the tile loop: slots in the caller's order in, gradients of the inputs out."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def forward(
 
 
 def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
-    """[3, M] (target_logit, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the
+    """[3, M] (target_logit, maximum, log_sum) of `count` slots, 0 for ignored ones: what a backward needs of the
     softmax, where lse itself would be too coarse for large logits."""
     values = torch.stack([result.target_logit, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
     return values.new_zeros(3, count).index_copy_(1, slots.slots, values)
@@ -122,7 +122,7 @@ def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
 class Saved:
     """What the forward kept for the backward, all [M] in the caller's slot order, and what flows in.
 
-    ``entropy`` and ``unit`` may be empty (not kept); gradients that flow in may be None (zero).
+    `entropy` and `unit` may be empty (not kept); gradients that flow in may be None (zero).
     """
 
     entropy: Tensor
@@ -136,7 +136,7 @@ class Saved:
 def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, Tensor, RowGradient]:
     """Drop the rows all of whose slots have no gradient; give the coefficients of the rest.
 
-    Returns ``(smaller slots, places of their rows in the given slots, coefficients)``.
+    Returns `(smaller slots, places of their rows in the given slots, coefficients)`.
     """
 
     incoming = (saved.grad_logprobs, saved.grad_lse, saved.grad_entropy)
@@ -170,7 +170,7 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
 
 
 def _times_slope(coefficients: RowGradient, call: LinearCall, target_logit: Tensor) -> RowGradient:
-    """The slots' gradients with respect to the product: times dz/dx at their targets, of v ``target_logit`` [S]."""
+    """The slots' gradients with respect to the product: times dz/dx at their targets, of v `target_logit` [S]."""
     gradient = coefficients.slot_gradient * call.logit_scale
     if call.softcap is not None:
         gradient = gradient * (1 - (target_logit / call.softcap) ** 2)
@@ -189,14 +189,14 @@ def backward(
     filter_eps: float = 0.0,
     main_grad: Tensor | None = None,
 ) -> InputGradients:
-    """``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty."""
+    """`main_grad` [V, D] in the compute type: the weight's gradient is added to it, and returned empty."""
     all_slots = Slots.build(targets, rows, ignore_index)
     slots, kept, coefficients = row_gradient(all_slots, call, saved)
     add = main_grad is not None
 
     def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
         """Rows without a gradient keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
-        beside a ``main_grad``, added to zeros in the compute type."""
+        beside a `main_grad`, added to zeros in the compute type."""
         if source is None or not wanted:
             return call.hidden.new_empty(0)
         if of_rows:

@@ -1,4 +1,4 @@
-"""``linear_ranking_loss`` over the tile loop, a few groups at a time.
+"""`linear_ranking_loss` over the tile loop, a few groups at a time.
 
 Within a byte budget the logits of some groups are kept in one block; scores, loss, their closed-form gradient and
 gradients of those groups all come from it: three products, as many as the textbook loss, without its memory. A
@@ -43,7 +43,7 @@ class Candidates:
 
 
 class RankingResult(NamedTuple):
-    """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a ``grad_loss`` of 1,
+    """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a `grad_loss` of 1,
     all in the compute type; gradients are empty where not needed."""
 
     loss: Tensor
@@ -65,7 +65,7 @@ class RankingResult(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some neighbouring groups: candidates ``first:last``, slots ``start:stop``; kept or recomputed."""
+    """Some neighbouring groups: candidates `first:last`, slots `start:stop`; kept or recomputed."""
 
     groups: slice
     candidates: slice

@@ -15,7 +15,7 @@ CHUNK_BYTES = 16 << 20
 
 
 class SelectiveResult(NamedTuple):
-    """Of [N] rows, 0 for ignored ones; the last two for the backward (``tiled.ForwardResult``)."""
+    """Of [N] rows, 0 for ignored ones; the last two for the backward (`tiled.ForwardResult`)."""
 
     logprobs: Tensor
     maximum: Tensor
@@ -36,7 +36,7 @@ def _tile(logits: Tensor, slots: Slots, part: slice) -> Tile:
 def forward(
     ops: TileOps, logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
 ) -> SelectiveResult:
-    """Of logits [N, V] divided by ``temperature``."""
+    """Of logits [N, V] divided by `temperature`."""
     slots = Slots.build(targets, None, ignore_index)
     head = LinearHead(logits, None, None, 1.0 / temperature, None)
     logprobs = torch.zeros(logits.shape[0], dtype=compute, device=logits.device)
@@ -73,7 +73,7 @@ def backward(
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """Write the gradient to ``out`` [N, V] (may be ``logits``); p - onehot is taken before rounding to its dtype."""
+    """Write the gradient to `out` [N, V] (may be `logits`); p - onehot is taken before rounding to its dtype."""
     compute = maximum.dtype
     slots = Slots.build(targets, None, ignore_index)
     head = LinearHead(logits, None, None, 1.0 / temperature, None)

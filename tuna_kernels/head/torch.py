@@ -76,13 +76,13 @@ def _transform_(tile: Tile, head: LinearHead) -> Tensor:
 
 
 def _below(v: Tensor, maximum: Tensor, head: LinearHead) -> Tensor:
-    """``z - largest z``: the difference first."""
+    """`z - largest z`: the difference first."""
     below = v - maximum.unsqueeze(1)
     return below if head.factor == 1.0 else below.mul_(head.factor)
 
 
 def _chain_(gradient: Tensor, v: Tensor, head: LinearHead) -> Tensor:
-    """``gradient *= dz/dx`` in place."""
+    """`gradient *= dz/dx` in place."""
     if head.softcap is not None:
         gradient.mul_(1 - (v / head.softcap) ** 2)
     if head.logit_scale != 1.0:

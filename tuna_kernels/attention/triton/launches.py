@@ -200,7 +200,7 @@ def _padded(size: int) -> int:
 
 
 def _run_chosen(kernel: str, call: AttentionCall, run: Callable[[Config], Result]) -> Result:
-    """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
+    """`run` with the configuration that is chosen, or was tuned, for these types and sizes."""
     device, dtype, capped = launch.device_of(call.q), call.q.dtype, call.softcap is not None
     size = max(_padded(call.q.shape[3]), _padded(call.v.shape[3]))
     configs = candidates(kernel, device.capability, size, _products(dtype), softcap=capped)

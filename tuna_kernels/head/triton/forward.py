@@ -2,7 +2,7 @@
 
 Grid: blocks of rows x splits of the vocabulary, one axis. A program owns BLOCK_M hidden rows and a run of vocabulary
 tiles; each tile is one product [BLOCK_M, BLOCK_N] in registers, merged into a running softmax. It writes its rows'
-partial (maximum, sum, weighted sum) at [split, row], and v of every slot whose target it met. ``finish_kernel`` merges
+partial (maximum, sum, weighted sum) at [split, row], and v of every slot whose target it met. `finish_kernel` merges
 the splits in order. No locks, no atomics, one writer for every element.
 
 How the vocabulary is split depends on its size and on the number of multiprocessors, never on the rows: one to eight
@@ -205,7 +205,7 @@ FINISH = Config({"BLOCK_M": 32, "SPLITS": 32}, num_warps=4)
 
 
 class Partials(NamedTuple):
-    """What the programs of a forward leave for ``finish_kernel``."""
+    """What the programs of a forward leave for `finish_kernel`."""
 
     maximum: Tensor  # [splits, R] of v
     total: Tensor
@@ -231,7 +231,7 @@ def tiles_per_split(tiles: int, num_sms: int) -> int:
 
 
 def launch_forward(inputs: Inputs, head: LinearHead, slots: Slots, *, want_entropy: bool) -> Partials:
-    """Run ``forward_kernel`` over all rows of ``slots``."""
+    """Run `forward_kernel` over all rows of `slots`."""
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight
     rows, (vocabulary, width) = slots.rows.numel(), weight.shape
     device = launch.device_of(hidden)

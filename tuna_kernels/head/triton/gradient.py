@@ -2,7 +2,7 @@
 
 Grid: blocks of rows x tiles of the slab, one axis. A program computes one tile of logits again, turns it into its
 gradient in float32 (p − onehot, weighted by each slot's gradient, with the terms of log-sum-exp and entropy and the
-slope of the softcap) and rounds it once into ``slab`` [R, columns]. cuBLAS does the rest (``launches.py``). With a bias
+slope of the softcap) and rounds it once into `slab` [R, columns]. cuBLAS does the rest (`launches.py`). With a bias
 or a filter it also writes each column's sum, or largest absolute value, over its rows: one partial a row block.
 """
 
@@ -124,9 +124,9 @@ def launch_gradient(
     want_sums: bool,
     want_peaks: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fill ``slab`` [R, C] with dL/d(product) of vocabulary entries ``first … first + C``, times ``factor``.
+    """Fill `slab` [R, C] with dL/d(product) of vocabulary entries `first … first + C`, times `factor`.
 
-    ``gradient.log_sum`` is in base 2 here. Returns each column's (sum, largest absolute
+    `gradient.log_sum` is in base 2 here. Returns each column's (sum, largest absolute
     value), [C] float32, of those wanted.
     """
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight

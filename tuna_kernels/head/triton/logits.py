@@ -1,8 +1,8 @@
 """Softmax and gradient of logits that are already in memory: each way one read of them, and one write of the gradient.
 
-Used by ``selective_logprobs``, by a ranking loss that keeps a block of logits, and by the unit gradient of a frozen
+Used by `selective_logprobs`, by a ranking loss that keeps a block of logits, and by the unit gradient of a frozen
 head. Grid: blocks of rows x splits (forward) or tiles (gradient) of the columns, one axis. The forward's partials are
-those of ``forward.py`` and finished by the same kernel; columns are split by their number only, so a row's bits depend
+those of `forward.py` and finished by the same kernel; columns are split by their number only, so a row's bits depend
 on nothing else in the batch. The gradient may overwrite the logits: each element is read and written by one thread.
 """
 
@@ -181,9 +181,9 @@ def launch_logits_forward(
     first: int = 0,
     ignore_index: int = -1,
 ) -> None:
-    """Partials [splits, R] of ``logits`` [R, C], which are vocabulary entries ``first … first + C``.
+    """Partials [splits, R] of `logits` [R, C], which are vocabulary entries `first … first + C`.
 
-    ``offsets`` None: row r has slot r, unless its target is ``ignore_index``.
+    `offsets` None: row r has slot r, unless its target is `ignore_index`.
     """
     config, (rows, columns) = _config(FORWARD, logits), logits.shape
     logits_forward_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]) * splits_of(logits),)](
@@ -224,9 +224,9 @@ def launch_logits_gradient(
     factor: Tensor | None = None,
     want_sums: bool = False,
 ) -> Tensor | None:
-    """Write dL/d(product) times ``factor`` to ``out`` [R, C]; returns each column's sum if wanted.
+    """Write dL/d(product) times `factor` to `out` [R, C]; returns each column's sum if wanted.
 
-    ``gradient.log_sum`` is in base 2 here. ``rows`` [R]: the row of ``logits`` each row of ``out`` is made from.
+    `gradient.log_sum` is in base 2 here. `rows` [R]: the row of `logits` each row of `out` is made from.
     """
     config, (count, columns) = _config(GRADIENT, logits), out.shape
     blocks = triton.cdiv(count, config.blocks["BLOCK_M"])

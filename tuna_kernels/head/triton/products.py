@@ -30,7 +30,7 @@ def product_type(left: torch.dtype, right: torch.dtype) -> torch.dtype:
 
 
 def in_kernel(inputs: Inputs, head: LinearHead) -> Products:
-    """For ``h W^T`` and the low-rank addition."""
+    """For `h W^T` and the low-rank addition."""
 
     def common(left: Tensor, right: Tensor) -> Any:
         return TYPES[product_type(left.dtype, right.dtype)]
@@ -43,10 +43,10 @@ def in_kernel(inputs: Inputs, head: LinearHead) -> Products:
 
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """``out = left @ right`` or, with ``add``, ``out += left @ right``; accumulated in float32 and rounded once.
+    """`out = left @ right` or, with `add`, `out += left @ right`; accumulated in float32 and rounded once.
 
-    ``left`` is half precision or float32; a float32 ``right`` beside a half-precision ``left`` is taken as two
-    half-precision parts, so that the product stays on tensor cores and ``left`` is not converted.
+    `left` is half precision or float32; a float32 `right` beside a half-precision `left` is taken as two
+    half-precision parts, so that the product stays on tensor cores and `left` is not converted.
     """
     if left.dtype in HALF and right.dtype == torch.float32:
         high = right.to(torch.bfloat16 if left.dtype == torch.bfloat16 else left.dtype)

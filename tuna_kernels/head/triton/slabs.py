@@ -9,7 +9,7 @@ MIN_COLUMNS = 512
 
 
 def slab_columns(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Vocabulary entries of a slab of at most ``SLAB_BYTES``, in multiples of 512; all rows go in one product."""
+    """Vocabulary entries of a slab of at most `SLAB_BYTES`, in multiples of 512; all rows go in one product."""
     fitting = SLAB_BYTES // max(1, rows * itemsize) // MIN_COLUMNS * MIN_COLUMNS
     return min(vocabulary, max(MIN_COLUMNS, fitting))
 

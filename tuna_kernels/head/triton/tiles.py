@@ -1,7 +1,7 @@
 """What kernels do to one tile: the product, the way from product to logits, the softmax, the gradient.
 
-Rows keep v, where a logit is ``z = factor * v`` (``tiled.LinearHead``), and take differences of it before they multiply
-by ``rate = log2(e) * factor``: ``e^(z - m) = 2^(rate (v - v_m))`` is one instruction, and neither the rounding of a
+Rows keep v, where a logit is `z = factor * v` (`tiled.LinearHead`), and take differences of it before they multiply
+by `rate = log2(e) * factor`: `e^(z - m) = 2^(rate (v - v_m))` is one instruction, and neither the rounding of a
 large z nor a fused multiply-add comes between. Nothing here calls libdevice, which the interpreter does not have.
 """
 
@@ -41,7 +41,7 @@ def add_product(
     TYPE: tl.constexpr,  # both are converted to this
     PRECISION: tl.constexpr,  # how float32 is multiplied
 ):
-    """``acc + left[left_rows] @ right[right_rows]^T``."""
+    """`acc + left[left_rows] @ right[right_rows]^T`."""
     depth = tl.arange(0, BLOCK_K)
     a_at = left + left_rows[:, None] * left_stride + depth[None, :]
     b_at = right + right_rows[None, :] * right_stride + depth[:, None]
@@ -70,9 +70,9 @@ def rate_of(scale, CAPPED: tl.constexpr):
 
 @triton.jit
 def to_v(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
-    """v of products ``x`` [BLOCK_M, BLOCK_N] of vocabulary entries ``first + column``.
+    """v of products `x` [BLOCK_M, BLOCK_N] of vocabulary entries `first + column`.
 
-    ``column`` is int32 within the tile, to spare registers; from ``count`` on they lie past the vocabulary: −inf.
+    `column` is int32 within the tile, to spare registers; from `count` on they lie past the vocabulary: −inf.
     """
     inside = column < count
     if bias is not None:
@@ -86,7 +86,7 @@ def to_v(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def merge_softmax(v, maximum, total, weighted, rate, WEIGHTED: tl.constexpr):
-    """Merge a tile into the running (max v, sum 2^y, sum 2^y y) of each row, ``y = rate (v - max v)``."""
+    """Merge a tile into the running (max v, sum 2^y, sum 2^y y) of each row, `y = rate (v - max v)`."""
     larger = tl.maximum(maximum, tl.max(v, 1))
     reference = tl.where(larger == float("-inf"), 0.0, larger)  # nothing but -inf so far: sums stay 0, not NaN
     fall = (maximum - reference) * rate
@@ -116,7 +116,7 @@ def row_slots(offsets, rows, row_count):
 
 @triton.jit
 def target_column(targets, first_slot, slots, j, first, count):
-    """Column within the tile, int32, of the target of each row's slot ``j``; −1 where it is not in this tile."""
+    """Column within the tile, int32, of the target of each row's slot `j`; −1 where it is not in this tile."""
     target = tl.load(targets + first_slot + j, mask=j < slots, other=-1) - first
     return tl.where((target >= 0) & (target < count), target, -1).to(tl.int32)
 
@@ -125,7 +125,7 @@ def target_column(targets, first_slot, slots, j, first, count):
 def store_target_logit(v, first, column, count, target_logit, targets, first_slot, slots, most_slots):
     """Write v of each slot whose target is in the tile: one tile holds it, so there is one writer.
 
-    ``first_slot``, ``slots``, ``most_slots``: from `row_slots`.
+    `first_slot`, `slots`, `most_slots`: from `row_slots`.
     """
     for j in range(0, most_slots):
         target = target_column(targets, first_slot, slots, j, first, count)

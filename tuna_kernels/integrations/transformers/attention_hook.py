@@ -89,7 +89,7 @@ class TreePass:
             )
 
     def dense_mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[1, 1, T, T]: 0 where a row sees another, the lowest number of ``dtype`` elsewhere."""
+        """[1, 1, T, T]: 0 where a row sees another, the lowest number of `dtype` elsewhere."""
         rows, depth = torch.arange(len(self.position_ids), device=device), self.position_ids.to(device)
         seen = (rows <= rows[:, None]) & (rows[:, None] < self.subtree_end.to(device))
         if window is not None:
@@ -250,7 +250,7 @@ def _stock_mask(name: str, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _window_asked(mask_function: Callable[..., Tensor], longest: int) -> int | None:
-    """The window w of a mask ``0 <= i - j < w`` over sequences of up to ``longest`` tokens, None for a causal one.
+    """The window w of a mask `0 <= i - j < w` over sequences of up to `longest` tokens, None for a causal one.
 
     transformers hands the form over as a function of indices, so it is read off the function's values: the
     last row gives w, and rows around every place where another form (chunks, both directions) would differ

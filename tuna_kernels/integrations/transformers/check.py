@@ -229,7 +229,7 @@ Score = Callable[[PackedTree], Tensor]
 
 
 def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor, Tensor]], score: Score) -> None:
-    """Refuse the model unless ``score`` of a small tree agrees with its own forward up to rounding.
+    """Refuse the model unless `score` of a small tree agrees with its own forward up to rounding.
 
     The bound is four times the root mean square by which the model's own forward changes between single
     sequences and a padded batch, plus a floor for the dtype: 1e-4 in float32 and in float64, where families take

@@ -23,7 +23,7 @@ _LOGIT_SCALES = {
     "granite": ("logits_scaling", -1),
     "minicpm3": ("logits_scaling", -1),
 }
-"""What multiplies (1) or divides (-1) the logits, by what the model type begins with (``granitemoehybrid`` …)."""
+"""What multiplies (1) or divides (-1) the logits, by what the model type begins with (`granitemoehybrid` …)."""
 
 
 class HeadOptions(TypedDict):
@@ -105,7 +105,7 @@ def _softcap(config: Any) -> float | None:
 def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
     """Refuse a tensor that another library keeps elsewhere: its values here would be nothing, or a part.
 
-    ``ahead``: let ZeRO-3's shards pass, which its hooks will have gathered by the time they are used.
+    `ahead`: let ZeRO-3's shards pass, which its hooks will have gathered by the time they are used.
     """
     if ahead and hasattr(tensor, "ds_id"):
         return

@@ -4,7 +4,7 @@
     tree = pack_groups(groups)
     loss = model_ranking_loss(model, tree).loss
 
-Only public seams are used: the two attention registries and the keywords of ``forward``; no class or module
+Only public seams are used: the two attention registries and the keywords of `forward`; no class or module
 is patched. The backbone runs to its last hidden states, its LM head is never called: log-probabilities come
 from `linear_logprobs` with the head's weight, bias, scale, softcap and LoRA adapter, and no logits are held.
 
@@ -54,7 +54,7 @@ class GroupScores:
     """Differentiable scores of a tree's candidates.
 
     Attributes:
-        scores: [C] ``sum(logprobs) / length ** length_penalty``, float32 (float64 for float64 models).
+        scores: [C] `sum(logprobs) / length ** length_penalty`, float32 (float64 for float64 models).
         logprobs: [M] log-probability of every response token.
         entropy: [M] entropy of the distribution each token was drawn from, or None where not asked for.
     """
@@ -69,7 +69,7 @@ def prepare_model(model: Model, *, attention: str | None = None) -> Model:
 
     It stays switched on because activation checkpointing computes layers again during backward, when a switch
     that is turned back would silently compute something else. Calls without a tree go to the attention the model
-    came with, so forward and ``generate`` work as before. Calling it twice does nothing.
+    came with, so forward and `generate` work as before. Calling it twice does nothing.
 
     The model is checked once, and again when a forward or a hook anywhere in it has changed: a tiny tree against
     separate sequences through the model's own forward, about ten short forwards (docs/families.md).
@@ -81,7 +81,7 @@ def prepare_model(model: Model, *, attention: str | None = None) -> Model:
 
     Raises:
         TypeError: not a transformers or peft model.
-        ValueError: an unknown ``attention``; a model this cannot serve: recurrent layers, chunked or bidirectional
+        ValueError: an unknown `attention`; a model this cannot serve: recurrent layers, chunked or bidirectional
             masks, positions counted in rows, a head that is more than scaled, capped linear, a sharded head, or a
             failed check. The model then has the attention it came with.
     """
@@ -290,7 +290,7 @@ def attention_backend(base: PreTrainedModel, backend: str) -> str:
 
 
 def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: attention_hook.TreePass) -> Tensor:
-    """Last hidden states [Tq, D] of the pass's rows, with tokens ``input_ids`` [Tq]."""
+    """Last hidden states [Tq, D] of the pass's rows, with tokens `input_ids` [Tq]."""
     check.check_positions(base, lambda: tree_pass.longest)
     check.check_embedding_noise(base)
     rows = tree_pass.query_rows

@@ -26,7 +26,7 @@ class ModelRequest(Protocol):
     """Something to compute with a bare causal LM, in one call."""
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, ...]:
-        """Compute it. ``model`` is a transformers or peft model whose weights are whole."""
+        """Compute it. `model` is a transformers or peft model whose weights are whole."""
         ...
 
 
@@ -38,8 +38,8 @@ class RankingModel(nn.Module):
     """Owns a causal LM and carries out requests on it.
 
     Args:
-        model: a transformers causal LM, or a peft model around one. Its parameters appear as ``model.…``; save it by
-            ``ranking_model.model.save_pretrained(folder)``.
+        model: a transformers causal LM, or a peft model around one. Its parameters appear as `model.…`; save it by
+            `ranking_model.model.save_pretrained(folder)`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 A small tree shows most of that in its numbers. A model that looks at row numbers only beyond some length (Llama 4
 scales its queries from row 8192 on) hides it from any small tree: `RowNumbers` follows what is made of
-``torch.arange`` over the rows (or of a running sum of ones) while the backbone runs, and notes where it becomes an
+`torch.arange` over the rows (or of a running sum of ones) while the backbone runs, and notes where it becomes an
 amount instead of an index.
 """
 
@@ -43,7 +43,7 @@ def ours() -> Iterator[None]:
 
 
 class RowNumbers(TorchFunctionMode):
-    """Notes in ``found`` the layers that compute with the numbers 0 … rows - 1 (class and operation).
+    """Notes in `found` the layers that compute with the numbers 0 … rows - 1 (class and operation).
 
     Args:
         rows: of the input.

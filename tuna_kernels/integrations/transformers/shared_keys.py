@@ -1,6 +1,6 @@
 """Keys and values of a prompt that several passes share, by attention layer.
 
-Shared keys travel in the tree's own keyword object (`_attention.TreePass`), not in a transformers ``Cache``:
+Shared keys travel in the tree's own keyword object (`_attention.TreePass`), not in a transformers `Cache`:
 transformers drops caches where layers are checkpointed. A pass has one of three roles:
 
     KeepPrompts     scores without a graph and keeps the prompt rows' keys and values of every group
@@ -29,7 +29,7 @@ class KeyRole(Protocol):
     """What a pass does with the keys and values [1, Hkv, rows, d] of an attention layer before it attends."""
 
     def __call__(self, layer: nn.Module, key: Tensor, value: Tensor, first_run: bool) -> Pair:
-        """Keys and values to attend to. ``first_run`` is False where a checkpointed layer is computed again."""
+        """Keys and values to attend to. `first_run` is False where a checkpointed layer is computed again."""
         ...
 
 
@@ -60,7 +60,7 @@ class PromptKeys:
 
 
 class KeepPrompts:
-    """Keeps ``key[:, :, start:stop]`` and the same of the values for every group; no graph."""
+    """Keeps `key[:, :, start:stop]` and the same of the values for every group; no graph."""
 
     def __init__(self, bounds: list[tuple[int, int]]) -> None:
         self._bounds = bounds

@@ -2,7 +2,7 @@
 
     1. Score all candidates without a graph. The gradient of the loss with respect to every log-probability is a
        closed form of the scores (`losses.preset_loss`); the keys and values of each prompt are kept.
-    2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
+    2. Forward and backward `candidates_per_pass` candidates at a time, whose rows attend to the kept keys and
        values as constants; their gradients are summed in float32. Then once forward through the prompt, and
        backward from that sum.
 
@@ -47,7 +47,7 @@ class Backward(Protocol):
     """How a pass goes backward."""
 
     def __call__(self, loss: Tensor, last: bool) -> None:
-        """Go backward from the scalar ``loss``; ``last``: no pass of this call comes after it."""
+        """Go backward from the scalar `loss`; `last`: no pass of this call comes after it."""
         ...
 
 
@@ -90,12 +90,12 @@ def two_phase_ranking_loss(
 ) -> TwoPhaseOutput:
     """`model_ranking_loss` and its backward in one call, a few candidates at a time.
 
-    The gradients are added to the parameters' ``.grad`` (or go wherever ``backward`` takes them); do not call
-    ``loss.backward()``. Sharing beyond the prompt holds within a pass, however the tree was packed.
+    The gradients are added to the parameters' `.grad` (or go wherever `backward` takes them); do not call
+    `loss.backward()`. Sharing beyond the prompt holds within a pass, however the tree was packed.
 
-    What an engine has to know: ``backward(loss, last)`` is called several times, each time on a scalar whose forward
-    just ran. It may multiply ``loss`` by any constant (loss scaling, accumulation), the same for all passes of
-    a call; gradients have to add up, and may be reduced over ranks where ``last`` says so. The value of ``loss`` is
+    What an engine has to know: `backward(loss, last)` is called several times, each time on a scalar whose forward
+    just ran. It may multiply `loss` by any constant (loss scaling, accumulation), the same for all passes of
+    a call; gradients have to add up, and may be reduced over ranks where `last` says so. The value of `loss` is
     not that of the ranking loss. Under DeepSpeed::
 
         def backward(loss, last):
@@ -115,19 +115,19 @@ def two_phase_ranking_loss(
         logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.
         skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
-            ``released`` with an MLE term there are none.
+            `released` with an MLE term there are none.
         scale: factor on the gradients, not on the loss returned; 0 makes only a pass that keeps ranks in step.
-        backward: default ``loss.backward()``.
+        backward: default `loss.backward()`.
         pass_context: given whether a pass is the last, a context around its forward and backward. Under DDP:
-            ``lambda last: nullcontext() if last else model.no_sync()``.
+            `lambda last: nullcontext() if last else model.no_sync()`.
         before_backward: called once with the loss and its parts, before any gradient is made.
         most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
             fewer make up for it by passes of one token that weigh nothing. Called for the scoring passes, then for
-            the gradient passes. Default: `largest_over_ranks` where ``model`` is wrapped and torch.distributed is
+            the gradient passes. Default: `largest_over_ranks` where `model` is wrapped and torch.distributed is
             initialised, else the number itself.
 
     Raises:
-        ValueError: ``candidates_per_pass`` below 1; dropout in training mode (the phases would draw it apart);
+        ValueError: `candidates_per_pass` below 1; dropout in training mode (the phases would draw it apart);
             reentrant activation checkpointing (its layers are no part of a graph); layers that share keys; or as
             `model_ranking_loss`.
         RuntimeError: gradients are switched off; or a second or forward-mode derivative, a transform of torch.func.
@@ -187,7 +187,7 @@ def two_phase_ranking_loss(
 
 
 def largest_over_ranks(number: int) -> int:
-    """The largest ``number`` of all ranks of the default process group; itself where there is none."""
+    """The largest `number` of all ranks of the default process group; itself where there is none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return number
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

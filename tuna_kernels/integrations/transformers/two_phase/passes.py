@@ -49,7 +49,7 @@ class Layout:
     slots: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        """The same on ``device``."""
+        """The same on `device`."""
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
@@ -67,7 +67,7 @@ class TreeGroups:
         self.prompt_rows: list[tuple[int, int]] = [
             (start, start + length) for start, length in zip(starts.tolist(), (depth + 1).tolist(), strict=True)
         ]
-        """Packed rows ``start:stop`` of each group's prompt."""
+        """Packed rows `start:stop` of each group's prompt."""
 
     def __len__(self) -> int:
         return len(self.prompt_rows)
@@ -99,7 +99,7 @@ class TreeGroups:
         return largest
 
     def chunks(self, group: int, most_rows: int) -> list[list[int]]:
-        """The group's candidates in order, as many together as have ``most_rows`` rows, and one at least."""
+        """The group's candidates in order, as many together as have `most_rows` rows, and one at least."""
         found: list[list[int]] = []
         rows = most_rows
         for c in self.candidates(group):
@@ -132,7 +132,7 @@ def dummy_layout(prompt: Tensor, response: Tensor) -> Layout:
 
 
 def _cut(tree: PackedTree, shared: int, slots: Tensor, stop: int | None = None) -> Layout:
-    """The rows of a tree from ``shared`` on, without the last ``-stop``."""
+    """The rows of a tree from `shared` on, without the last `-stop`."""
     total = len(tree.input_ids[:stop])
     return Layout(
         input_ids=tree.input_ids[shared:stop],

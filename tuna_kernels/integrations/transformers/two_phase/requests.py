@@ -32,11 +32,11 @@ __all__ = ["BranchPass", "KeepPass", "PromptPass", "why_not_two_phase"]
 
 @dataclass(eq=False)
 class KeepPass:
-    """Rows with whole prompts, without a graph: (logprobs [m],). Leaves the prompts' keys in ``prompts``.
+    """Rows with whole prompts, without a graph: (logprobs [m],). Leaves the prompts' keys in `prompts`.
 
     Attributes:
         layout: the rows.
-        bounds: ``start:stop`` of the shared rows of each prompt among them.
+        bounds: `start:stop` of the shared rows of each prompt among them.
         backend: as in `model_ranking_loss`.
         prompts: one a bound, filled by the call.
     """
@@ -59,9 +59,9 @@ class KeepPass:
 
 @dataclass(frozen=True, eq=False)
 class BranchPass:
-    """Some candidates of a group on top of its prompt: (sum of ``grad_logprobs`` [m] times log-probability,).
+    """Some candidates of a group on top of its prompt: (sum of `grad_logprobs` [m] times log-probability,).
 
-    Without ``grad_logprobs`` the log-probabilities themselves: (logprobs [m],).
+    Without `grad_logprobs` the log-probabilities themselves: (logprobs [m],).
     """
 
     layout: Layout
@@ -101,7 +101,7 @@ class PromptPass:
         return (nothing + _KnownGradients.apply(gradients, *roots),)  # type: ignore[no-untyped-call]
 
     def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
-        """Roots and their gradients, which are taken from ``prompt.sums``."""
+        """Roots and their gradients, which are taken from `prompt.sums`."""
         roots: list[Tensor] = []
         gradients: list[Tensor] = []
         for layer, sums in self.prompt.sums.items():

@@ -16,7 +16,7 @@ __all__ = ["Schedule", "Scoring"]
 
 
 class Scoring:
-    """The passes without a graph: in one where the tree has at most ``most_rows`` rows, else group by group the
+    """The passes without a graph: in one where the tree has at most `most_rows` rows, else group by group the
     prompt, then as many candidates at a time as fit."""
 
     def __init__(self, tree: PackedTree, groups: TreeGroups, backend: str, most_rows: int) -> None:
@@ -29,7 +29,7 @@ class Scoring:
             self.passes = sum(len(chunks) + (len(groups.prompt(g)) > 1) for g, chunks in enumerate(self._chunks))
 
     def run(self, carry: Carrier, passes: int) -> Tensor:
-        """The log-probabilities [M] of all slots; leaves the prompts' keys in ``prompts``."""
+        """The log-probabilities [M] of all slots; leaves the prompts' keys in `prompts`."""
         logprobs: Tensor | None = None
         for request in self.requests(passes):
             (found,) = carry(request)
@@ -41,7 +41,7 @@ class Scoring:
         return logprobs
 
     def requests(self, passes: int) -> Iterator[KeepPass | BranchPass]:
-        """All passes in order, made up to ``passes`` by dummies. Each has to run before the next is asked for."""
+        """All passes in order, made up to `passes` by dummies. Each has to run before the next is asked for."""
         groups = self._groups
         if not self._chunks:
             # the last prompt token is computed again by every pass: its keys are not shared
@@ -76,7 +76,7 @@ class Schedule:
     def requests(
         self, prompts: list[PromptKeys], grad_logprobs: Tensor, backend: str, passes: int
     ) -> Iterator[ModelRequest]:
-        """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
+        """All passes in order, made up to `passes` by dummies; a group's shared keys are let go after its own."""
         self._count(prompts)
         for g, chunks in enumerate(self._chunks):
             keys = prompts[g]
