@@ -28,7 +28,7 @@ def visible(
 
 
 def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> AttentionResult:
-    """Computed in float32, or float64 for float64 inputs."""
+    """Attention in float32, or float64 for float64 inputs."""
     q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap = call
     check_values(subtree_end, query_rows)
     dtype = compute_dtype(q.dtype)
@@ -40,7 +40,7 @@ def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> Attentio
         scores = softcap * torch.tanh(scores / softcap)
     seen = visible(subtree_end, query_rows, position_ids, window)
     scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:  # one more column, whose value is 0
+    if sinks is not None:  # one more column, with value 0
         column = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     probabilities = torch.softmax(scores, -1)[..., : seen.shape[1]]

@@ -235,8 +235,8 @@ def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor,
 
     The bound is four times the root mean square difference of the model's own forward between single
     sequences and a padded batch, plus a floor for the dtype: 1e-4 in float32, and in float64, where families compute
-    norms or softmaxes in float32. A wrong mask causes differences of 0.01 to 0.4 on models with trained weights; in half
-    precision with weights too large for a copy (`in_float32`) the bound is of that order too: the check is coarse.
+    norms or softmaxes in float32. A wrong mask causes differences of 0.01 to 0.4 on models with trained weights; in
+    half precision with weights too large for a copy (`in_float32`) the bound is of that order too: the check is coarse.
 
     Args:
         model: the causal LM.
