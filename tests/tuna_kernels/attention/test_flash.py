@@ -224,7 +224,7 @@ def test_what_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("head sizes 8 and 16", q, k, torch.cat([v, v], -1))
     refused("head sizes 5", *(x[..., :5] for x in (q, k, v)))
     refused("query_rows", query_rows=torch.arange(tree.num_tokens))
-    refused("window = 3: a sequence of 4", window=3, position_ids=depth)
+    refused("window = 3 with a sequence of 4", window=3, position_ids=depth)
     tree_attention(q, k, v, end, window=4, position_ids=depth, backend="flash")
     _, lse = tree_attention(q, k, v, end, return_lse=True, backend="flash")
     with pytest.raises(RuntimeError, match="gradient of lse"):
