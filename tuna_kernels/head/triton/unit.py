@@ -41,7 +41,7 @@ def unit_kernel(
     stop = tl.load(offsets + row + 1)
     row_weight = tl.load(softmax_weight + row)
     sum = tl.load(unit + tl.load(places + row) * unit_stride + at, mask=inside, other=0.0)
-    sum = tl.where(row_weight == 0, 0.0, sum * row_weight)  # the unit of no probability at all is NaN
+    sum = tl.where(row_weight == 0, 0.0, sum * row_weight)  # without any probability the unit gradient is NaN
     for slot in range(start, stop):
         target = tl.load(targets + slot)
         known = (target >= 0) & (target < vocabulary)
@@ -54,7 +54,7 @@ CONFIG = Config({"BLOCK": 1024}, num_warps=4)
 
 
 def unit_rows(weight: Tensor, slots: Slots, unit: Tensor, places: Tensor, gradient: RowGradient) -> Tensor:
-    """[R, D] float32; as `tiled.unit_rows`."""
+    """As `tiled.unit_rows`: [R, D] float32."""
     rows, (vocabulary, width) = slots.rows.numel(), weight.shape
     out = torch.empty(rows, width, dtype=unit.dtype, device=unit.device)
     if rows:
