@@ -1,7 +1,7 @@
 """Builds the native CPU kernels (csrc/cpu) with pybind11, without torch.
 
 Everything else about the project is in pyproject.toml. Without a working compiler the install still succeeds,
-says so, and the library runs on its ``torch`` backend (``tuna info`` shows why).
+says so, and the library runs on its `torch` backend (`tuna info` shows why).
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Kernels for training on ranked responses: per-token log-probabilities, sequence scores and ranking losses over
-all candidates of a prompt, without full-vocabulary logits and without recomputing what candidates share.
+all candidates of a prompt, without full-vocabulary logits and without recomputing shared prefixes.
 
-Needs torch and numpy only. Start at `pack_groups` and `linear_ranking_loss`.
+Needs torch and numpy only. Start with `pack_groups` and `linear_ranking_loss`.
 """
 
 from tuna_kernels.attention.tree_attention import tree_attention

@@ -1,4 +1,4 @@
-"""What every op does with its arguments before it computes."""
+"""Argument handling shared by all ops."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def should_validate(validate: bool | None, tensor: Tensor) -> bool:
-    """Whether to look at values: never inside a compiled graph, nor where a fake tensor has none."""
+    """Whether to check values: never inside a compiled graph or on fake tensors."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
     return tensor.device.type == "cpu" if validate is None else validate
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x`` itself if the entries of its last axis are neighbours in memory, else a copy in which they are."""
+    """`x` itself if its last axis is contiguous in memory, else a contiguous copy."""
     return x if x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 @functools.cache
 def named_arguments(overload: OpOverload[..., Any]) -> Any:
-    """The named tuple of an op's arguments, for the positional ones it is called with: the rest has its defaults."""
+    """The named tuple type of an op's arguments, with the op's defaults."""
     arguments = overload._schema.arguments
     defaults = [argument.default_value for argument in arguments if argument.has_default_value()]
     return namedtuple(overload._opname, [argument.name for argument in arguments], defaults=defaults)
 
 
 def register_fake(op: CustomOpDef) -> Callable[[Callable[[Any], Any]], None]:
-    """Register the decorated function of the op's arguments, one named tuple, as its fake implementation."""
+    """Register the decorated function, which takes the op's arguments as a named tuple, as its fake implementation."""
     named = named_arguments(op._opoverload)
 
     def register(function: Callable[[Any], Any]) -> None:

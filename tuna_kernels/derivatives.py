@@ -1,14 +1,14 @@
-"""How far our ops can be differentiated: once, in reverse mode. What goes further raises, where it would be wrong.
+"""Differentiability of our ops: once, in reverse mode. Other derivatives raise instead of being wrong.
 
-`torch.library.custom_op` as it is drops the tangents of forward mode without a word, gives gradients that count as
-constants when they are differentiated once more, and has no `torch.func.grad`. So every op is registered here:
+Plain `torch.library.custom_op` silently drops the tangents of forward mode, returns gradients that are constants
+under a second differentiation, and does not support `torch.func.grad`. So every op is registered here:
 
 * reverse mode, with autograd and with `torch.func.grad`, `vjp`, `jacrev`, also under `vmap`;
-* forward mode (`torch.func.jvp`, `jacfwd`, `hessian`, `forward_ad.dual_level`) raises, or takes the op's own rule;
-* a gradient taken with ``create_graph=True`` is joined to all it depends on by a node that raises when it is
-  differentiated, unless the op says that its gradient is made of differentiable operations.
+* forward mode (`torch.func.jvp`, `jacfwd`, `hessian`, `forward_ad.dual_level`) raises, or uses the op's own rule;
+* a gradient taken with `create_graph=True` is connected to everything it depends on by a node that raises when
+  differentiated, unless the op declares that its gradient consists of differentiable operations.
 
-The backend ``"reference"`` is plain PyTorch and differentiable in either mode, as often as wanted.
+The backend `"reference"` is plain PyTorch and differentiable in both modes, to any order.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["register"]
 
 Gradients: TypeAlias = Mapping[str, Tensor | None]
 SetupContext: TypeAlias = Callable[[Any, Any, Any], None]
-"""``(ctx, inputs, output)``, as `torch.library.register_autograd` takes it, with the inputs as a named tuple."""
+"""`(ctx, inputs, output)`, as for `torch.library.register_autograd`, with the inputs as a named tuple."""
 Backward: TypeAlias = Callable[..., Gradients]
-"""``(ctx, saved tensors, *grads)``: gradients by the names of the inputs; inputs left out have none."""
+"""`(ctx, saved tensors, *grads)`: gradients by input name; omitted inputs have none."""
 
 
 def register(
@@ -41,18 +41,18 @@ def register(
     backward: Backward | None = None,
     jvp: Callable[..., Any] | None = None,
     twice: bool = False,
-    instead: str = 'backend="reference", which PyTorch differentiates in either mode as often as wanted',
+    instead: str = 'backend="reference", which PyTorch differentiates in both modes, to any order',
 ) -> None:
-    """Make ``op`` differentiable by ``backward``; without one it is an op that only gradients are made with.
+    """Make `op` differentiable by `backward`; without one it is an op used only to compute gradients.
 
     Args:
-        op: its backend and fake implementations may come before or after.
-        setup_context: what the backward needs, from the op's inputs (defaults filled in) and output.
-        backward: given ``ctx``, whose ``needs`` says by name which inputs need a gradient, ``ctx.saved_tensors`` and
+        op: its backend and fake implementations may be registered before or after.
+        setup_context: saves what the backward needs from the op's inputs (defaults filled in) and output.
+        backward: takes `ctx`, whose `needs` says by name which inputs need a gradient, `ctx.saved_tensors` and
             the gradients of the outputs.
-        jvp: ``(ctx, *tangents of the inputs)``: the tangents of the outputs, where forward mode is served.
-        twice: ``backward`` is made of differentiable operations and right to differentiate again.
-        instead: what to use where the op is not differentiable enough.
+        jvp: `(ctx, *tangents of the inputs)`: the tangents of the outputs, if forward mode is supported.
+        twice: `backward` consists of differentiable operations, so that it can be differentiated again.
+        instead: what the error message recommends for other derivatives.
     """
     overload = op._opoverload
     name = overload._opname
@@ -70,7 +70,7 @@ def register(
     def gradients(ctx: Any, *grads: Tensor | None) -> Any:
         if backward is None:
             raise RuntimeError(no_second)
-        saved = ctx.saved_tensors  # once: a checkpoint recomputes them for the first who asks, and refuses the second
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them on first access and refuses a second
         ctx.needs = named(*ctx.needs_input_grad[1:])
         with torch.set_grad_enabled(twice and torch.is_grad_enabled()):
             by_name = backward(ctx, saved, *grads)
@@ -88,18 +88,18 @@ def register(
     rules: dict[str, Any] = {"forward": forward, "backward": gradients, "jvp": tangents}
     function: Any = type(name, (_SingleLevelFunction,), {key: staticmethod(rule) for key, rule in rules.items()})
 
-    # Inside torch.func the dispatcher calls this once for each transform, which it has entered: a single level.
+    # Inside torch.func the dispatcher enters each transform and calls this once per transform: a single level.
     def kernel(keyset: Any, *given: Any) -> Any:
         with enable_single_level_autograd_function():
             return function.apply(keyset, *given)
 
-    with warnings.catch_warnings():  # in the place of the kernel that custom_op made
+    with warnings.catch_warnings():  # replaces the kernel registered by custom_op
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
         op._lib.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 
 
 class _FirstOrder(torch.autograd.Function):
-    """A gradient as it is, joined to what it was made of; its own gradient is refused."""
+    """A gradient, unchanged, connected to its sources; differentiating it raises."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Which backend computes: what is usable here, why another is not, and what ``auto`` chooses."""
+"""The choice of backend: which are available, why others are not, and what `auto` chooses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENVIRONMENT_VARIABLE = "TUNA_KERNELS_BACKEND"
 
 
 def available_backends() -> dict[str, str]:
-    """Every backend and the reason why it cannot be used here; an empty reason means it can.
+    """Every backend with the reason why it is unavailable; an empty reason means it is available.
 
     Examples:
         >>> available_backends()["reference"]
@@ -27,7 +27,7 @@ def available_backends() -> dict[str, str]:
 
 
 def why_not(backend: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """ "" if ``backend`` serves these inputs, else the reason why not."""
+    """ "" if `backend` supports these inputs, else the reason why not."""
     if backend == "triton":
         return availability.why_not(device, *dtypes)
     if backend != "cpu":
@@ -44,15 +44,15 @@ def resolve_backend(
     known: Sequence[str] = BACKENDS,
     refuses: Callable[[str], str] | None = None,
 ) -> str:
-    """The backend that serves a call, of those ``known``; ``refuses`` gives the reason why one does not (default:
-    `why_not` of the device and dtypes).
+    """The backend for a call, out of `known`; `refuses` gives the reason why a backend does not support it (default:
+    `why_not` for the device and dtypes).
 
-    ``"auto"`` takes the environment variable ``TUNA_KERNELS_BACKEND`` where it is set, else ``cpu`` or, on
-    CUDA tensors, ``triton`` where it serves the inputs, else ``torch``.
+    `"auto"` uses the environment variable `TUNA_KERNELS_BACKEND` if set; else `cpu`, or `triton` for
+    CUDA tensors, if it supports the inputs; else `torch`.
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: an explicit backend (or the one of the environment) that cannot serve these inputs.
+        RuntimeError: an explicit backend (or the one of the environment) that does not support these inputs.
     """
     refuses = refuses or (lambda name: why_not(name, device, *dtypes))
     asked, origin = backend, "backend"
@@ -69,11 +69,11 @@ def resolve_backend(
     if asked not in known:
         raise ValueError(f"{origin} = {asked!r} is not one of {('auto', *known)}")
     if reason := refuses(asked):
-        raise CannotServe(f"{origin} = {asked!r} cannot serve this call: {reason}")
+        raise CannotServe(f"{origin} = {asked!r} does not support this call: {reason}")
     return asked
 
 
 def mention_unchecked(backend: str, device: torch.device) -> None:
-    """Say once that the kernels have not been checked on this kind of card (`tuna_kernels.self_check`)."""
+    """Warn once if the kernels have not been checked on this kind of card (`tuna_kernels.self_check`)."""
     if backend == "triton" and torch.cuda.is_available() and not torch.compiler.is_compiling():
         checked_cards.warn_if_unchecked(device)

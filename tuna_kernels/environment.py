@@ -1,4 +1,4 @@
-"""What is installed here and which backend it makes the choice, as text."""
+"""Installed versions and the backends chosen, as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def show_config() -> str:
         f"{ENVIRONMENT_VARIABLE} = {os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}",
     ]
     if not native.WHY_NOT_HERE:
-        lines.append(f"native code for {native.instruction_set().name} ({native.ISA_VARIABLE} may ask for less)")
+        lines.append(f"native code for {native.instruction_set().name} ({native.ISA_VARIABLE} can select a lower one)")
     lines += [f"{name} products: {whose}" for name, whose in products_chosen().items()]
     lines += [f"backend {name}: {reason or 'usable'}" for name, reason in available_backends().items()]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

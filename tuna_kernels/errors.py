@@ -1,4 +1,4 @@
-"""Errors of more than one module."""
+"""Errors raised by more than one module."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["CannotServe"]
 
 
 class CannotServe(RuntimeError, ValueError):
-    """A backend asked for by name cannot compute this call here: a fault of the choice, not of the program."""
+    """A backend requested by name does not support this call: a user error, not a bug."""

@@ -1,7 +1,7 @@
-"""Groups as the user gives them, checked on the host and laid flat; the ground `tuna_kernels.tree` builds on.
+"""Groups as given by the user, validated and flattened on the host for `tuna_kernels.tree`.
 
-Everything here is numpy on the CPU. Each sequence is converted once, every check that can be is made on the
-concatenation of all of them, and errors name the group, the candidate and the value.
+Everything here is numpy on the CPU. Each sequence is converted once, checks run on the concatenation of all
+sequences where possible, and errors name the group, the candidate and the value.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any] | torch.Tensor
 class Group:
     """A prompt and its k >= 1 candidate responses, as token ids.
 
-    Token ids may be lists, tuples, numpy arrays or one-dimensional torch tensors of any integer type. Nothing
-    is copied or checked here: `pack_groups`, `plan_rows` and `tree_tokens` do, where they can name the group.
+    Token ids may be lists, tuples, numpy arrays or one-dimensional torch tensors of any integer type. They are
+    copied and checked later, by `pack_groups`, `plan_rows` and `tree_tokens`, whose errors name the group.
 
     Attributes:
         prompt: token ids, at least one: its last row predicts the first token of every response.
         responses: k sequences of token ids, none empty.
         scores: k finite numbers, **higher is better**, or None.
         ranks: k integers, **lower is better** (any integers, with gaps or ties), or None. At most one of
-            `scores` and `ranks`; with neither all candidates are tied: scoring only.
+            `scores` and `ranks`; with neither, all candidates are tied: scoring only.
     """
 
     prompt: Integers
@@ -44,7 +44,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class FlatGroups:
-    """All groups end to end, in the order given. G groups, C candidates.
+    """All groups concatenated in the given order. G groups, C candidates.
 
     Attributes:
         prompts: int64, all prompt tokens; group g has `prompt_offsets[g]:prompt_offsets[g + 1]`.
@@ -52,8 +52,8 @@ class FlatGroups:
         responses: int64, all response tokens; candidate c has `response_offsets[c]:response_offsets[c+1]`.
         response_offsets: int64 [C + 1].
         group_offsets: int64 [G + 1], candidates of group g.
-        keys: int64 [C], comparable within a group, lower is better, equal is a tie.
-        scores: float64 [C], as given, NaN where no scores were.
+        keys: int64 [C], comparable within a group: lower is better, equal is a tie.
+        scores: float64 [C], as given; NaN without scores.
     """
 
     prompts: IntArray
@@ -81,12 +81,12 @@ class FlatGroups:
 
 
 def flatten_groups(groups: Sequence[Group]) -> FlatGroups:
-    """Check `groups` and lay them flat.
+    """Check and flatten `groups`.
 
     Raises:
-        TypeError: something is not a `Group`, or tokens, ranks or scores are of a wrong kind.
-        ValueError: an empty prompt, response or list of responses, a negative token, scores or ranks of a
-            wrong number, a score that is not finite, both scores and ranks.
+        TypeError: something is not a `Group`, or tokens, ranks or scores have the wrong type.
+        ValueError: an empty prompt, response or list of responses, a negative token, the wrong number of scores or
+            ranks, a non-finite score, both scores and ranks.
     """
     prompts: list[IntArray] = []
     responses: list[IntArray] = []
@@ -130,7 +130,7 @@ def dense_ranks(flat: FlatGroups, order: IntArray, common: IntArray) -> IntArray
     Args:
         flat: the groups.
         order: int64 [C], candidates of each group in lexicographic order of their responses.
-        common: int64 [C], `common[s]` first tokens that candidate `order[s]` shares with `order[s - 1]`.
+        common: int64 [C], the length of the common prefix of candidates `order[s]` and `order[s - 1]`.
 
     Returns:
         int64 [C], 0 is best, in candidate order.
@@ -138,8 +138,8 @@ def dense_ranks(flat: FlatGroups, order: IntArray, common: IntArray) -> IntArray
     lengths, groups = flat.response_lengths[order], flat.candidate_groups
     if len(order) == 0:
         return np.empty(0, np.int64)
-    # Sorted, a response that shares all it has with the one before is identical to it: were it a mere prefix,
-    # it would stand first.
+    # In sorted order a response that is a prefix of the one before is identical to it: a proper prefix would come
+    # first.
     same = np.zeros(len(order), np.bool_)
     same[1:] = common[1:] == lengths[1:]
     firsts = np.flatnonzero(~same)
@@ -150,7 +150,7 @@ def dense_ranks(flat: FlatGroups, order: IntArray, common: IntArray) -> IntArray
     by_rank = np.lexsort((keys, groups))
     step = np.zeros(len(order), np.int64)
     step[1:] = keys[by_rank][1:] != keys[by_rank][:-1]
-    # A group's first candidate is rank 0: what the steps of the groups before added up to is taken off.
+    # A group's first candidate is rank 0: subtract the sum of the steps of previous groups.
     level = np.cumsum(step)
     ranks = np.empty(len(order), np.int64)
     ranks[by_rank] = level - level[flat.group_offsets[:-1]][groups]
@@ -158,7 +158,7 @@ def dense_ranks(flat: FlatGroups, order: IntArray, common: IntArray) -> IntArray
 
 
 def offsets(lengths: Sequence[int] | IntArray) -> IntArray:
-    """Prefix sums with a leading zero: int64 [n + 1] of n lengths."""
+    """Prefix sums of n lengths with a leading zero: int64 [n + 1]."""
     result = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=result[1:])
     return result
@@ -169,7 +169,7 @@ def _join(parts: list[IntArray]) -> IntArray:
 
 
 def _judgements(group: Group, count: int, where: str) -> tuple[IntArray, FloatArray]:
-    """Ranks as given, int64 [count], 0 where none; scores as given, float64 [count], NaN where none."""
+    """Given ranks, int64 [count], 0 without; given scores, float64 [count], NaN without."""
     if group.scores is not None and group.ranks is not None:
         raise ValueError(f"{where} has both scores and ranks; give one of them")
     if group.ranks is not None:
@@ -205,7 +205,7 @@ def _check_tokens(flat: FlatGroups) -> None:
 
 
 def _locate(bounds: IntArray, flat_index: np.intp) -> tuple[np.intp, np.intp]:
-    """Which of the segments between `bounds` holds an index, and where in it."""
+    """The segment of `bounds` that contains a flat index, and the index within it."""
     segment = np.searchsorted(bounds, flat_index, side="right") - 1
     return segment, flat_index - bounds[segment]
 
@@ -217,15 +217,15 @@ def _candidate_name(flat: FlatGroups, candidate: np.intp) -> str:
 
 def _integers(values: Integers, where: str) -> IntArray:
     array = _vector(values, "iu", where)
-    # Only unsigned 64-bit integers do not fit; numpy would wrap them round to negative ones.
+    # Only unsigned 64-bit integers do not fit; numpy would wrap them to negative ones.
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         i = int(array.argmax())
-        raise ValueError(f"{where}[{i}] = {array[i]} does not fit into 64 bits with sign")
+        raise ValueError(f"{where}[{i}] = {array[i]} does not fit into a signed 64-bit integer")
     return array.astype(np.int64, copy=False)
 
 
 def _vector(values: Integers | Numbers, kinds: str, where: str) -> npt.NDArray[Any]:
-    """A one-dimensional array whose dtype kind is one of `kinds`; an empty one passes with any dtype."""
+    """A one-dimensional array whose dtype kind is one of `kinds`; an empty one may have any dtype."""
     if isinstance(values, str | bytes):
         raise TypeError(f"{where} is text ({values[:20]!r}), not a sequence of numbers")
     if isinstance(values, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a ranking loss is divided by, counted from ranks alone."""
+"""The denominators of a ranking loss, counted from ranks alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossCounts:
-    """What a loss is divided by, counted over the whole optimizer step (all ranks, all accumulation steps).
+    """The denominators of a loss, counted over the whole optimizer step (all ranks, all accumulation steps).
 
-    Counts add: ``a + b`` are the counts of two micro-batches together.
+    Counts add: `a + b` are the counts of two micro-batches together.
 
     Attributes:
-        groups: number of groups, those without any pair included.
-        pairs_by_lag: ``pairs_by_lag[d - 1]`` pairs have a rank difference of ``d``.
-        tokens: response tokens (slots) of all candidates.
+        groups: number of groups, including those without any pair.
+        pairs_by_lag: `pairs_by_lag[d - 1]` is the number of pairs with rank difference `d`.
+        tokens: number of response tokens (slots) of all candidates.
 
     Examples:
         >>> LossCounts.from_ranks([0, 1, 1, 0, 1], [0, 3, 5], tokens=12)
@@ -33,7 +33,7 @@ class LossCounts:
     def from_ranks(
         cls, ranks: npt.ArrayLike | Tensor, group_offsets: npt.ArrayLike | Tensor, tokens: int
     ) -> LossCounts:
-        """Count the pairs of ``ranks`` [C] (0 = best, equal = tie) within the groups ``group_offsets`` [G+1]."""
+        """Count the pairs of `ranks` [C] (0 = best, equal = tie) within the groups `group_offsets` [G+1]."""
         ranks_ = torch.as_tensor(ranks, dtype=torch.int64)
         offsets = torch.as_tensor(group_offsets, dtype=torch.int64)
         better, worse = ranked_pairs(ranks_, offsets)
@@ -50,9 +50,9 @@ class LossCounts:
 
 
 def ranked_pairs(ranks: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs (better, worse) of candidates of one group with ``ranks[better] < ranks[worse]``.
+    """All pairs (better, worse) of candidates of one group with `ranks[better] < ranks[worse]`.
 
-    Takes ``ranks`` [C] and ``group_offsets`` [G+1], int64; gives two int64 tensors [P] of candidate indices.
+    Takes `ranks` [C] and `group_offsets` [G+1], int64; returns two int64 tensors [P] of candidate indices.
     """
     sizes = group_offsets.diff()
     start = group_offsets[:-1].repeat_interleave(sizes)  # [C] first candidate of the candidate's group

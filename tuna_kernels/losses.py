@@ -4,8 +4,8 @@ Tuna's loss over a group of candidates (arXiv 2310.13385, equation 3, and the re
 
     sum over pairs with rank_i < rank_j of max(0, margin * (rank_j - rank_i) - (s_i - s_j))
 
-It is piecewise linear in the scores, so its gradient is a closed form: every pair whose hinge is open adds
-minus its weight to the better candidate and plus its weight to the worse one.
+It is piecewise linear in the scores, so its gradient has a closed form: every pair with a positive hinge subtracts
+its weight from the better candidate's gradient and adds it to the worse one's.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def tuna_hinge(
 ) -> tuple[Tensor, Tensor]:
     """The Tuna loss of some groups and its gradient with respect to each score, in float64, without autograd.
 
-    ``groups`` and ``pairs_by_lag`` are those of the whole optimizer step, so losses of parts of a batch add up.
+    `groups` and `pairs_by_lag` are those of the whole optimizer step, so that the losses of micro-batches add up.
 
     Returns:
-        ``(loss, gradient)``: a float64 scalar and float64 [C].
+        `(loss, gradient)`: a float64 scalar and float64 [C].
 
     Raises:
-        ValueError: ``reduction="mean_per_lag"`` and a pair whose lag ``pairs_by_lag`` does not count.
+        ValueError: `reduction="mean_per_lag"` and a pair whose lag has no count in `pairs_by_lag`.
     """
     better, worse = ranked_pairs(ranks, group_offsets)
     lag = ranks[worse] - ranks[better]
@@ -54,13 +54,13 @@ def tuna_hinge(
         counted = torch.tensor([0, *pairs_by_lag], dtype=torch.float64, device=lag.device)
         if lag.numel() and (int(lag.max()) >= counted.numel() or bool((counted[lag] == 0).any())):
             raise ValueError(
-                f"counts.pairs_by_lag = {tuple(pairs_by_lag)} counts no pair of some rank difference "
-                f"that the ranks have (largest: {int(lag.max())})"
+                f"counts.pairs_by_lag = {tuple(pairs_by_lag)} has no pairs for some rank difference "
+                f"of the ranks (largest: {int(lag.max())})"
             )
         pair_weight = counted[lag].reciprocal()
     hinge = margin * lag.double() - (exact[better] - exact[worse])
     open_weight = torch.where(hinge > 0, pair_weight, 0.0)
-    # NaN scores must give a NaN loss, never a plausible one: clamp keeps NaN, the comparison above does not.
+    # NaN scores must give a NaN loss, never a plausible number: clamp keeps NaN, the comparison above does not.
     loss = (hinge.clamp(min=0) * pair_weight).sum()
     gradient = torch.zeros_like(exact).index_add(0, worse, open_weight).index_add_(0, better, -open_weight)
     return loss, gradient
@@ -80,21 +80,21 @@ def ranking_loss(
 
     Args:
         scores: [C] floating point, higher = more likely; differentiable.
-        ranks: [C] int64, dense within a group, 0 = best, equal = tie (ties make no pair).
-        group_offsets: [G+1] int64; group g holds candidates ``group_offsets[g]:group_offsets[g+1]``.
-        kind: ``"tuna"``.
-        reduction: ``"mean_groups"`` (the paper): sum over a group's pairs, mean over groups, groups without a
-            pair included. ``"mean_per_lag"`` (the released code): for each rank difference the mean over all
-            pairs of that difference in the batch, then the sum over differences.
-        counts: denominators of the whole optimizer step; by default those of the ranks at hand.
-        margin: score gap asked for per step of rank difference.
+        ranks: [C] int64, dense within a group, 0 = best, equal = tie (ties form no pairs).
+        group_offsets: [G+1] int64; group g has candidates `group_offsets[g]:group_offsets[g+1]`.
+        kind: `"tuna"`.
+        reduction: `"mean_groups"` (the paper): sum over a group's pairs, mean over groups, including groups without a
+            pair. `"mean_per_lag"` (the released code): for each rank difference the mean over all
+            pairs with that difference in the batch, then the sum over differences.
+        counts: denominators of the whole optimizer step; by default those of the given ranks.
+        margin: required score gap per unit of rank difference.
 
     Returns:
         A scalar: float64 for float64 scores, else float32.
 
     Raises:
-        ValueError: unknown ``kind`` or ``reduction``; shapes that do not fit; counts that miss a pair.
-        TypeError: ``scores`` not floating point, ``ranks`` or ``group_offsets`` not integers.
+        ValueError: unknown `kind` or `reduction`; shapes that do not match; counts that miss a pair.
+        TypeError: `scores` not floating point, `ranks` or `group_offsets` not int64.
 
     Examples:
         >>> scores = torch.tensor([-1.0, -0.5], requires_grad=True)
@@ -123,7 +123,7 @@ def ranking_loss(
 
 @dataclass(frozen=True)
 class PresetSettings:
-    """What Tuna's total loss is made of besides log-probabilities, ranks and counts."""
+    """Settings of Tuna's total loss."""
 
     preset: Preset
     margin: float
@@ -149,10 +149,10 @@ def preset_loss(
     settings: PresetSettings,
     counts: LossCounts,
 ) -> PresetResult:
-    """Tuna's total loss ``ranking + mle_weight * mle`` of some groups, and its closed-form gradient per slot.
+    """Tuna's total loss `ranking + mle_weight * mle` of some groups, and its closed-form gradient per slot.
 
-    The MLE term is, in the preset ``paper``, the mean over groups of the token mean of each group's first best
-    candidate; in ``released`` the token mean over all candidates of the batch.
+    In the preset `paper` the MLE term is the mean over groups of the token mean of each group's first best
+    candidate; in `released` it is the token mean over all candidates of the batch.
     """
     lengths = candidate_offsets.diff()
     candidate = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
@@ -160,7 +160,7 @@ def preset_loss(
     sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=exact.device).index_add(0, candidate, exact)
     penalty = lengths.double() ** settings.length_penalty
     scores = sums / penalty
-    # The scores as the caller sees them decide which hinges are open.
+    # Which hinges are positive is decided by the scores in the caller's dtype.
     visible = scores.to(logprobs.dtype)
     ranking, gradient = tuna_hinge(
         visible,
@@ -177,19 +177,19 @@ def preset_loss(
         mle_gradient[best] = -1.0 / (lengths[best].double() * max(counts.groups, 1))
     else:
         mle_gradient = torch.full_like(scores, -1.0 / max(counts.tokens, 1))
-    # A candidate that does not count may have a log-probability of -inf, and 0 times that is not 0.
+    # A candidate without MLE weight may have a log-probability of -inf, and 0 * -inf is not 0.
     mle = torch.where(mle_gradient == 0, 0, mle_gradient * sums).sum()
     per_candidate = gradient / penalty + settings.mle_weight * mle_gradient
     return PresetResult(ranking, mle, visible, per_candidate[candidate])
 
 
 def weighted(term: Tensor, weight: float) -> Tensor:
-    """``weight * term``, and 0 without weight even where the term is infinite."""
+    """`weight * term`, and 0 for weight 0 even if the term is infinite."""
     return weight * term if weight else torch.zeros_like(term)
 
 
 def first_best(ranks: Tensor, group_offsets: Tensor) -> Tensor:
-    """[G'] the first candidate of rank 0 of every group that has one."""
+    """[G'] the first candidate with rank 0 of every group that has one."""
     sizes = group_offsets.diff()
     group = torch.arange(sizes.numel(), device=ranks.device).repeat_interleave(sizes)
     none = ranks.numel()

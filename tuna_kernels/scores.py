@@ -13,24 +13,24 @@ def sequence_scores(
     length_penalty: float = 1.0,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Score of each candidate: ``sum(logprobs) / length ** length_penalty``.
+    """Score of each candidate: `sum(logprobs) / length ** length_penalty`.
 
-    Sums run in float64 in slot order, so a candidate's score on CPU does not depend on what else is in the
+    Sums are float64, in slot order, so a candidate's score on CPU does not depend on the rest of the
     batch. Plain differentiable PyTorch.
 
     Args:
         logprobs: [M] floating point, natural logarithm.
-        candidate_offsets: [C+1] int64; candidate c owns slots ``candidate_offsets[c]:candidate_offsets[c+1]``.
+        candidate_offsets: [C+1] int64; candidate c has slots `candidate_offsets[c]:candidate_offsets[c+1]`.
         length_penalty: 1.0 gives the mean log-probability, 0.0 the sum.
-        lengths: [C] the lengths to divide by, where they are not the numbers of slots; must be positive.
+        lengths: [C] positive lengths to divide by, if they differ from the numbers of slots.
 
     Returns:
         [C]: float64 for float64 log-probabilities, else float32.
 
     Raises:
-        ValueError: shapes that do not fit; on CPU also offsets that do not run from 0 to M, an empty
+        ValueError: shapes that do not match; on CPU also offsets that do not run from 0 to M, an empty
             candidate (with its position) or a length that is not positive.
-        TypeError: ``logprobs`` not floating point, ``candidate_offsets`` not int64.
+        TypeError: `logprobs` not floating point, `candidate_offsets` not int64.
 
     Examples:
         >>> sequence_scores(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 2, 3]))

@@ -1,11 +1,11 @@
-"""Every GPU kernel against the float64 oracle, on the card at hand: ``tuna info --self-check``.
+"""Checks every GPU kernel against the float64 oracle on the present card: `tuna info --self-check`.
 
-The kernels are tested in Triton's interpreter and compiled for every architecture without a GPU; a card, its driver and
-its compiler are still the user's own. This runs each kernel forward and backward on small inputs, within a minute, and
-remembers a pass for this kind of card and these versions. Until there is one, the first use of the kernels on a card
-says so once.
+The kernels are tested in Triton's interpreter and compiled for every architecture without a GPU, but not with the
+user's card, driver and compiler. The self-check runs each kernel forward and backward on small inputs, within a minute,
+and caches a pass for this kind of card and these versions. Until then the first use of the kernels on a card gives a
+warning.
 
-A check passes when its error is at most 4 times the error textbook PyTorch makes in the same types, plus 16 units of
+A check passes if its error is at most 4 times the error textbook PyTorch makes in the same types, plus 16 units of
 float32 rounding (docs/numerics.md).
 """
 
@@ -32,8 +32,8 @@ Run = Callable[[torch.dtype, str], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One kernel path. ``error`` and ``limit`` are those of the result that came closest to its limit (absolute);
-    ``reason`` says why it failed, "" when it passed."""
+    """The result for one kernel path. `error` and `limit` (absolute) are those of the output closest to its limit;
+    `reason` says why it failed, "" if it passed."""
 
     name: str
     error: float
@@ -46,12 +46,12 @@ class Check:
 
 
 def run_checks(device: torch.device | str, backend: str = "triton", *, small: bool = False) -> Iterator[Check]:
-    """All checks of ``backend`` on ``device``, each when it is finished; a pass of all on a GPU is remembered.
+    """Yield all checks of `backend` on `device` as they finish; if all pass on a GPU, this is cached.
 
     Args:
         device: where to run.
-        backend: whose kernels.
-        small: shapes for the interpreter, seconds instead of minutes there.
+        backend: the backend to check.
+        small: small shapes for the interpreter: seconds instead of minutes.
     """
     device = torch.device(device)
     every = True
@@ -82,7 +82,7 @@ def _check(name: str, dtype: torch.dtype, run: Run, backend: str) -> Check:
     reference = run(dtype, "reference")
     try:
         got = run(dtype, backend)
-    except Exception as error:  # a compiler or a driver may throw anything, and the other checks still tell something
+    except Exception as error:  # a compiler or driver may raise anything; the other checks are still useful
         return Check(name, float("nan"), 0.0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     worst = Check(name, 0.0, float("inf"))
     for part, right in truth.items():
@@ -90,7 +90,7 @@ def _check(name: str, dtype: torch.dtype, run: Run, backend: str) -> Check:
         own = float((reference[part].double() - right).abs().max())
         limit = FACTOR * own + UNITS * torch.finfo(torch.float32).eps * float(right.abs().max())
         if not off <= limit:
-            return Check(name, off, limit, f"{part} is off by {off:.2g}, {limit:.2g} is allowed")
+            return Check(name, off, limit, f"error of {part} is {off:.2g}, limit {limit:.2g}")
         if worst.limit == float("inf") or off * worst.limit >= worst.error * limit:
             worst = Check(name, off, limit)
     return worst
@@ -102,12 +102,12 @@ def _random(device: torch.device, *shape: int, seed: int, scale: float = 1.0) ->
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to bfloat16 first, so that all types start from the same numbers."""
+    """Rounded to bfloat16 first, so that all dtypes start from the same values."""
     return tensor.bfloat16().to(dtype)
 
 
 class _LinearLogprobs:
-    """``linear_logprobs`` of a vocabulary and a width that no tile divides, some rows with several slots or none."""
+    """`linear_logprobs` with a vocabulary and width that no tile divides, and rows with several slots or none."""
 
     def __init__(self, device: torch.device, small: bool, *, plain: bool = True, frozen: bool = False) -> None:
         self.rows, self.width, self.vocab = (19, 40, 151) if small else (300, 520, 32003)
@@ -151,7 +151,7 @@ def _selective(device: torch.device, small: bool) -> Run:
 
 
 def sample_groups(longest: int) -> list[Group]:
-    """Groups of several shapes: ragged, a response that begins another, a single one; responses up to ``longest``."""
+    """Groups of several shapes: ragged, a response that prefixes another, a single one; responses up to `longest`."""
     maker = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:

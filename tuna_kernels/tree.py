@@ -1,15 +1,15 @@
-"""The packed prefix tree: the one data layout of `tuna_kernels`.
+"""The packed prefix tree: the only data layout of `tuna_kernels`.
 
-A group is a prompt and its k candidates. Groups are packed without padding into one row of T tokens, each in
-depth-first order of the tree of its prefixes, and one array says who sees whom:
+A group is a prompt and its k candidates. Groups are packed without padding into one sequence of T tokens, each in
+depth-first order of its prefix tree, and one array defines the attention:
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
-That comparison is the causal mask, the boundary between groups, the shared prompt and any deeper sharing
-at once. The response tokens that count, the slots, stand apart in candidate order: `rows[m]` is the row
-whose hidden state predicts `targets[m]`. A row may serve slots of several candidates.
+This comparison covers the causal mask, the boundary between groups, the shared prompt and any deeper sharing.
+The response tokens that count, the slots, are listed separately in candidate order: `rows[m]` is the row
+whose hidden state predicts `targets[m]`. A row may have slots of several candidates.
 
-Order of the rows: groups as given; within a group `share="tree"` goes depth-first with the branches of every
+Order of the rows: groups as given. Within a group, `share="tree"` is depth-first with the branches of every
 node in increasing order of their token, so the rows do not depend on the order of the candidates;
 `share="prompt"` and `"none"` keep the order of the candidates.
 """
@@ -35,26 +35,26 @@ Share: TypeAlias = Literal["tree", "prompt", "none"]
 
 @dataclass(frozen=True, eq=False)
 class PackedTree:
-    """G groups with C candidates packed into one row of T tokens, and the M slots to be scored.
+    """G groups with C candidates packed into one sequence of T tokens, and the M slots to be scored.
 
-    Tensors are int64 (`scores_given` float64) on one device; the `_host` copies are numpy and never leave the
-    host, so that shapes and loop bounds cost no synchronisation.
+    Tensors are int64 (`scores_given` float64) on one device; the `_host` copies are numpy and stay on the
+    host, so that shapes and loop bounds need no synchronization.
 
     Attributes:
-        input_ids: [T] token ids, each distinct prefix of a group once (under `share="tree"`).
+        input_ids: [T] token ids, each distinct prefix of a group once (with `share="tree"`).
         position_ids: [T] depth in the tree, which is the position in the candidate's own sequence.
-        subtree_end: [T] one past the last row of the subtree that hangs below the row.
+        subtree_end: [T] one past the last row of the row's subtree.
         rows: [M] packed row whose hidden state predicts the slot's token.
         targets: [M] the slot's token.
         candidate_offsets: [C + 1] slots of candidate c: `candidate_offsets[c]:candidate_offsets[c + 1]`.
-        group_offsets: [G + 1] candidates of group g.
+        group_offsets: [G + 1] candidates of group g: `group_offsets[g]:group_offsets[g + 1]`.
         ranks: [C] dense within a group, 0 is best, equal is a tie.
-        scores_given: [C] float64, as given, NaN where the group had none.
+        scores_given: [C] float64, as given; NaN for groups without scores.
         candidate_offsets_host: numpy int64 [C + 1].
         group_offsets_host: numpy int64 [G + 1].
         group_rows_host: numpy int64 [G + 1], the first packed row of each group, then T.
         ranks_host: numpy int64 [C].
-        unshared_tokens: tokens of the C full sequences taken one by one, the sum of |prompt| + |response|.
+        unshared_tokens: tokens of the C full sequences, the sum of |prompt| + |response|.
     """
 
     input_ids: torch.Tensor
@@ -74,26 +74,26 @@ class PackedTree:
 
     @property
     def num_tokens(self) -> int:
-        """T, the packed rows."""
+        """T, the number of packed rows."""
         return self.input_ids.shape[0]
 
     @property
     def num_slots(self) -> int:
-        """M, the response tokens of all candidates."""
+        """M, the number of response tokens of all candidates."""
         return self.rows.shape[0]
 
     @property
     def num_candidates(self) -> int:
-        """C, the candidates of all groups."""
+        """C, the number of candidates of all groups."""
         return len(self.ranks_host)
 
     @property
     def num_groups(self) -> int:
-        """G, the groups."""
+        """G, the number of groups."""
         return len(self.group_offsets_host) - 1
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedTree:
-        """The same tree with its tensors on `device`; host copies are shared."""
+        """A copy of the tree with its tensors on `device`; host copies are shared."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
@@ -102,30 +102,30 @@ class PackedTree:
         return replace(self, **moved)
 
     def loss_counts(self) -> LossCounts:
-        """What the losses divide by, counted on the host over this tree alone."""
+        """Denominators of the losses, counted on the host over this tree alone."""
         return LossCounts.from_ranks(self.ranks_host, self.group_offsets_host, self.num_slots)
 
 
 def pack_groups(
     groups: Sequence[Group], *, share: Share = "tree", device: torch.device | str | None = None
 ) -> PackedTree:
-    """Pack groups into one row.
+    """Pack groups into one sequence.
 
     Args:
-        groups: any number of groups, of any sizes; none at all gives a tree with T = M = 0.
-        share: what a group's candidates compute once: `"tree"` every common prefix, `"prompt"` the prompt
-            alone, `"none"` nothing (k separate sequences, still unpadded). Scores and gradients are the same
+        groups: any number of groups, of any sizes; an empty sequence gives a tree with T = M = 0.
+        share: what a group's candidates share: `"tree"` every common prefix, `"prompt"` only the
+            prompt, `"none"` nothing (k separate sequences, still unpadded). Scores and gradients are the same
             up to rounding.
-        device: where the tensors go (default: the CPU).
+        device: device of the tensors (default: the CPU).
 
-    Ranks are made dense within each group, on the host, from the ranks or the float64 scores given. Identical
-    responses of a group are tied: they take the best rank among them before ranks are made dense.
+    Ranks are made dense within each group, on the host, from the given ranks or float64 scores. Identical
+    responses of a group are tied at the best rank among them before ranks are made dense.
 
     Raises:
-        TypeError: something is not a `Group`, or tokens, ranks or scores are of a wrong kind.
+        TypeError: something is not a `Group`, or tokens, ranks or scores have the wrong type.
         ValueError: an unknown `share`, an empty prompt, response or list of responses, a negative token,
-            scores or ranks of a wrong number, a score that is not finite, both scores and ranks. All name the
-            place.
+            the wrong number of scores or ranks, a non-finite score, both scores and ranks. All messages give the
+            position.
 
     Examples:
         >>> tree = pack_groups([Group(prompt=[7, 8], responses=[[1, 2], [1, 3]], scores=[0.2, 0.9])])
@@ -168,7 +168,7 @@ def pack_groups(
 
 
 def tree_tokens(groups: Sequence[Group], *, share: Share = "tree") -> IntArray:
-    """Packed tokens that each group takes, int64 [G]; raises as `pack_groups` does.
+    """Number of packed tokens of each group, int64 [G]; raises as `pack_groups` does.
 
     Examples:
         >>> group = Group(prompt=[7, 8], responses=[[1, 2], [1, 3]])
@@ -178,7 +178,7 @@ def tree_tokens(groups: Sequence[Group], *, share: Share = "tree") -> IntArray:
     _check_share(share)
     flat = flatten_groups(groups)
     common = _sort_candidates(flat)[1] if share == "tree" else np.zeros_like(flat.keys)
-    # Sums over a group do not depend on the order within it, so `kept` in sorted order will do.
+    # Sums over a group do not depend on the order within it, so `kept` may stay in sorted order.
     lengths = flat.prompt_lengths[flat.candidate_groups] + flat.response_lengths
     totals = offsets(lengths - _kept_tokens(flat, common, share))
     return np.diff(totals[flat.group_offsets])
@@ -187,14 +187,14 @@ def tree_tokens(groups: Sequence[Group], *, share: Share = "tree") -> IntArray:
 def plan_rows(groups: Sequence[Group], max_tokens: int, *, share: Share = "tree") -> list[list[int]]:
     """Split groups into rows of at most `max_tokens` packed tokens each.
 
-    Best-fit decreasing: the largest group first (ties: the earlier), each into the fullest row that still
-    takes it (ties: the row opened first), else into a new one. Deterministic; no two rows would fit into one,
-    and asymptotically there are at most 11/9 of the fewest rows possible (Johnson 1974).
+    Best-fit decreasing: the largest group first (ties: the earlier one), each into the fullest row with enough
+    room (ties: the row opened first), else into a new one. Deterministic; no two rows would fit into one,
+    and asymptotically there are at most 11/9 times the minimum number of rows (Johnson 1974).
 
     Args:
         groups: the groups.
-        max_tokens: tokens a row may hold, at least 1.
-        share: as in `pack_groups`; it decides what a group takes.
+        max_tokens: maximum tokens per row, at least 1.
+        share: as in `pack_groups`; it determines the size of a group.
 
     Returns:
         Group indices of each row, increasing within the row; rows in order of their first group. Every group
@@ -202,7 +202,7 @@ def plan_rows(groups: Sequence[Group], max_tokens: int, *, share: Share = "tree"
 
     Raises:
         TypeError: `max_tokens` is not an integer; else as `pack_groups`.
-        ValueError: `max_tokens` is below 1, or a group alone takes more; else as `pack_groups`.
+        ValueError: `max_tokens` is below 1, or a single group exceeds it; else as `pack_groups`.
 
     Examples:
         >>> small, large = Group([7], [[1]]), Group([7, 8, 9], [[1]])
@@ -233,17 +233,17 @@ def plan_rows(groups: Sequence[Group], max_tokens: int, *, share: Share = "tree"
 
 def _check_share(share: str) -> None:
     if share not in get_args(Share):
-        raise ValueError(f"share = {share!r} is none of {', '.join(map(repr, get_args(Share)))}")
+        raise ValueError(f"share = {share!r} is not one of {', '.join(map(repr, get_args(Share)))}")
 
 
 def _sort_candidates(flat: FlatGroups) -> tuple[IntArray, IntArray]:
-    """Candidates of each group in lexicographic order of their responses, and what neighbours share.
+    """Candidates of each group in lexicographic order of their responses, and the common prefixes of neighbours.
 
     Returns:
-        order: int64 [C]; groups stay in place, identical responses keep the order given.
-        common: int64 [C]; how many first tokens `order[s]` shares with `order[s - 1]`, 0 for a group's first.
+        order: int64 [C]; groups stay in place, identical responses keep the given order.
+        common: int64 [C]; the common prefix length of `order[s]` and `order[s - 1]`, 0 for a group's first.
     """
-    # Big-endian bytes of non-negative integers compare as the integers do, so memcmp sorts whole responses.
+    # Big-endian bytes of non-negative integers compare like the integers, so memcmp sorts whole responses.
     codes = flat.responses.astype(">i8").tobytes()
     bounds = flat.response_offsets.tolist()
     order = np.arange(len(flat.keys))
@@ -260,7 +260,7 @@ def _sort_candidates(flat: FlatGroups) -> tuple[IntArray, IntArray]:
 
 
 def _common_prefix(a: IntArray, b: IntArray) -> int:
-    """How many first tokens two responses, neither empty, have in common."""
+    """Length of the common prefix of two non-empty responses."""
     length = min(len(a), len(b))
     differ = a[:length] != b[:length]
     first = int(differ.argmax())
@@ -268,7 +268,7 @@ def _common_prefix(a: IntArray, b: IntArray) -> int:
 
 
 def _kept_tokens(flat: FlatGroups, common: IntArray, share: Share) -> IntArray:
-    """How many first tokens of each sequence stand in the rows of the one laid before it, int64 [C]."""
+    """Length of the prefix that each sequence shares with the sequence laid out before it, int64 [C]."""
     if share == "none":
         return np.zeros_like(common)
     kept = flat.prompt_lengths[flat.candidate_groups]
@@ -281,11 +281,11 @@ def _kept_tokens(flat: FlatGroups, common: IntArray, share: Share) -> IntArray:
 def _lay_out(
     flat: FlatGroups, order: IntArray, kept: IntArray, starts: IntArray
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Lay the sequences down one by one, each without the `kept` tokens it shares with the one before.
+    """Lay out the sequences one by one, each without the `kept` tokens it shares with the previous one.
 
     Args:
         flat: the groups.
-        order: int64 [C], the order in which candidates are laid down, group by group.
+        order: int64 [C], the order in which candidates are laid out, group by group.
         kept: int64 [C], in that order.
         starts: int64 [C + 1], the first new packed row of each, in that order.
 
@@ -297,7 +297,7 @@ def _lay_out(
     rows = np.empty(len(flat.responses), np.int64)
     longest = int(flat.prompt_lengths.max(initial=0) + flat.response_lengths.max(initial=0))
     depths = np.arange(longest)
-    path = np.empty(longest, np.int64)  # the packed row of each position of the sequence laid last
+    path = np.empty(longest, np.int64)  # the packed row of each position of the previous sequence
     depth = 0  # its length
     prompts, responses = flat.prompt_offsets.tolist(), flat.response_offsets.tolist()
     groups = flat.candidate_groups.tolist()
@@ -305,7 +305,7 @@ def _lay_out(
         prompt = flat.prompts[prompts[groups[c]] : prompts[groups[c] + 1]]
         response = flat.responses[responses[c] : responses[c + 1]]
         length = len(prompt) + len(response)
-        # The branch that starts here leaves the path at `keep`: whatever lay deeper is complete.
+        # The new branch leaves the path at `keep`: all deeper rows have complete subtrees.
         subtree_end[path[keep:depth]] = start
         new = slice(start, start + length - keep)
         input_ids[new] = np.concatenate([prompt, response])[keep:]

@@ -1,4 +1,4 @@
-"""Small JSON files that the library remembers between processes, in the user's cache directory."""
+"""Small JSON files in the user's cache directory, kept between processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def path_of(name: str) -> Path:
-    """``$XDG_CACHE_HOME/tuna_kernels/NAME.json``, by default below ``~/.cache``."""
+    """`$XDG_CACHE_HOME/tuna_kernels/NAME.json`, by default below `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "tuna_kernels" / f"{name}.json"
 
 
 def read(name: str) -> Any:
-    """What was written last; None where nothing was, or it cannot be read."""
+    """The value written last; None if there is none or it cannot be read."""
     try:
         return json.loads(path_of(name).read_text())
     except (OSError, ValueError, RecursionError):
@@ -25,26 +25,26 @@ def read(name: str) -> Any:
 
 
 def write(name: str, value: Any) -> None:
-    """Atomic; a directory that cannot be written only means that nothing is remembered."""
+    """Write atomically; if the directory is not writable, nothing is cached."""
     _place(name, value, os.replace)
 
 
 def is_writable(name: str) -> bool:
-    """Whether `write` would remember something, found by writing."""
+    """Whether `write` would succeed, tested by writing."""
     return _place(name, None, lambda temporary, _: None)
 
 
 def keep_first(name: str, value: Any, is_valid: Callable[[Any], bool]) -> Any:
-    """Remember ``value`` unless another process remembered a valid one first, and return what is remembered: processes
-    that start together agree."""
+    """Store `value` unless another process stored a valid one first, and return the stored value: concurrent processes
+    agree."""
     if not _place(name, value, os.link) and not is_valid(read(name)):
-        write(name, value)  # over what is no value, or on a file system without hard links
+        write(name, value)  # replaces an invalid value; also for file systems without hard links
     kept = read(name)
     return kept if is_valid(kept) else value
 
 
 def _place(name: str, value: Any, put: Callable[[str, Path], None]) -> bool:
-    """Write ``value`` to a file beside its place and ``put`` it there; whether that could be done."""
+    """Write `value` to a temporary file in the same folder and `put` it in place; returns whether it succeeded."""
     path, temporary = path_of(name), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Which versions of Python, and of the packages that results depend on, the tests have passed with.
+"""Versions of Python, and of the packages that results depend on, with which the tests have passed.
 
-The one place: `pyproject.toml` asks for the oldest, `make test-versions` runs the suite with all the oldest and with
-all the newest, `tuna info` warns outside of them, README.md names them (tests/test_versions.py holds that they agree).
+The single source: `pyproject.toml` requires the oldest, `make test-versions` runs the suite with all the oldest and
+all the newest, `tuna info` warns about others, README.md names them (tests/test_versions.py checks that they agree).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Tested(NamedTuple):
-    """The oldest version that is supported and the newest that was tested; later patches of that count as tested."""
+    """The oldest supported version and the newest tested one; its later patch releases count as tested."""
 
     oldest: str
     newest: str
@@ -29,7 +29,7 @@ TESTED = {
 
 
 def installed(name: str) -> str | None:
-    """The version here of Python or a distribution; None where it is not installed."""
+    """The installed version of Python or a distribution; None if not installed."""
     if name == "python":
         return platform.python_version()
     try:
@@ -39,13 +39,13 @@ def installed(name: str) -> str | None:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without build, pre-release and the like: ``2.13.0+cu130`` is (2, 13, 0)."""
+    """The numbers of a version, without build or pre-release parts: `2.13.0+cu130` is (2, 13, 0)."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def warnings() -> list[str]:
-    """A line for each of `TESTED` whose version here lies outside, and for two that do not work together."""
+    """A line for each of `TESTED` whose installed version is outside its range, and for incompatible versions."""
     found = []
     for name, (oldest, newest) in TESTED.items():
         here = installed(name)

@@ -1,7 +1,7 @@
-"""What an op takes beyond its inputs and results, as a formula: for planners, which cannot look inside an op.
+"""Working memory of each op beyond its inputs and results, as a formula for planners.
 
-Every formula is an upper bound of what PyTorch's allocator is asked for, held to it by
-``tests/tuna_kernels/test_workspace.py``; b is the bytes of an element of the computing type (float32, float64
+Every formula is an upper bound on what PyTorch's allocator is asked for, as tested by
+`tests/tuna_kernels/test_workspace.py`; b is the bytes per element of the compute type (float32, float64
 for float64), R the rows that are scored, V the vocabulary, D the width.
 """
 
@@ -35,24 +35,24 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "tree_attention": ("rows", "heads", "kv_heads", "head_size", "longest"),
 }
 _PER_SLOT = 128
-"""Bytes of indices, statistics and float64 sums a scored row takes, whatever the width."""
+"""Bytes of indices, statistics and float64 sums per scored row, independent of the width."""
 
 
 def workspace_bytes(op: str, shape: Shape, dtype: torch.dtype, backend: str = "auto") -> int:
-    """Bytes an op takes at its peak, forward or backward, beyond its inputs and results.
+    """Peak bytes of an op, forward or backward, beyond its inputs and results.
 
     Args:
-        op: ``"linear_logprobs"``, ``"linear_ranking_loss"``, ``"selective_logprobs"`` or ``"tree_attention"``.
-        shape: for the head ``rows`` (hidden rows that are scored; a row of several slots counts for each, at
-            most), ``width`` (D), ``vocabulary`` (V); for the ranking loss also ``logits_budget`` in bytes and, if
-            known, ``group_rows``, those of the largest group, and ``skips``, 0 where every row has a gradient.
-            For the attention ``rows`` (T), ``heads``, ``kv_heads``, ``head_size``, ``longest`` (tokens of the
-            longest sequence), and where they differ from 1 and T, ``batch`` and ``queries``.
+        op: `"linear_logprobs"`, `"linear_ranking_loss"`, `"selective_logprobs"` or `"tree_attention"`.
+        shape: for the head `rows` (hidden rows that are scored; a row with several slots counts at most once per
+            slot), `width` (D), `vocabulary` (V); for the ranking loss also `logits_budget` in bytes and, if
+            known, `group_rows`, the rows of the largest group, and `skips`, 0 if every row has a gradient.
+            For the attention `rows` (T), `heads`, `kv_heads`, `head_size`, `longest` (tokens of the
+            longest sequence), and if they differ from 1 and T, `batch` and `queries`.
         dtype: dtype of hidden states and weight, of logits, or of queries, keys and values.
         backend: as in the op.
 
     Raises:
-        ValueError: an unknown op or backend, or a missing entry of ``shape``.
+        ValueError: an unknown op or backend, or a missing entry of `shape`.
 
     Examples:
         >>> workspace_bytes("linear_logprobs", {"rows": 1, "width": 8, "vocabulary": 9}, torch.float32, "torch")
@@ -67,7 +67,7 @@ def workspace_bytes(op: str, shape: Shape, dtype: torch.dtype, backend: str = "a
         if of_backend is None:
             raise ValueError(f"backend = {backend!r} is not one of {('auto', *_ATTENTION)}")
         return of_backend(shape, dtype)
-    if backend == "triton":  # asked on a machine without a GPU, too
+    if backend == "triton":  # also on a machine without a GPU
         return _on_triton(op, shape, dtype)
     return _HEADS[op](shape, dtype, resolve_backend(backend, torch.device("cpu"), dtype))
 
@@ -84,7 +84,7 @@ def _linear_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
     b, rows, width = compute_dtype(dtype).itemsize, shape["rows"], shape["width"]
     if backend == "reference":
         return _full_logits(shape, dtype)
-    # Row gradients in the computing type; with a frozen weight the kept unit gradient twice, and gathered weight rows.
+    # Row gradients in the compute type; with a frozen weight the kept unit gradient twice, and gathered weight rows.
     return (
         _tiles(shape, dtype, backend, 0 if backend == "cpu" else 3)
         + b * width * (2 * rows + min(rows, UNIT_SLOTS))
@@ -98,12 +98,12 @@ def _linear_ranking_loss(shape: Shape, dtype: torch.dtype, backend: str) -> int:
         return _full_logits(shape, dtype)
     capacity = shape["logits_budget"] // (b * vocabulary)
     group = shape.get("group_rows", rows)
-    # Rows that are worked on at once: groups beyond the budget are recomputed together.
+    # Rows processed at once: groups beyond the budget are recomputed together.
     part = min(rows, capacity) if max(group, MIN_ROWS) <= capacity else rows
     block = b * vocabulary * min(capacity, max(rows, MIN_ROWS))
     tiles = _tiles(shape, dtype, backend, 1 if backend == "cpu" else 3)
     if max(group, MIN_ROWS) <= capacity and not shape.get("skips", 1):
-        # All logits are kept, none are made in a tile; nor are rows of a kept block taken out into one.
+        # All logits are kept, so none are computed in a tile, nor are rows of a kept block copied into one.
         tiles -= _logits_tile(shape, dtype) * (2 if backend == "cpu" else 1)
     return tiles + block + b * shape["width"] * part + _PER_SLOT * rows
 
@@ -117,16 +117,17 @@ def _selective_logprobs(shape: Shape, dtype: torch.dtype, backend: str) -> int:
 
 
 def _full_logits(shape: Shape, dtype: torch.dtype) -> int:
-    """The reference: logits, their log-softmax and its gradient, and both operands in the computing type."""
+    """The reference: logits, their log-softmax and its gradient, and both operands in the compute type."""
     b, rows, width, vocabulary = compute_dtype(dtype).itemsize, shape["rows"], shape["width"], shape["vocabulary"]
     return b * (5 * rows * vocabulary + 2 * width * (rows + vocabulary)) + _PER_SLOT * rows
 
 
 def _tiles(shape: Shape, dtype: torch.dtype, backend: str, more: int) -> int:
     """Buffers of one walk over the tiles: logits and hidden rows; in half precision a tile of the weight's gradient
-    and, where products do not convert it, one of the weight; where they are our own, a packed left operand.
+    and, unless products convert it, one of the weight; for our own products, a packed left operand.
 
-    ``more`` tiles of logits: one for rows taken out of a kept block; torch operations take three for a gradient.
+    `more`: additional tiles of logits: one for rows copied from a kept block; torch operations need three for a
+    gradient.
     """
     compute, width, plan = compute_dtype(dtype), shape["width"], _plan(shape, dtype)
     is_native = backend == "cpu" and cpu.has_products(dtype)
@@ -153,7 +154,7 @@ def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:
     """One block (see `attention.block_plan`): at most MAX_ROWS queries of all heads, and the longest path of keys.
 
     Scores and their gradient; queries, outputs and gradients of the block; keys, values, their gradients and the
-    runs they are joined from. Half precision sums dK and dV of all rows in float32.
+    runs they are joined from. For half precision dK and dV of all rows are summed in float32.
     """
     compute = compute_dtype(dtype)
     batch, heads, kv, size = shape.get("batch", 1), shape["heads"], shape["kv_heads"], shape["head_size"]
@@ -165,7 +166,7 @@ def _attention_torch(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
-    """The reference: scores of all rows against all rows in the computing type, kept for the backward."""
+    """The reference: scores of all rows against all rows in the compute type, kept for the backward."""
     b = compute_dtype(dtype).itemsize
     batch, heads, rows, size = shape.get("batch", 1), shape["heads"], shape["rows"], shape["head_size"]
     queries = shape.get("queries", rows)
@@ -173,7 +174,7 @@ def _attention_reference(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _attention_triton(shape: Shape, dtype: torch.dtype) -> int:
-    """On the GPU at hand; asked on a machine without one, on an H100."""
+    """On the present GPU; without one, on an H100."""
     rows = shape["rows"]
     return launches.workspace_bytes(
         shape.get("batch", 1),

@@ -1,4 +1,4 @@
-// Python sees addresses as integers (tensor.data_ptr(); 0 for "none"): no torch is needed to build this.
+// Python passes addresses as integers (tensor.data_ptr(); 0 for none), so the build does not need torch.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct TileArguments {
 
 }  // namespace
 
-void bind_attention(py::module_& m);  // attention_bindings.cpp
+void bind_attention(py::module_& m);  // attention/bindings.cpp
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "What tuna_kernels' cpu backend computes: tiles of logits (csrc/cpu/head/tiles.h), matrix products (products.h), "

@@ -34,7 +34,7 @@ def test_a_wrong_kernel_fails_and_is_not_remembered(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(self_check, "_attention", off)
     cases = [case for case in self_check._cases(torch.device(DEVICE), True) if "attention" in case[0]][:2]
     checks = [self_check._check(name, dtype, run, "triton") for name, dtype, run in cases]
-    assert all("out is off by" in check.reason for check in checks)
+    assert all("error of out is" in check.reason for check in checks)
 
 
 def test_an_unchecked_card_is_mentioned_once_and_a_checked_one_never(

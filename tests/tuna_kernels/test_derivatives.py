@@ -259,7 +259,7 @@ def test_models_in_one_pass_and_two() -> None:
         with torch.nn.utils.stateless._reparametrize_module(model, {"lm_head.weight": weight}):
             return two_phase_ranking_loss(model, tree, backend="reference").loss
 
-    with pytest.raises(RuntimeError, match="two_phase_ranking_loss goes backward itself"):
+    with pytest.raises(RuntimeError, match="two_phase_ranking_loss runs the backward itself"):
         jvp(two_phases, (head.detach(),), (head.detach(),))
-    with pytest.raises(RuntimeError, match="two_phase_ranking_loss goes backward itself"):
+    with pytest.raises(RuntimeError, match="two_phase_ranking_loss runs the backward itself"):
         grad(two_phases)(head.detach())

@@ -402,5 +402,5 @@ def test_bad_groups_are_named(call: Any, error: type[Exception], bad: Any, messa
 @pytest.mark.parametrize("call", [pack_groups, tree_tokens, lambda groups, share: plan_rows(groups, 100, share=share)])
 def test_unknown_share(call: Any) -> None:
     """Law: an unknown share is refused with the known ones named."""
-    with pytest.raises(ValueError, match=r"share = 'all' is none of 'tree', 'prompt', 'none'"):
+    with pytest.raises(ValueError, match=r"share = 'all' is not one of 'tree', 'prompt', 'none'"):
         call([GOOD], share="all")

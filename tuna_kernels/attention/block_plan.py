@@ -1,14 +1,14 @@
-"""How the `torch` backend cuts the attention of a packed tree into blocks.
+"""How the `torch` backend splits the attention of a packed tree into blocks.
 
-Rows are cut where a branch starts (the row before it ends its own subtree) and into blocks of at most
-``MAX_ROWS``. The keys that some row of block [a, b) can see are the rows j < b with subtree_end[j] > a: the
+Rows are split where a branch starts (the row before it ends its own subtree) and into blocks of at most
+`MAX_ROWS`. The keys that some row of block [a, b) can see are the rows j < b with subtree_end[j] > a: the
 ancestors' path and the block itself, a few contiguous runs. So a group with a prompt of P and k responses of
-R tokens costs about P² + kR(P + R) scores instead of (P + kR)², and no block reaches across groups.
+R tokens costs about P² + kR(P + R) scores instead of (P + kR)², and no block crosses groups.
 
-The plan depends on integers alone. It is built on the host and kept by the *content* of its arrays, so that
-all layers, the backward and the recomputation of a checkpointed layer share it, and a changed array can never
-meet an old plan. Blocks never cross a group, and the blocks of a group do not depend on what else is packed:
-its attention comes out in the same bits alone and in company.
+The plan depends on integers alone. It is built on the host and cached by the *content* of its arrays, so that
+all layers, the backward and the recomputation of a checkpointed layer share it, and a changed array never
+gets an old plan. Blocks never cross a group, and the blocks of a group do not depend on what else is packed:
+its attention has the same bits alone and batched.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 IntArray = npt.NDArray[np.int64]
 
 MAX_ROWS = 64
-"""Rows of a block. A long response is a triangle: shorter blocks waste less of the square above its diagonal, longer
-ones have fewer launches. Of 48, 64, 96 and 128 rows, 64 was fastest or within 4 % on CPU trees of 324 to 4085 rows."""
+"""Rows of a block. A long response is a triangle: shorter blocks waste less above its diagonal, longer ones have
+fewer launches. Of 48, 64, 96 and 128 rows, 64 was fastest or within 4 % on CPU trees of 324 to 4085 rows."""
 
 BLOCK_COST = 2048
-"""What one more block costs (some 60 small launches forward and backward), in scores: small neighbours are merged."""
+"""Overhead of a block (some 60 small launches forward and backward), in scores: small neighbours are merged."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Block:
     """Consecutive queries and the keys they need.
 
     Attributes:
-        start, stop: the block's place among the queries in row order.
-        keys: runs [start, stop) of packed rows, ascending; together nk keys.
+        start, stop: the block's range among the queries in row order.
+        keys: runs [start, stop) of packed rows, ascending; nk keys in total.
         open: keys before this one, the shared ancestors, are seen by every query of the block.
-        hidden: bool [stop - start, nk - open], True where the query must not see the key; None where all see all.
+        hidden: bool [stop - start, nk - open], True where the query must not see the key; None if all see all.
     """
 
     start: int
@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Blocks that cover all queries, and the order that sorts the queries by row (None: they are sorted)."""
+    """Blocks that cover all queries, and the order that sorts the queries by row (None if they are sorted)."""
 
     blocks: tuple[Block, ...]
     order: Tensor | None
@@ -68,18 +68,18 @@ def plan_for(
     window: int | None,
     device: torch.device,
 ) -> BlockPlan:
-    """The plan of a tree, from the cache where its arrays are known.
+    """The plan of a tree, from the cache if its arrays are known.
 
     Args:
         subtree_end: [T] int64.
         query_rows: [Tq] int64 packed row of each query, in any order; None: all rows.
-        position_ids: [T] int64 depth of each row; needed with ``window``.
-        window: see ``0 <= depth_i - depth_j < window`` only; None: no limit.
-        device: where the masks go.
+        position_ids: [T] int64 depth of each row; needed with `window`.
+        window: only keys with `0 <= depth_i - depth_j < window` are seen; None: no limit.
+        device: device of the masks.
 
     Raises:
-        ValueError: ``subtree_end[j]`` outside ``(j, T]``.
-        IndexError: a query row outside ``[0, T)``.
+        ValueError: `subtree_end[j]` outside `(j, T]`.
+        IndexError: a query row outside `[0, T)`.
     """
     return _build(
         host_bytes(subtree_end),
@@ -94,7 +94,7 @@ _host_copies: Any = WeakTensorKeyDictionary()
 
 
 def host_bytes(values: Tensor) -> bytes:
-    """The content of an int64 tensor; off the CPU it is copied once per tensor and version, not once per layer."""
+    """The content of an int64 tensor; on another device than the CPU it is copied once per tensor and version."""
     if values.device.type == "cpu":
         return values.contiguous().numpy().tobytes()
     version = -1 if values.is_inference() else values._version
@@ -132,7 +132,7 @@ def _build(
 
 
 def check_subtree_end(end: IntArray) -> None:
-    """Raise ``ValueError`` unless ``j < subtree_end[j] <= T`` for all j: every row sees itself."""
+    """Raise `ValueError` unless `j < subtree_end[j] <= T` for all j: every row sees itself."""
     wrong = np.flatnonzero((end <= np.arange(len(end))) | (end > len(end)))
     if wrong.size:
         j = int(wrong[0])
@@ -140,7 +140,7 @@ def check_subtree_end(end: IntArray) -> None:
 
 
 def check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
-    """Both checks where the values can be read without waiting for a device."""
+    """Both checks, if the values can be read without synchronizing."""
     if torch.compiler.is_compiling() or isinstance(subtree_end, FakeTensor) or subtree_end.device.type != "cpu":
         return
     check_subtree_end(np.array(subtree_end.tolist(), dtype=np.int64))  # inside torch.func tensors have no numpy()
@@ -149,7 +149,7 @@ def check_values(subtree_end: Tensor, query_rows: Tensor | None) -> None:
 
 
 def check_rows(rows: IntArray, total: int) -> None:
-    """Raise ``IndexError`` unless all query rows lie in [0, T)."""
+    """Raise `IndexError` unless all query rows lie in [0, T)."""
     wrong = np.flatnonzero((rows < 0) | (rows >= total))
     if wrong.size:
         i = int(wrong[0])
@@ -165,7 +165,7 @@ class _Visible:
     window: int | None
 
     def keys(self, first: int, last: int, root: int) -> IntArray:
-        """Rows of [root, last] that some row of [first, last] can see (never too few)."""
+        """Rows of [root, last] that some row of [first, last] can see (a superset)."""
         keys = np.arange(root, last + 1)
         seen = self.end[root : last + 1] > first
         if self.depth is not None and self.window is not None:
@@ -173,18 +173,18 @@ class _Visible:
         return keys[seen]
 
     def cost(self, rows: IntArray, start: int, stop: int, root: int) -> int:
-        """Score elements of the block of the queries [start, stop), its overhead included."""
+        """Score elements of the block of the queries [start, stop), including its overhead."""
         return BLOCK_COST + (stop - start) * len(self.keys(int(rows[start]), int(rows[stop - 1]), root))
 
     def block(self, rows: IntArray, start: int, stop: int, root: int, device: torch.device) -> Block:
-        """The block of the queries [start, stop), whose group begins at row ``root``."""
+        """The block of the queries [start, stop), whose group begins at row `root`."""
         i = rows[start:stop, None]
         keys = self.keys(int(rows[start]), int(rows[stop - 1]), root)
         hidden = (keys[None, :] > i) | (self.end[keys][None, :] <= i)
         if self.depth is not None and self.window is not None:
             distance = self.depth[i] - self.depth[keys][None, :]
             hidden |= (distance < 0) | (distance >= self.window)
-        needed = ~hidden.all(axis=0)  # query rows may be few, and a window may leave gaps
+        needed = ~hidden.all(axis=0)  # there may be few query rows, and a window may leave gaps
         keys, hidden = keys[needed], hidden[:, needed]
         cuts = np.flatnonzero(np.diff(keys) != 1) + 1
         runs = tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(keys, cuts))
@@ -197,7 +197,7 @@ class _Visible:
 
 
 def _cut(rows: IntArray, end: IntArray, visible: _Visible) -> list[tuple[int, int, int]]:
-    """(start, stop, root) of the blocks, in order: a range of queries and the first row of their group."""
+    """(start, stop, root) of the blocks in order: a range of queries and the first row of their group."""
     if not len(rows):
         return []
     index = np.arange(1, len(end))
@@ -220,7 +220,7 @@ def _cut(rows: IntArray, end: IntArray, visible: _Visible) -> list[tuple[int, in
 
 
 def _pieces(cuts: IntArray) -> list[tuple[int, int]]:
-    """The ranges between cuts, long ones split evenly into at most ``MAX_ROWS``."""
+    """The ranges between cuts, long ones split evenly into at most `MAX_ROWS`."""
     pieces: list[tuple[int, int]] = []
     for start, stop in pairwise(cuts.tolist()):
         parts = -(-(stop - start) // MAX_ROWS)

@@ -1,15 +1,15 @@
-"""Two ways to compute one block of attention in torch operations: written out, and PyTorch's CPU flash kernel.
+"""Two ways to compute one block of attention in torch operations: the formula, and PyTorch's CPU flash kernel.
 
 Shapes: Q, O and their gradients [B, H, m, d] with the G query heads of a key head folded into rows (m = G·bq), K
-and V [B, H, nk, d], lse [B, H, m], all in the computing dtype.
+and V [B, H, nk, d], lse [B, H, m], all in the compute dtype.
 
     z = softcap(scale·Q Kᵀ)    p = exp(z - lse)    O = p V
     dV = pᵀ dO    dz = p ∘ (dO Vᵀ - Δ)    Δ = rowsum(dO ∘ O) - dlse    dQ = scale·dz K    dK = scale·dzᵀ Q
 
-`MATH` is the formula and serves everything. `FLASH` is what `scaled_dot_product_attention` runs on CPUs, called
-by its own name since we need its log-sum-exp; it keeps scores in the cache. For float32 without softcap at the sizes
+`MATH` is the formula and supports everything. `FLASH` is the kernel that `scaled_dot_product_attention` runs on CPUs,
+called directly since we need its log-sum-exp; it keeps scores in the cache. For float32 without softcap at the sizes
 of a 135M model (9 heads on 3, head size 64, prompts of 80 and five responses of 150 to 250 tokens) it takes 0.8 of
-MATH's CPU time forward and 0.9 backward on one quiet core, 0.65 and 0.75 where cores and caches are shared.
+MATH's CPU time forward and 0.9 backward on one idle core, 0.65 and 0.75 with shared cores and caches.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor
 from tuna_kernels.attention.block_plan import Block
 
 LARGE_LSE = 32.0
-"""Beyond it the rounding of a float32 lse would be many of a probability: such blocks take `MATH`."""
+"""Above it the rounding of a float32 lse would be many roundings of a probability: such blocks use `MATH`."""
 
 ROUNDINGS = 2
-"""Of lse, within which a row's own log-sum-exp is taken for it."""
+"""Roundings of lse within which a row's recomputed log-sum-exp counts as equal to it."""
 
 
 class Route(Protocol):
-    """How a block is computed."""
+    """One way to compute a block."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        """``(out, lse)``."""
+        """Returns `(out, lse)`."""
         ...
 
     def backward(
@@ -48,13 +48,13 @@ class Route(Protocol):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dq, dk, dv)``."""
+        """Returns `(dq, dk, dv)`."""
         ...
 
 
 @dataclass(frozen=True)
 class BlockBackward:
-    """What the backward of a block starts from: dO and O [B, H, m, d], lse and dlse [B, H, m] (dlse may be None)."""
+    """Inputs of a block's backward: dO and O [B, H, m, d], lse and dlse [B, H, m] (dlse may be None)."""
 
     grad_out: Tensor
     out: Tensor
@@ -137,9 +137,9 @@ FLASH: Route = _Flash()
 
 
 def choose(q: Tensor, v: Tensor, softcap: float | None, grad_lse: Tensor | None = None) -> Route:
-    """The faster route that computes this: flash has no softcap and no gradient for lse.
+    """The fastest route that supports this: flash has no softcap and no gradient for lse.
 
-    float64 stays with the formula: it is there for exactness, and the kernel's exponential is an approximation.
+    float64 uses the formula, for exactness: the kernel's exponential is an approximation.
     """
     flash = (
         q.device.type == "cpu"
@@ -152,7 +152,7 @@ def choose(q: Tensor, v: Tensor, softcap: float | None, grad_lse: Tensor | None 
 
 
 def _scores(q: Tensor, k: Tensor, block: Block, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Masked scores z [B, H, m, nk] of scaled queries, and d softcap / d score where there is one."""
+    """Masked scores z [B, H, m, nk] of scaled queries, and d softcap / d score if there is a softcap."""
     z = q @ k.transpose(-1, -2)
     slope = None
     if softcap is not None:
@@ -171,8 +171,8 @@ def _large(lse: Tensor) -> bool:
 
 
 def _probabilities(z: Tensor, lse: Tensor) -> Tensor:
-    """e^(z - lse), in place. A large lse is off by a rounding: there a row sums to exactly what it has to, 1, or less
-    where a sink stands in the denominator too."""
+    """e^(z - lse), in place. A large lse has a large rounding error: there a row is normalized to sum to exactly 1,
+    unless a sink is part of its denominator."""
     top = z.amax(-1, keepdim=True)
     p = z.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
@@ -183,7 +183,7 @@ def _probabilities(z: Tensor, lse: Tensor) -> Tensor:
 
 
 def _bias(q: Tensor, k: Tensor, block: Block) -> Tensor | None:
-    """The mask as flash wants it: [1, 1, m, nk], 0 or -inf, each query head's rows below the last one's."""
+    """The mask in flash's layout: [1, 1, m, nk], 0 or -inf, the rows of the query heads one after the other."""
     if block.hidden is None:
         return None
     rows = block.stop - block.start

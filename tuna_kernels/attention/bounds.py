@@ -1,17 +1,17 @@
-"""Which blocks of a packed tree's attention hold work, from a few bounds per block, without reading a device.
+"""Which blocks of a packed tree's attention contain work, from a few bounds per block, without synchronizing.
 
 Query blocks are BLOCK_M queries in the order of their packed rows, key blocks BLOCK_N packed rows. The rows that see
-row j are [j, subtree_end[j]); the ranges of a block's rows overlap one after the other, so
+row j are [j, subtree_end[j]); the ranges of a block's consecutive rows overlap, so
 
     some row of key block [a, b) is seen exactly by the rows in [a, max subtree_end)        (live)
     every row of it is seen exactly by the rows in [b - 1, min subtree_end)                 (full)
 
-Two ranges of queries per key block decide every pair of blocks. A window is judged by the least and greatest depth of
-both blocks: it may keep a block that holds no work, never the reverse. Full blocks need no mask.
+Two ranges of queries per key block decide every pair of blocks. A window is decided by the smallest and largest depth
+of both blocks: it may keep a block without work, never the reverse. Full blocks need no mask.
 
-All of it is a few small tensor operations on the tree's own device; ``ceil(Tq/M) * ceil(T/N)`` entries of 8 bytes are
-held at most (8 MiB for 65536 rows and blocks of 64). It is kept with the tree's arrays, so all layers, the backward and
-a checkpoint's recomputation share it.
+This takes a few small tensor operations on the tree's own device; at most `ceil(Tq/M) * ceil(T/N)` entries of 8 bytes
+are held (8 MiB for 65536 rows and blocks of 64). The result is cached with the tree's arrays, so all layers, the
+backward and a checkpoint's recomputation share it.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEPT = 8
-"""Trees whose maps are kept."""
+"""Number of trees whose maps are cached."""
 
 _FAR = 2**30
-"""Beyond every depth."""
+"""Greater than any depth."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockLists:
-    """For each of n blocks the blocks of the other side to visit, as a kernel walks them.
+    """For each of n blocks, the blocks of the other side to visit, in the order of the kernels.
 
     Attributes:
-        index: [n, m] int32, contiguous: the ``full`` blocks ascending, then the masked ones, then the dead ones.
-        full: [n] int32, how many are fully visible.
-        live: [n] int32, how many must be visited.
+        index: [n, m] int32, contiguous: the `full` blocks ascending, then the masked ones, then the dead ones.
+        full: [n] int32, number of fully visible blocks.
+        live: [n] int32, number of blocks to visit.
     """
 
     index: Tensor
@@ -49,15 +49,15 @@ class BlockLists:
 
 @dataclass(frozen=True, eq=False)
 class BlockMap:
-    """The arrays of a tree as kernels take them, and its maps by block size.
+    """The arrays of a tree as kernels use them, and its maps by block size.
 
     Attributes:
-        end: [T] int32 ``subtree_end``.
+        end: [T] int32 `subtree_end`.
         rows: [Tq] int32 packed row of each query, ascending; None: query i is row i.
-        order: [Tq] int32, where query i of ``rows`` stands among the caller's queries; None with ``rows``.
+        order: [Tq] int32, index of query i of `rows` among the caller's queries; None if `rows` is None.
         depth: [T] int32, None without a window.
         window: in depth, or None.
-        kept: what a backend derives from the tree and wants to find again.
+        kept: cache of what backends derive from the tree.
     """
 
     end: Tensor
@@ -73,7 +73,7 @@ class BlockMap:
         return len(self.end if self.rows is None else self.rows)
 
     def pairs(self, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-        """Bool [query blocks, key blocks]: which pairs are live and which of them are full."""
+        """Which pairs are live, and which of them full; each bool [query blocks, key blocks]."""
         total, device = len(self.end), self.end.device
         rows = torch.arange(total, device=device, dtype=torch.int32) if self.rows is None else self.rows
         ends = _blocks(self.end, block_n, 0)  # a ragged last block has least end 0: never full
@@ -93,7 +93,7 @@ class BlockMap:
         return live, full & live
 
     def lists(self, block_m: int, block_n: int, *, of_keys: bool = False) -> BlockLists:
-        """Key blocks for each query block or, ``of_keys``, query blocks for each key block."""
+        """Key blocks for each query block or, `of_keys`, query blocks for each key block."""
         key = (block_m, block_n, of_keys)
         if key not in self._lists:
             live, full = (x.T.contiguous() if of_keys else x for x in self.pairs(block_m, block_n))
@@ -121,13 +121,13 @@ _kept: OrderedDict[tuple[_Stamp, int | None], tuple[BlockMap, list[weakref.ref[T
 def block_map(
     subtree_end: Tensor, query_rows: Tensor | None, position_ids: Tensor | None, window: int | None
 ) -> BlockMap:
-    """The map of a tree; the one of an earlier call where the very same unchanged tensors come again."""
+    """The map of a tree, cached for the same, unchanged tensors."""
     given = (subtree_end, query_rows, None if window is None else position_ids)
-    if any(x is not None and x.is_inference() for x in given):  # their changes leave no trace
+    if any(x is not None and x.is_inference() for x in given):  # inference tensors have no version counter
         return _build(*given, window)
     stamp: _Stamp = tuple(None if x is None else (id(x), x._version) for x in given)
     found = _kept.get((stamp, window))
-    if found is None or any(ref() is None for ref in found[1]):  # an id may come back after its tensor has gone
+    if found is None or any(ref() is None for ref in found[1]):  # the id of a freed tensor may be reused
         alive = [weakref.ref(x) for x in given if x is not None]
         found = _kept[(stamp, window)] = (_build(*given, window), alive)
     _kept.move_to_end((stamp, window))

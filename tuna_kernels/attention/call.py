@@ -1,4 +1,4 @@
-"""One call of tree attention, as every backend takes it, and what comes back."""
+"""Inputs and outputs of one call of tree attention, the same for all backends."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class AttentionCall(NamedTuple):
         v: [B, Hkv, T, dv].
         subtree_end: [T] int64.
         query_rows: [Tq] int64 packed row of each query; None: all rows in order.
-        position_ids: [T] int64 depth of each row; needed with ``window``.
+        position_ids: [T] int64 depth of each row; needed with `window`.
         window: in depth, or None.
         scale: factor on the scores.
-        softcap: c in ``c tanh(score / c)``, or None.
+        softcap: c in `c tanh(score / c)`, or None.
     """
 
     q: Tensor
@@ -36,20 +36,20 @@ class AttentionCall(NamedTuple):
     softcap: float | None = None
 
     def dense(self) -> AttentionCall:
-        """The same with dense rows (stride 1 along the head size), which backends with an op are promised."""
+        """A copy with dense rows (stride 1 along the head size), as backends with an op require."""
         q, k, v = map(dense_rows, self[:3])
         rows, depth = (None if x is None else x.contiguous() for x in (self.query_rows, self.position_ids))
         end = self.subtree_end.contiguous()
         return self._replace(q=q, k=k, v=v, subtree_end=end, query_rows=rows, position_ids=depth)
 
     def empty_result(self) -> AttentionResult:
-        """Uninitialised. The layout of out spares the model's transpose back to [B, Tq, Hq·dv]."""
+        """Uninitialized outputs. The layout of out saves the model's transpose back to [B, Tq, Hq·dv]."""
         batch, heads, rows, _ = self.q.shape
         out = self.q.new_empty(batch, rows, heads, self.v.shape[3]).transpose(1, 2)
         return AttentionResult(out, self.q.new_empty(batch, heads, rows, dtype=compute_dtype(self.q.dtype)))
 
     def empty_gradients(self) -> AttentionGradients:
-        """Uninitialised, in the layouts of q, k and v as far as those have dense rows."""
+        """Uninitialized gradients, in the layouts of q, k and v if those have dense rows."""
         return AttentionGradients(*(dense_rows(torch.empty_like(x)) for x in self[:3]))
 
 
@@ -61,7 +61,7 @@ class AttentionResult(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Of q, k and v, in their dtypes."""
+    """Gradients of q, k and v, in their dtypes."""
 
     q: Tensor
     k: Tensor

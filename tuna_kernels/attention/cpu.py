@@ -1,7 +1,7 @@
 """Attention over a packed tree in C++ (csrc/cpu/attention): float32 arithmetic on float32, bfloat16 and float16.
 
-Addresses, strides and a thread count cross the border. The native code plans its blocks itself, from the tree alone,
-in a time that is small beside the work, so that nothing is kept between calls.
+The interface is addresses, strides and a thread count. The native code plans its own blocks from the tree alone,
+which takes little time compared with the work, so nothing is cached between calls.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def workspace_bytes(
     batch: int = 1,
     backward: bool = False,
 ) -> int:
-    """Bytes of working memory that the forward or backward of such a call takes beyond its inputs and results.
+    """Bytes of working memory of the forward or backward of such a call, beyond its inputs and results.
 
-    A thread keeps the keys and values of one task, in float32 and rearranged; the backward also holds each task's
-    share of dK and dV.
+    Each thread holds the keys and values of one task, in float32 and rearranged; the backward also holds each task's
+    part of dK and dV.
     """
     meta = torch.empty(batch, heads, len(subtree_end), size, device="meta")
     keys = torch.empty(batch, key_heads, len(subtree_end), size, device="meta")
@@ -51,7 +51,7 @@ def workspace_bytes(
 
 
 class _NativeCall:
-    """One call of the native code; owns every tensor whose address it gives away."""
+    """One call of the native code; owns every tensor whose address it passes."""
 
     def __init__(self, call: AttentionCall, result: AttentionResult) -> None:
         self.call, self.result = call, result
@@ -87,13 +87,13 @@ class _NativeCall:
         return int(measure(torch.get_num_threads()))
 
     def forward(self) -> None:
-        """Fill the ``out`` and ``lse`` given."""
+        """Compute `out` and `lse` in place."""
         threads = torch.get_num_threads()
         workspace = torch.empty(self.workspace(backward=False))
         self._native.forward(workspace=workspace.data_ptr(), threads=threads, instruction_set=instruction_set())
 
     def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> AttentionGradients:
-        """From ``out`` and ``lse`` as they are."""
+        """Gradients, from the existing `out` and `lse`."""
         threads = torch.get_num_threads()
         workspace = torch.empty(self.workspace(backward=True))
         gradients = self.call.empty_gradients()
@@ -111,5 +111,5 @@ class _NativeCall:
 
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of batch, head and row."""
+    """Address, and the strides of batch, head and row."""
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)

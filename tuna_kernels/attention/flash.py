@@ -1,14 +1,15 @@
 """Tree attention through flash-attn's variable-length kernels.
 
-A tree is a few batches of plain sequences (`segments`). Each part gives (out_p, lse_p), merged exactly:
+A tree becomes a few batches of plain sequences (`segments`). The results (out_p, lse_p) of these parts are merged
+exactly:
 
     lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 
 In the backward every part gets the *merged* out and lse: its probabilities exp(s - lse) are then those of the whole
-softmax, and delta = rowsum(dO ∘ O) is the whole row's, so the gradients of the parts add up to the exact ones.
+softmax, and delta = rowsum(dO ∘ O) is the whole row's, so the gradients of the parts sum to the exact ones.
 
-Not served: a window that some sequence is long enough to notice (its edge in depth differs from branch to branch),
-`query_rows`, a gradient of lse, values of another head size, trees with more than `MAX_LEVELS` forks on one path.
+Not supported: a window shorter than some sequence (its edge in depth differs from branch to branch), `query_rows`,
+a gradient of lse, values of another head size, trees with more than `MAX_LEVELS` forks on one path.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from tuna_kernels.attention.segments import Part, parts_of
 from tuna_kernels.errors import CannotServe
 
 MAX_LEVELS = 16
-"""Each level is one more call, forward and backward, over the rows below it."""
+"""Maximum number of levels. Each is one more call, forward and backward, over the rows below it."""
 
 DEVICE = "cuda"
 
 
 def why_not(q: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
-    """ "" if these inputs are served, as far as shapes tell, else the reason why not."""
+    """ "" if the shapes, dtypes and device are supported, else the reason why not."""
     if not installed():
         return "flash-attn is not installed (pip install 'tuna-kernels[flash]')"
     if q.device.type != DEVICE:
         return f"flash-attn computes on {DEVICE} tensors, the inputs are on {q.device}"
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn takes float16 and bfloat16, not {q.dtype}"
+        return f"flash-attn supports float16 and bfloat16, not {q.dtype}"
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or not 0 < q.shape[3] <= 256:
-        return f"head sizes {q.shape[3]} and {v.shape[3]}: flash-attn wants one multiple of 8 up to 256"
+        return f"head sizes {q.shape[3]} and {v.shape[3]}: flash-attn requires equal multiples of 8 up to 256"
     if query_rows is not None:
         return "query_rows: it computes all rows of a tree"
     return ""
@@ -76,7 +77,7 @@ def backward(
 ) -> AttentionGradients:
     """See `tuna_kernels.attention.ops`; summed over parts in float32."""
     if grad_lse is not None:
-        raise CannotServe("backend = 'flash' cannot serve a gradient of lse: flash-attn's backward takes none")
+        raise CannotServe("backend = 'flash' does not support a gradient of lse: flash-attn's backward has none")
     grads = call.empty_gradients()
     if call.q.numel() == 0:
         return grads._replace(k=grads.k.zero_(), v=grads.v.zero_())
@@ -96,7 +97,7 @@ def backward(
 
 
 def _sequences(call: AttentionCall) -> AttentionCall:
-    """q, k and v as flash-attn has them, [B, T, H, d]."""
+    """q, k and v in flash-attn's layout, [B, T, H, d]."""
     q, k, v = (x.transpose(1, 2) for x in call[:3])
     return call._replace(q=q, k=k, v=v)
 
@@ -107,7 +108,7 @@ def _check_window(position_ids: Tensor | None, window: int | None) -> None:
     longest = int(torch.frombuffer(bytearray(host_bytes(position_ids)), dtype=torch.int64).max()) + 1
     if longest > window:
         raise CannotServe(
-            f"backend = 'flash' cannot serve window = {window}: a sequence of {longest} tokens notices it, and its "
+            f"backend = 'flash' does not support window = {window} with a sequence of {longest} tokens: the window's "
             "edge in depth differs from branch to branch; use 'triton' or 'torch'"
         )
 
@@ -116,8 +117,8 @@ def _parts(subtree_end: Tensor) -> tuple[Part, ...]:
     parts = parts_of(host_bytes(subtree_end), subtree_end.device)
     if len(parts) - 1 > MAX_LEVELS:
         raise CannotServe(
-            f"backend = 'flash' cannot serve a tree with {len(parts) - 1} forks on one path, more than {MAX_LEVELS}; "
-            "pack it with share='prompt' or use 'triton' or 'torch'"
+            f"backend = 'flash' does not support a tree with {len(parts) - 1} forks on one path, more than "
+            f"{MAX_LEVELS}; pack it with share='prompt' or use 'triton' or 'torch'"
         )
     return parts
 
@@ -143,7 +144,7 @@ def _forward_part(part: Part, call: AttentionCall) -> tuple[Tensor, Tensor]:
 def _backward_part(
     part: Part, call: AttentionCall, grad_out: Tensor, result: AttentionResult
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), [B, n, H, d], of a part; ``result`` is that of all parts."""
+    """(dq, dk, dv), [B, n, H, d], of a part; `result` is the merged one."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     batch = call.q.shape[0]
@@ -173,7 +174,7 @@ def _backward_part(
 
 
 def _flat(x: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of all trees of the batch one after the other: [B n, …]."""
+    """Rows of all trees of the batch, concatenated: [B n, …]."""
     return (x if index is None else x.index_select(1, index)).flatten(0, 1).contiguous()
 
 
@@ -191,6 +192,6 @@ def _lengths(part: Part, batch: int) -> dict[str, Any]:
 
 
 def _repeated(offsets: Tensor, batch: int) -> Tensor:
-    """Offsets of the same sequences ``batch`` times over."""
+    """Offsets of the same sequences repeated `batch` times."""
     shifts = torch.arange(batch, device=offsets.device, dtype=torch.int32)[:, None] * offsets[-1]
     return torch.cat([offsets[:1], (offsets[1:] + shifts).flatten()])

@@ -1,8 +1,8 @@
-"""Tree attention through PyTorch's FlexAttention: a mask function, a score function and the blocks to visit.
+"""Tree attention through PyTorch's FlexAttention: a mask function, a score function and a block mask.
 
 Compiled on CUDA, once for all lengths; on CPU it runs uncompiled, as the dense formula, forward only (PyTorch has no
 backward there). Plain autograd: gradients of out and lse are FlexAttention's own. The block lists come from the same
-bounds as the Triton kernels' (`bounds`), not from evaluating the mask T × T.
+bounds as those of the Triton kernels (`bounds`), without evaluating the T × T mask.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from tuna_kernels.attention.call import AttentionCall, AttentionResult
 from tuna_kernels.attention.sinks import beside_sinks
 
 BLOCK = 128
-"""FlexAttention's default block, which all its kernels' tiles divide."""
+"""FlexAttention's default block size, a multiple of all its kernels' tiles."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """ "" if these inputs are served, else the reason why not."""
+    """ "" if these inputs are supported, else the reason why not."""
     if q.dtype not in DTYPES:
-        return f"FlexAttention does not take {q.dtype}"
+        return f"FlexAttention does not support {q.dtype}"
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active()
         or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v))  # type: ignore[no-untyped-call]
     ):
-        return 'FlexAttention has no forward mode and no transforms of torch.func; backend="reference" has'
+        return 'FlexAttention supports neither forward mode nor transforms of torch.func; use backend="reference"'
     if q.device.type == "cuda":
         return ""
     if q.device.type != "cpu":
@@ -46,14 +46,14 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> AttentionResult:
-    """lse is float32."""
+    """Attention by FlexAttention, with a float32 lse."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap = call
     check_values(subtree_end, query_rows)
     if q.numel() == 0:
         return reference.tree_attention(call, sinks)
-    if not torch.is_grad_enabled():  # on CPU it refuses inputs that could have a gradient, wanted or not
+    if not torch.is_grad_enabled():  # on CPU it rejects inputs that require a gradient even under no_grad
         q, k, v = q.detach(), k.detach(), v.detach()
     blocks = block_map(subtree_end, query_rows, position_ids, window)
     if blocks.order is not None:
@@ -79,7 +79,7 @@ def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> Attentio
 
 
 def block_mask(blocks: BlockMap) -> Any:
-    """The `BlockMask` of a tree, made once and kept with its map."""
+    """The `BlockMask` of a tree, built once and cached with its map."""
     from torch.nn.attention.flex_attention import BlockMask
 
     if "flex" not in blocks.kept:
@@ -97,7 +97,7 @@ def block_mask(blocks: BlockMap) -> Any:
 
 
 def mask_function(blocks: BlockMap) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The rule over (batch, head, query, key): j <= i < subtree_end[j], and the window in depth."""
+    """The attention rule over (batch, head, query, key): j <= i < subtree_end[j], and the window in depth."""
     end, rows, depth, window = blocks.end, blocks.rows, blocks.depth, blocks.window
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _softcap(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
 
 
 def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many, which) blocks of each row, the chosen ones first: int32 [1, 1, n] and [1, 1, n, m]."""
+    """(number, indices) of the chosen blocks of each row, chosen ones first: int32 [1, 1, n] and [1, 1, n, m]."""
     index = torch.argsort((~chosen).int(), dim=1, stable=True).int()
     return chosen.sum(1, dtype=torch.int32)[None, None], index[None, None]
 

@@ -50,7 +50,7 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """An `AttentionResult`; see `tuna_kernels.attention.tree_attention.tree_attention`."""
     call = AttentionCall(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
-    with torch.autocast(q.device.type, enabled=False):  # or it would take the float32 products for its own
+    with torch.autocast(q.device.type, enabled=False):  # or it would autocast the float32 products
         out, lse = BACKENDS[backend].forward(call.dense())
         if sinks is not None:
             share, lse = beside_sinks(lse, sinks)
@@ -75,7 +75,7 @@ def tree_attention_backward(
     grad_lse: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`AttentionGradients` for the gradients of both outputs, in the layouts `torch.empty_like` gives them."""
+    """`AttentionGradients` for the gradients of both outputs, in the layouts of `torch.empty_like`."""
     call = AttentionCall(q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap)
     result = AttentionResult(dense_rows(out), lse.contiguous())
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

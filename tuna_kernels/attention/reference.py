@@ -16,8 +16,8 @@ def visible(
     position_ids: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Bool [Tq, T]: whether query i sees row j, that is ``j <= i < subtree_end[j]`` and, with a window w,
-    ``0 <= depth_i - depth_j < w``."""
+    """Bool [Tq, T]: whether query i sees row j, that is `j <= i < subtree_end[j]` and, with a window w,
+    `0 <= depth_i - depth_j < w`."""
     keys = torch.arange(subtree_end.shape[0], device=subtree_end.device)
     rows = keys if query_rows is None else query_rows
     seen = (keys <= rows[:, None]) & (rows[:, None] < subtree_end)
@@ -28,7 +28,7 @@ def visible(
 
 
 def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> AttentionResult:
-    """Computed in float32, or float64 for float64 inputs."""
+    """Attention in float32, or float64 for float64 inputs."""
     q, k, v, subtree_end, query_rows, position_ids, window, scale, softcap = call
     check_values(subtree_end, query_rows)
     dtype = compute_dtype(q.dtype)
@@ -40,7 +40,7 @@ def tree_attention(call: AttentionCall, sinks: Tensor | None = None) -> Attentio
         scores = softcap * torch.tanh(scores / softcap)
     seen = visible(subtree_end, query_rows, position_ids, window)
     scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:  # one more column, whose value is 0
+    if sinks is not None:  # one more column, with value 0
         column = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     probabilities = torch.softmax(scores, -1)[..., : seen.shape[1]]

@@ -1,12 +1,12 @@
-"""A packed tree as a few batches of plain sequences, for kernels that know nothing but sequences.
+"""A packed tree as a few batches of plain sequences, for kernels that support only sequences.
 
-Rows are cut into *segments*, the stretches without a fork: consecutive rows with the same `subtree_end`. A row sees
+Rows are split into *segments* without a fork: consecutive rows with the same `subtree_end`. A row sees
 
     its own segment up to itself            one causal batch: all segments
     every segment above its own, whole      one unmasked batch per level: queries are all rows below a segment
 
 The rows below a segment [s, e) with end E are [e, E), one contiguous range; the ranges of one level do not overlap. A
-prompt with k responses has one level. Index arithmetic only, on the host, kept by content.
+prompt with k responses has one level. Index arithmetic only, on the host, cached by content.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Part:
     """One batch of sequences.
 
     Attributes:
-        causal: query n of a sequence sees its keys up to n, or all of them.
-        queries, keys: [n] int64 packed rows, sequence after sequence; None: all rows as they are.
+        causal: query n of a sequence sees its keys up to n; else all of them.
+        queries, keys: [n] int64 packed rows, sequence after sequence; None: all rows in order.
         query_offsets, key_offsets: [sequences + 1] int32.
         longest_query, longest_key: rows of the longest sequence.
     """
@@ -47,10 +47,10 @@ class Part:
 
 @lru_cache(maxsize=8)
 def parts_of(end_bytes: bytes, device: torch.device) -> tuple[Part, ...]:
-    """The parts of a tree, the causal one first. ``end_bytes``: content of the int64 `subtree_end`.
+    """The parts of a tree, the causal one first. `end_bytes` is the content of the int64 `subtree_end`.
 
     Raises:
-        ValueError: ``subtree_end[j]`` outside ``(j, T]``.
+        ValueError: `subtree_end[j]` outside `(j, T]`.
     """
     end = np.frombuffer(end_bytes, dtype=np.int64)
     check_subtree_end(end)

@@ -1,11 +1,11 @@
-"""Attention sinks: one logit per query head that stands in the denominator of every row and carries no value.
+"""Attention sinks: one logit per query head, added to the denominator of every row, without a value.
 
-With o and lse of the attention without it, and s the head's sink (neither scaled nor capped),
+With o and lse of the attention without sinks, and s the head's sink (neither scaled nor capped),
 
     lse' = log(exp(lse) + exp(s))      o' = o * sigmoid(lse - s)      p_s = exp(s - lse')
 
-A backend knows nothing of it, forward or backward: given o' and lse', its probabilities exp(z - lse') are those beside
-the sink, and delta = rowsum(dO ∘ O') - dlse' is the whole row's, since the sink's value is 0. What is left is
+Backends do not know about sinks: in the backward, given o' and lse', their probabilities exp(z - lse') are those with
+the sink, and delta = rowsum(dO ∘ O') - dlse' is the whole row's, since the sink's value is 0. What remains is
 
     ds = -sum over the head's rows of p_s delta
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def beside_sinks(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """What the sinks [Hq] leave of out, a factor [B, Hq, Tq, 1], and lse' [B, Hq, Tq], in the dtype of lse."""
+    """The factor on out [B, Hq, Tq, 1] due to the sinks [Hq], and lse' [B, Hq, Tq], in the dtype of lse."""
     of_rows = sinks.to(lse.dtype)[:, None]
     return torch.sigmoid(lse - of_rows).unsqueeze(-1), torch.logaddexp(lse, of_rows)
 

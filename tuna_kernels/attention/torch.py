@@ -1,10 +1,10 @@
 """Attention over a packed tree, block by block, in torch operations on any device.
 
-The plan (`block_plan`) says which keys a block needs, a route (`blocks`) computes the block. All
-that is kept for the backward is q, k, v, out and lse; keys and values are gathered run by run and never kept.
-Half-precision blocks are converted to float32 (on CPUs without bfloat16 units its matrix product is several times
-slower, and the softmax wants float32 anyway), and dK and dV are summed in float32. The runs of a block do not
-overlap, so the sums need no atomics and come out the same every time.
+The plan (`block_plan`) gives the keys of each block, a route (`blocks`) computes the block. Only q, k, v, out and
+lse are kept for the backward; keys and values are gathered run by run and never kept.
+Half-precision blocks are converted to float32 (on CPUs without bfloat16 units bfloat16 products are several times
+slower, and the softmax needs float32 anyway), and dK and dV are summed in float32. The runs of a block do not
+overlap, so the sums need no atomics and are reproducible.
 """
 
 from __future__ import annotations
@@ -64,27 +64,27 @@ def _plan_of(call: AttentionCall) -> BlockPlan:
 
 
 def _fold(x: Tensor, block: Block, heads: int) -> Tensor:
-    """The block's part of x [B, Hq, Tq, d] as [B, Hkv, G·bq, d] in the computing dtype."""
+    """The block's part of x [B, Hq, Tq, d] as [B, Hkv, G·bq, d] in the compute dtype."""
     part = x[:, :, block.start : block.stop].to(compute_dtype(x.dtype))
     batch, all_heads, rows, size = part.shape
     return part.reshape(batch, heads, all_heads // heads * rows, size)
 
 
 def _put(total: Tensor, part: Tensor, block: Block) -> None:
-    """Write the block's [B, Hkv, G·bq, d] to its rows of ``total`` [B, Hq, Tq, d]."""
+    """Write the block's [B, Hkv, G·bq, d] to its rows of `total` [B, Hq, Tq, d]."""
     rows = total[:, :, block.start : block.stop]
     rows.copy_(part.reshape(rows.shape))
 
 
 def _gather(x: Tensor, block: Block) -> Tensor:
-    """The block's keys or values [B, Hkv, nk, d] in the computing dtype."""
+    """The block's keys or values [B, Hkv, nk, d] in the compute dtype."""
     parts = [x[:, :, start:stop] for start, stop in block.keys]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return joined.to(compute_dtype(x.dtype))
 
 
 def _scatter_add(total: Tensor, part: Tensor, block: Block) -> None:
-    """Add [B, Hkv, nk, d] to the block's runs of ``total`` [B, Hkv, T, d]."""
+    """Add [B, Hkv, nk, d] to the block's runs of `total` [B, Hkv, T, d]."""
     done = 0
     for start, stop in block.keys:
         total[:, :, start:stop] += part[:, :, done : done + stop - start]

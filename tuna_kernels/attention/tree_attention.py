@@ -1,14 +1,14 @@
-"""Attention over a packed tree: the boundary of groups, the shared prompt and any deeper sharing in one rule.
+"""Attention over a packed tree: group boundaries, the shared prompt and any deeper sharing in one rule.
 
     row i attends to row j exactly when  j <= i < subtree_end[j]
 
 Backends: `triton` (kernels for GPUs), `cpu` (native code: float32 arithmetic on float32, bfloat16 and float16),
-`torch` (block by block, any device and dtype), `reference` (the whole mask, the oracle), and `flex` and `flash` for who
-has those; see docs/attention.md. None but the oracle computes T × T across groups or branches; on `cpu` and `torch` a
-group's attention comes out in the same bits alone and packed with others.
+`torch` (block by block, any device and dtype), `reference` (the whole mask, the oracle), and optionally `flex` and
+`flash`; see docs/attention.md. Only the oracle computes T × T across groups or branches; on `cpu` and `torch` a
+group's attention has the same bits alone and batched.
 
-What is not served, and why: attention dropout (it would be drawn once for a shared prompt, and k times for k
-separate ones) and additive biases (no model among the tested families trains with them).
+Not supported: attention dropout (it would be drawn once for a shared prompt, but k times for k separate ones) and
+additive biases (no model among the tested families trains with them).
 """
 
 from __future__ import annotations
@@ -88,35 +88,35 @@ def tree_attention(
     """Softmax attention of the rows of a packed tree to their ancestors and themselves.
 
     Args:
-        q: [B, Hq, Tq, d] float queries. The B trees are the same; Hq is a multiple of Hkv (query head h reads
-            key head ``h // (Hq / Hkv)``).
-        k: [B, Hkv, T, d] keys of all T packed rows, dtype and device of q.
+        q: [B, Hq, Tq, d] float queries. The tree is the same for all B; Hq is a multiple of Hkv (query head h uses
+            key head `h // (Hq / Hkv)`).
+        k: [B, Hkv, T, d] keys of all T packed rows, with q's dtype and device.
         v: [B, Hkv, T, dv] values.
         subtree_end: [T] int64, one past the last row of the subtree below row j (`PackedTree.subtree_end`).
         query_rows: [Tq] int64 packed row of each query, in any order; default: all rows (Tq = T).
-        position_ids: [T] int64 depth of each row; needed with ``window``.
-        window: w >= 1: see row j only where ``0 <= depth_i - depth_j < w`` too. Depth, not packed rows: a
-            branch measures its distance along its own sequence. A row always sees itself.
-        scale: factor on the scores; default ``1 / sqrt(d)``.
-        softcap: c > 0: scores become ``c * tanh(score / c)``, after ``scale``.
-        sinks: [Hq] float, one learned logit per query head that stands in the denominator of all its rows and
-            carries no value (GPT-OSS), differentiable; neither scaled nor capped; -inf: none.
-        return_lse: also the log-sum-exp of the scores, sink included, differentiable.
-        backend: `"auto"` (what the environment variable `TUNA_KERNELS_BACKEND` says, else `"triton"` on CUDA or `"cpu"`
-            on CPU where they serve the inputs, else `"torch"`), one of those, `"reference"`, `"flex"` (PyTorch's
+        position_ids: [T] int64 depth of each row; required with `window`.
+        window: w >= 1: row j is seen only if also `0 <= depth_i - depth_j < w`. Depth, not packed rows: a
+            branch measures distance along its own sequence. A row always sees itself.
+        scale: factor on the scores; default `1 / sqrt(d)`.
+        softcap: c > 0: scores become `c * tanh(score / c)`, after `scale`.
+        sinks: [Hq] float, one learned logit per query head, added to the denominator of all its rows without a
+            value (GPT-OSS); differentiable; neither scaled nor capped; -inf means no sink.
+        return_lse: also return the log-sum-exp of the scores, including the sink; differentiable.
+        backend: `"auto"` (the environment variable `TUNA_KERNELS_BACKEND` if set, else `"triton"` on CUDA or `"cpu"`
+            on CPU if they support the inputs, else `"torch"`), one of those, `"reference"`, `"flex"` (PyTorch's
             FlexAttention) or `"flash"` (flash-attn).
 
     Returns:
         out [B, Hq, Tq, dv] in q's dtype, computed in float32 (float64 for float64 inputs); with
-        ``return_lse`` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable in q, k, v and sinks: once,
-        in reverse mode; backend ``"reference"`` as often and in whatever mode one likes.
+        `return_lse` the pair (out, lse [B, Hq, Tq] float32 or float64). Differentiable in q, k, v and sinks: once,
+        in reverse mode; with backend `"reference"` to any order and in both modes.
         Under autocast q, k and v are cast to its dtype first, as for PyTorch's own attention.
 
     Raises:
-        ValueError: shapes, dtypes, devices or settings that do not fit, or ``subtree_end[j]`` outside (j, T].
+        ValueError: shapes, dtypes, devices or settings that do not match, or `subtree_end[j]` outside (j, T].
         IndexError: a query row outside [0, T).
-        TypeError: an argument that is no tensor of the right kind.
-        RuntimeError: a backend that cannot serve this call, with the reason.
+        TypeError: an argument that is not a tensor of the right dtype.
+        RuntimeError: a backend that does not support this call, with the reason.
 
     Examples:
         >>> q = k = torch.zeros(1, 1, 3, 2)
@@ -175,14 +175,14 @@ def _check_tree(
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must agree")
     if query_rows is None and q.shape[2] != total:
-        raise ValueError(f"q has {q.shape[2]} rows and k {total}: say which rows the queries are by query_rows")
+        raise ValueError(f"q has {q.shape[2]} rows and k {total}: give the rows of the queries as query_rows")
 
 
 def _check_settings(window: int | None, position_ids: Tensor | None, softcap: float | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window = {window} is below 1: a row sees at least itself")
     if window is not None and position_ids is None:
-        raise ValueError("window needs position_ids, the depth of each row: packed rows are no distance")
+        raise ValueError("window needs position_ids, the depth of each row: packed rows do not measure distance")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap = {softcap} is not above 0")
 
@@ -199,17 +199,17 @@ def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     readable = should_validate(None, sinks) and not is_functorch_wrapped_tensor(sinks)
     if readable and bool((sinks == math.inf).any()):
         head = int((sinks == math.inf).nonzero()[0])
-        raise ValueError(f"sinks[{head}] = inf: nothing else would be seen; it must be finite, or -inf for none")
+        raise ValueError(f"sinks[{head}] = inf would hide all keys; it must be finite, or -inf for none")
 
 
 def check_backend(name: str, argument: str = "backend") -> None:
-    """Raise ``ValueError`` unless some machine serves tree attention under that name (or ``"auto"``)."""
+    """Raise `ValueError` unless `name` is a backend of tree attention or `"auto"`."""
     if name not in ("auto", *_BACKENDS):
         raise ValueError(f"{argument} = {name!r} is not one of {('auto', *_BACKENDS)}")
 
 
 def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor | None) -> str:
-    """The backend of a call; those that only attention has, or that look at more than dtypes, are judged here."""
+    """The backend of a call; checks backends that only attention has or that depend on more than dtypes."""
 
     def refuses(name: str) -> str:
         if name == "triton":

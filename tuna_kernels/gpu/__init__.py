@@ -1,1 +1,1 @@
-"""What GPU kernels share: whether they can run here, how they are launched, what there is to compile."""
+"""Shared by GPU kernels: whether they can run, how they are launched, which builds there are."""

@@ -1,6 +1,6 @@
-"""Whether Triton's kernels can run here; under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, for tests.
+"""Whether Triton kernels can run here; with `TRITON_INTERPRET=1` the same kernels run on CPU tensors, for tests.
 
-Nothing here imports triton, so that a machine without it works.
+Nothing here imports triton, so that it is optional.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def why_not_here() -> str:
 
 
 def why_not(device: torch.device, *dtypes: torch.dtype) -> str:
-    """ "" if the kernels serve tensors on ``device`` of these types, else the reason why not."""
+    """ "" if the kernels support tensors on `device` with these dtypes, else the reason why not."""
     if reason := why_not_here():
         return reason
     wanted = "cpu" if is_interpreted() else "cuda"
     if device.type != wanted:
         return f"it computes on {wanted} tensors, the inputs are on {device}"
     bad = [str(d) for d in dtypes if d not in DTYPES]
-    return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
+    return f"it computes in float32 and does not support {', '.join(bad)}" if bad else ""

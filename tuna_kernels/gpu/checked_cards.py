@@ -1,4 +1,4 @@
-"""The kinds of card on which `tuna_kernels.self_check` found every kernel right, remembered between processes."""
+"""The kinds of card on which `tuna_kernels.self_check` passed, cached between processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CACHE = "self_check"
 
 
 def passed(device: torch.device, backend: str = "triton") -> bool:
-    """Whether all checks passed on this kind of card before, with these versions."""
+    """Whether all checks have passed on this kind of card with these versions."""
     return _key(device, backend) in _read()
 
 
 def warn_if_unchecked(device: torch.device, backend: str = "triton") -> None:
-    """Say, once a process and kind of card, that the kernels have not been checked there."""
+    """Warn, once per process and kind of card, if the kernels have not been checked on it."""
     _warn_once(_key(device, backend))
 
 
@@ -27,7 +27,7 @@ def warn_if_unchecked(device: torch.device, backend: str = "triton") -> None:
 def _warn_once(key: str) -> None:
     if key not in _read():
         warnings.warn(
-            f"the GPU kernels have not been checked on this card ({key}): `tuna info --self-check` does, in a minute",
+            f"the GPU kernels have not been checked on this card ({key}): run `tuna info --self-check` (a minute)",
             stacklevel=4,
         )
 
@@ -52,5 +52,5 @@ def _read() -> list[str]:
 
 
 def remember(device: torch.device, backend: str) -> None:
-    """All checks of a backend's kernels passed on this kind of card."""
+    """Record that all checks of a backend's kernels passed on this kind of card."""
     user_cache.write(CACHE, sorted({*_read(), _key(device, backend)}))

@@ -1,4 +1,4 @@
-"""Functions that kernels of more than one op call on the device. Imports triton."""
+"""Device functions used by kernels of more than one op. Imports triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(is_interpreted())
 def dot(a, b, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator (None: 0) + a @ b, both rounded to TYPE, summed in float32; PRECISION: how float32 is multiplied.
 
-    Triton's interpreter keeps bfloat16 as integers and multiplies those: there the rounded values are multiplied in
+    Triton's interpreter stores bfloat16 as integers and would multiply those, so it multiplies the rounded values in
     float32, which gives the same products.
     """
     a, b = a.to(TYPE), b.to(TYPE)
@@ -30,7 +30,7 @@ def dot(a, b, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """2 units in the last place: a ratio of exponentials, and near 0, where that cancels, the odd series."""
+    """tanh to 2 units in the last place: a ratio of exponentials; near 0, where that cancels, the odd series."""
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     ratio = (1 - e) / (1 + e)
     s = x * x

@@ -1,9 +1,9 @@
-"""Which launch configuration a kernel runs with: a fixed choice for each architecture, or one tuned and remembered.
+"""Launch configurations of kernels: a fixed choice per architecture, or one tuned and cached.
 
-A kernel's file lists few configurations and why they are there. By default its first one for the GPU at hand runs.
-With ``TUNA_KERNELS_AUTOTUNE=1`` the first call of a shape times all of them and the quickest is kept in
-``$XDG_CACHE_HOME/tuna_kernels/autotune.json``, by GPU, Triton version, kernel, dtype and shape. The number of rows is
-no part of that key where a row's bits would depend on it.
+A kernel's file lists a few configurations with their reasons. By default the first one for the present GPU is used.
+With `TUNA_KERNELS_AUTOTUNE=1` the first call of a shape times all of them and caches the fastest in
+`$XDG_CACHE_HOME/tuna_kernels/autotune.json`, by GPU, Triton version, kernel, dtype and shape. The number of rows is
+not part of the key if a row's bits would depend on it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ INTERPRETER = 0  # stands for a compute capability in the tables of configuratio
 Table = Mapping[int, tuple[Config, ...]]
 ENVIRONMENT_VARIABLE = "TUNA_KERNELS_AUTOTUNE"
 CACHE = "autotune"
-LOG2_E = math.log2(math.e)  # here, since what launches kernels must not import triton before it is wanted
+LOG2_E = math.log2(math.e)  # here, since code that launches kernels must not import triton before it is needed
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on."""
+    """The properties of a GPU on which the choice depends."""
 
     name: str
     capability: int  # 90 for compute capability 9.0
@@ -48,7 +48,7 @@ def _cuda(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The GPU of a tensor; the interpreter counts as one of four multiprocessors."""
+    """The GPU of a tensor; the interpreter counts as a GPU with four multiprocessors."""
     if is_interpreted():
         return _INTERPRETED
     index = tensor.device.index
@@ -56,15 +56,15 @@ def device_of(tensor: torch.Tensor) -> Device:
 
 
 def planned_device() -> Device:
-    """The GPU at hand or, for a plan made without one, an H100."""
+    """The present GPU or, for a plan made without one, an H100."""
     if is_interpreted():
         return _INTERPRETED
     return _cuda(torch.cuda.current_device()) if torch.cuda.is_available() else Device("NVIDIA H100", 90, 132)
 
 
 def float32_precision(highest: str) -> str:
-    """How a kernel multiplies float32: as ``highest`` says where `torch.get_float32_matmul_precision` asks for that,
-    else in TF32. Which of the exact ways a kernel takes is told in docs/numerics.md."""
+    """How a kernel multiplies float32: `highest` if `torch.get_float32_matmul_precision` is "highest", else TF32.
+    docs/numerics.md says which exact method each kernel uses."""
     return highest if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -75,7 +75,7 @@ def candidates(table: Table, capability: int) -> tuple[Config, ...]:
 
 
 def cache_file() -> Path:
-    """Where tuned choices are kept."""
+    """Where tuned choices are cached."""
     return user_cache.path_of(CACHE)
 
 
@@ -107,11 +107,11 @@ def choose(
     """The configuration for a launch.
 
     Args:
-        kernel: its name, for the cache.
+        kernel: name of the kernel, for the cache.
         table: its configurations by compute capability.
         device: the GPU.
         key: what else the best choice depends on: dtypes, bucketed sizes.
-        run: launches the kernel with a configuration, without effect on results; None: never tune.
+        run: launches the kernel with a configuration, without side effects on results; None: never tune.
     """
     configs = candidates(table, device.capability)
     if len(configs) == 1 or run is None or os.environ.get(ENVIRONMENT_VARIABLE, "0") != "1":

@@ -1,6 +1,6 @@
-"""What there is to compile: each kernel file lists its launches, so that they can be checked without a GPU.
+"""Builds to check without a GPU: each kernel file lists its launches.
 
-A kernel file has ``STATIC: tuple[StaticCase, ...]``: one entry per specialisation worth a check (dtype, flags), with
+A kernel file has `STATIC: tuple[StaticCase, ...]`: one entry per specialisation worth checking (dtype, flags), with
 every launch configuration that may be chosen on each architecture, the fixed choice first.
 """
 
@@ -23,7 +23,7 @@ PACKAGES = ("tuna_kernels.head.triton", "tuna_kernels.attention.triton")
 
 
 def kernel_modules() -> dict[str, ModuleType]:
-    """Every module that may hold kernels or a ``STATIC``, by name; imports triton."""
+    """Every module that may contain kernels or a `STATIC`, by name; imports triton."""
     return {
         f"{package}.{found.name}": import_module(f"{package}.{found.name}")
         for package in PACKAGES
@@ -45,15 +45,15 @@ class StaticCase:
     """One specialisation of a kernel.
 
     Attributes:
-        name: kernel and specialisation, e.g. ``"head_forward bf16 entropy"``.
-        kernel: gives the jitted function (called late, so that nothing imports triton before it is wanted).
-        signature: every non-constexpr argument in order -> Triton type (``"*bf16"``, ``"i64"``, ``"fp32"``).
-        constants: constexpr arguments other than the block sizes; None stands for a pointer that is not given.
+        name: kernel and specialisation, e.g. `"head_forward bf16 entropy"`.
+        kernel: returns the jitted function (a callable, so that triton is not imported before it is needed).
+        signature: every non-constexpr argument in order -> Triton type (`"*bf16"`, `"i64"`, `"fp32"`).
+        constants: constexpr arguments other than the block sizes; None stands for an omitted pointer.
         configs: compute capability -> configurations, the fixed choice first.
         aligned: arguments known to be multiples of 16 (pointers: bytes; integers: the value), as Triton's launcher
             finds them for ordinary tensors; without them there are no asynchronous copies.
-        products: whether it multiplies 16-bit matrices, so that tensor-core instructions must be there.
-        mma_sync: compute capability -> why the fixed choice there multiplies by mma.sync, the older instruction.
+        products: whether it multiplies 16-bit matrices, so that it must contain tensor-core instructions.
+        mma_sync: compute capability -> why the fixed choice uses mma.sync, the older instruction.
     """
 
     name: str
@@ -67,9 +67,9 @@ class StaticCase:
 
 
 def compile_case(case: StaticCase, config: Config, capability: int) -> Any:
-    """Compile for an architecture, with no GPU about: Triton's ``CompiledKernel`` (``.asm``, ``.metadata``).
+    """Compile for an architecture, without a GPU; returns Triton's `CompiledKernel` (`.asm`, `.metadata`).
 
-    Not under ``TRITON_INTERPRET=1``, where there is nothing to compile.
+    Not with `TRITON_INTERPRET=1`, which does not compile.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""What a backend of the LM head is: five functions. Slots, validation, ops and the loss are the same for all."""
+"""The interface of a backend of the LM head: five functions. Slots, validation, ops and the loss are shared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tuna_kernels.head.tiled_selective import SelectiveResult
 
 
 class HeadBackend(NamedTuple):
-    """Each with the arguments (but ``ops``) and results of its namesake in ``tiled`` or ``tiled_selective``."""
+    """Functions with the arguments (except `ops`) and results of their namesakes in `tiled` or `tiled_selective`."""
 
     forward: Callable[..., ForwardResult]
     backward: Callable[..., None]
@@ -24,7 +24,7 @@ class HeadBackend(NamedTuple):
 
 
 def tiled_backend(ops: TileOps) -> HeadBackend:
-    """The tile loop over a backend's tile operations."""
+    """The backend made of the tile loop and the tile operations `ops`."""
     return HeadBackend(
         partial(tiled.forward, ops),
         partial(tiled.backward, ops),

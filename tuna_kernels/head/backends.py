@@ -11,7 +11,7 @@ from tuna_kernels.head.triton import slabs
 
 
 def head_backend(backend: str) -> HeadBackend:
-    """What a resolved backend other than ``reference`` does with the LM head."""
+    """The `HeadBackend` of a resolved backend other than `reference`."""
     if backend == "triton":
         from tuna_kernels.head.triton import launches  # imports triton
 
@@ -20,7 +20,7 @@ def head_backend(backend: str) -> HeadBackend:
 
 
 def unit_gradient_pays(backend: str, width: int, *dtypes: torch.dtype) -> bool:
-    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) rather than recompute later."""
+    """Whether a frozen head's forward should keep unit gradients (docs/numerics.md) instead of recomputing later."""
     if backend != "triton":
         return True
     return slabs.unit_gradient_pays(width, *dtypes)

@@ -1,6 +1,6 @@
 """Tile operations in C++ (csrc/cpu): float32 arithmetic on CPU tensors; float32, bfloat16, float16 sources.
 
-Addresses, strides and a thread count cross the border; the extension knows nothing of torch.
+The interface is addresses, strides and a thread count; the extension does not depend on torch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ NAMES = {OWN: "our own", BLAS: "the BLAS's"}
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether products of two operands of this type are taken as they are, rather than converted to float32."""
+    """Whether two operands of this dtype are multiplied directly, without conversion to float32."""
     return dtype == torch.bfloat16 and has_products(dtype) and _product_type(dtype, dtype) == dtype
 
 
 def has_products(hidden: torch.dtype, weight: torch.dtype | None = None) -> bool:
-    """Whether matrices of these types are multiplied by the native code, rather than by the BLAS."""
+    """Whether matrices of these dtypes are multiplied by the native code instead of the BLAS."""
     choice = product_choice_of(_product_type(hidden, hidden if weight is None else weight))
     return choice is not None and choice.way == OWN
 
 
 def product_choice_of(dtype: torch.dtype) -> Choice | None:
-    """Whose products of this type are taken (float32, or bfloat16 as it is); None where there are none of our own."""
+    """Whose products of this dtype are used (float32, or bfloat16 multiplied directly); None if we have none."""
     if WHY_NOT_HERE or not native().has_products(instruction_set()) or dtype != _product_type(dtype, dtype):
         return None
 
@@ -47,7 +47,7 @@ def product_choice_of(dtype: torch.dtype) -> Choice | None:
 
 
 def products_chosen() -> dict[str, str]:
-    """By type of the operands, whose products are taken and why; chosen now where they were not yet."""
+    """By dtype of the operands, whose products are used and why; chooses if not yet chosen."""
     types = dict.fromkeys(_product_type(t, t) for t in (torch.float32, torch.bfloat16)) if not WHY_NOT_HERE else {}
     chosen = {str(t).removeprefix("torch."): product_choice_of(t) for t in types}
     return {
@@ -57,13 +57,13 @@ def products_chosen() -> dict[str, str]:
 
 
 def _product_type(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
-    """The type in which our own products of such operands would be taken."""
+    """The dtype in which our own products multiply such operands."""
     packs = not WHY_NOT_HERE and instruction_set() == native().InstructionSet.avx512_bf16
     return torch.bfloat16 if packs and hidden == weight == torch.bfloat16 else torch.float32
 
 
 def _three_products(multiply: Multiply, dtype: torch.dtype) -> Run:
-    """The products of a tile, forward and backward, that `product_choice` times: 0.1 Gflop each."""
+    """The products of a tile, forward and backward, for timing by `product_choice`: 0.1 Gflop each."""
     rows, columns, width = 128, 768, 512
     hidden, weight = torch.ones(rows, width, dtype=dtype), torch.ones(columns, width, dtype=dtype)
     tile, to_rows, to_weight = torch.ones(rows, columns), torch.zeros(rows, width), torch.zeros(columns, width)
@@ -84,7 +84,7 @@ class NativeTileOps:
     """See `tuna_kernels.head.tiled.TileOps`."""
 
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
-        if out.dtype != torch.float32 and index is not None:  # bfloat16 that stays so
+        if out.dtype != torch.float32 and index is not None:  # bfloat16 without conversion
             torch.index_select(source, 0, index, out=out)
             return
         native().load_rows(
@@ -143,8 +143,8 @@ class NativeTileOps:
 class _NativeMultiply:
     """See `tuna_kernels.head.products.Multiply` and csrc/cpu/head/products.h.
 
-    ``as_it_is``: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
-    logits not at all. Otherwise everything is float32.
+    `as_it_is`: bfloat16 operands are multiplied as bfloat16; gradients of logits are rounded to it, as on a GPU,
+    but logits are not. Otherwise everything is float32.
     """
 
     converts = True
@@ -176,7 +176,7 @@ class _NativeMultiply:
     def _buffer(self, rows: int, inner: int) -> Tensor:
         size = native().product_scratch(rows, inner)
         if self._scratch is None or self._scratch.numel() < size:
-            self._scratch = None  # freed before there is a larger one
+            self._scratch = None  # freed before the larger one is allocated
             self._scratch = torch.empty(size)
         return self._scratch
 
@@ -186,7 +186,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 
 
 def _native_matrix(matrix: Tensor) -> Any:
-    """Rows, or columns, may lie anywhere, but their entries are neighbours."""
+    """Rows (or columns) may have any stride, but must be contiguous."""
     transposed = _is_transposed(matrix)
     return native().Matrix(
         data=matrix.data_ptr(),

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities: from hidden states and an LM head, or from logits that are already there."""
+"""Per-token log-probabilities, from hidden states and an LM head or from existing logits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tuna_kernels.head import parallel, reference
 from tuna_kernels.head.backends import unit_gradient_pays
 from tuna_kernels.head.tiled_linear import LinearCall
 
-# What logits are multiplied with or divided by, so that neither it nor its reciprocal leaves float32's normal numbers.
+# Bounds on factors and divisors of logits: they and their reciprocals are normal float32 numbers.
 SMALLEST, LARGEST = 1e-37, 1e37
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HeadLora(NamedTuple):
-    """A LoRA adapter on the LM head: ``z += scale * (h A^T) B^T``, with A [r, D] and B [V, r]."""
+    """A LoRA adapter on the LM head: `z += scale * (h A^T) B^T`, with A [r, D] and B [V, r]."""
 
     a: Tensor
     b: Tensor
@@ -47,50 +47,50 @@ def linear_logprobs(
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """``log softmax(z)[target]`` for each slot, ``z = softcap(logit_scale * (h W^T + bias))``, without full logits.
+    """`log softmax(z)[target]` for each slot, `z = softcap(logit_scale * (h W^T + bias))`, without full logits.
 
-    Differentiable with respect to hidden, weight, bias and the LoRA matrices, with a gradient for every slot of
-    its own; log-sum-exp and entropy are differentiable too. What needs no gradient costs nothing; with a frozen
-    head the forward keeps each row's unit gradient, and the backward needs no logits at all.
+    Differentiable with respect to hidden, weight, bias and the LoRA matrices, with a separate upstream gradient for
+    every slot; log-sum-exp and entropy are differentiable too. Inputs that need no gradient cost nothing; with a frozen
+    head the forward keeps each row's unit gradient, and the backward needs no logits.
 
     Args:
         hidden: [T, D] final hidden states.
-        weight: [V, D] LM head; may have another floating dtype than ``hidden`` (tiles are converted, never the
-            whole). Rows must be dense (stride 1 along D); a transposed weight is copied.
-        targets: [M] int64 target tokens in ``[0, V)`` or ``ignore_index``.
-        rows: [M] int64 the hidden row of each slot, in ``[0, T)``; default: slot m uses row m (then M = T). A row
-            may serve many slots; its log-sum-exp is computed once.
+        weight: [V, D] LM head; its floating dtype may differ from that of `hidden` (converted tile by tile, never
+            as a whole). Rows must be dense (stride 1 along D); a transposed weight is copied.
+        targets: [M] int64 target tokens in `[0, V)` or `ignore_index`.
+        rows: [M] int64 the hidden row of each slot, in `[0, T)`; default: slot m uses row m (then M = T). A row
+            may have many slots; its log-sum-exp is computed once.
         bias: [V], added before the scale.
-        lora: ``(A [r, D], B [V, r], scale)`` adds ``scale * (h A^T) B^T`` to ``h W^T``.
-        ignore_index: slots with this target give 0 and have no gradient.
+        lora: `(A [r, D], B [V, r], scale)` adds `scale * (h A^T) B^T` to `h W^T`.
+        ignore_index: slots with this target have log-probability 0 and no gradient.
         logit_scale: factor on the logits.
-        softcap: c in ``c * tanh(z / c)``, after the scale; None: none.
-        return_lse: also the log-sum-exp of each slot's row, [M].
-        return_entropy: also the entropy (nats) of each slot's row, [M].
-        valid_vocab: entries of a padded vocabulary that count, the first ones; default: all.
-        process_group: a ``torch.distributed`` group (or its ``group_name``) of which each rank holds V rows of the
-            head, in rank order; targets and ``valid_vocab`` count over all ranks, results are the same on all.
-            The gradient of hidden is summed over the group here; that of the head is of the rank's own rows
+        softcap: c in `c * tanh(z / c)`, applied after the scale; None for no softcap.
+        return_lse: also return the log-sum-exp of each slot's row, [M].
+        return_entropy: also return the entropy (nats) of each slot's row, [M].
+        valid_vocab: use only the first entries of a padded vocabulary; default: all.
+        process_group: a `torch.distributed` group (or its `group_name`) of which each rank holds V rows of the
+            head, in rank order; targets and `valid_vocab` refer to the whole vocabulary, results are the same on all
+            ranks. The gradient of hidden is summed over the group here; that of the head covers the rank's own rows
             (`tuna_kernels.head.parallel` says who reduces what).
         accumulate_into: [V, D] float32 (float64 for float64 inputs) to which the backward adds the weight's
-            gradient, such as ``weight.main_grad``; ``weight.grad`` is left alone and no hook of it fires. Not
-            under torch.compile.
-        filter_eps: the backward may leave out a vocabulary entry whose dL/dlogit, upstream included, is below this
-            in every row. A hidden row's gradient is then wrong by at most ``filter_eps`` times the sum of the
-            left-out rows' norms, ``filter_eps * sum_v |w_v|``; a left-out row of the weight's gradient, which
-            becomes 0, by ``filter_eps * sum_t |h_t|``. 0: exact. Only ``triton`` makes use of it.
-        validate: whether to check the values of targets and rows; default: on CPU yes, elsewhere no (that would
-            wait for the device; an out-of-range target then gives NaN).
-        backend: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+            gradient, such as `weight.main_grad`; `weight.grad` is unchanged and none of its hooks fires. Not
+            supported under torch.compile.
+        filter_eps: the backward may skip a vocabulary entry whose dL/dlogit, including the upstream, is below this
+            in every row. The error of a hidden row's gradient is then at most `filter_eps` times the sum of the
+            skipped rows' norms, `filter_eps * sum_v |w_v|`; a skipped row of the weight's gradient is 0, with an error
+            of at most `filter_eps * sum_t |h_t|`. 0: exact. Only used by `triton`.
+        validate: whether to check the values of targets and rows; default: only on CPU (elsewhere it would
+            synchronize; an out-of-range target then gives NaN).
+        backend: `"auto"`, `"triton"`, `"cpu"`, `"torch"` or `"reference"`.
 
     Returns:
-        logprobs [M], or the tuple (logprobs, lse, entropy) of those asked for; float64 if hidden or weight is,
-        else float32.
+        logprobs [M], or a tuple of logprobs and the requested lse and entropy, in this order; float64 if any input
+        is float64, else float32.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices that do not fit; an empty or sharded weight.
+        ValueError, TypeError: shapes, dtypes, devices that do not match; an empty or sharded weight.
         IndexError: a target or row out of range, with its position.
-        RuntimeError: an explicit backend that cannot serve the call.
+        RuntimeError: an explicit backend that does not support the call.
 
     Examples:
         >>> h, w = torch.zeros(2, 3), torch.zeros(4, 3)
@@ -130,7 +130,7 @@ def linear_logprobs(
 
 
 class _Options(NamedTuple):
-    """What a call is besides its tensors."""
+    """The options of a call."""
 
     rows: Tensor | None
     ignore_index: int
@@ -143,7 +143,7 @@ class _Options(NamedTuple):
 
 
 class _HeadTensors(NamedTuple):
-    """A head's tensors along the vocabulary; ``low_rank`` is (scale * h A^T [T, r], B [V, r])."""
+    """A head's tensors along the vocabulary; `low_rank` is (scale * h A^T [T, r], B [V, r])."""
 
     weight: Tensor
     bias: Tensor | None
@@ -151,7 +151,7 @@ class _HeadTensors(NamedTuple):
     main_grad: Tensor | None
 
     def first(self, entries: int) -> _HeadTensors:
-        """The first ``entries`` of the vocabulary."""
+        """The first `entries` of the vocabulary."""
         if entries == self.weight.shape[0]:
             return self
         return _HeadTensors(
@@ -165,10 +165,10 @@ class _HeadTensors(NamedTuple):
 def _compute(
     hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy, state)`` of the whole ``head``; ``state`` [3, M] as in `tiled_linear.forward`."""
+    """`(logprobs, lse, entropy, state)` of the whole `head`; `state` [3, M] as in `tiled_linear.forward`."""
     if call.backend == "reference":
         if head.main_grad is not None:
-            raise CannotServe("backend = 'reference' cannot serve accumulate_into: it is plain autograd")
+            raise CannotServe("backend = 'reference' does not support accumulate_into: it is plain autograd")
         return reference.linear_logprobs(
             hidden,
             head.weight,
@@ -208,17 +208,17 @@ def _compute(
 def _compute_sharded(
     hidden: Tensor, head: _HeadTensors, targets: Tensor, call: _Options, shard: parallel.Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over the shards of a process group."""
+    """As `_compute`, over the shards of a process group."""
     hidden = parallel.copy_to_group(hidden, shard.group)
     if head.low_rank is not None:
         head = head._replace(low_rank=(parallel.copy_to_group(head.low_rank[0], shard.group), head.low_rank[1]))
     local, mine, counted = shard.local(targets, call.ignore_index)
     logprobs, lse, entropy, state = _compute(hidden, head.first(max(shard.valid, 1)), local, call)
-    if shard.valid == 0:  # nothing but padding: still connected to the graph, so that all ranks run one backward
+    if shard.valid == 0:  # only padding, but still connected to the graph, so that all ranks run a backward
         state = torch.full_like(state, -torch.inf)
     if not call.return_entropy:
         entropy = entropy[:0]
-    # The reference keeps its state in z itself.
+    # The reference's state is in terms of z itself.
     steep = call.softcap is None and call.backend != "reference"
     logprobs, lse, entropy, *_ = torch.ops.tuna_kernels.combine_shards(
         logprobs=logprobs,
@@ -243,19 +243,20 @@ def selective_logprobs(
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``log softmax(logits / temperature)[target]`` of logits that are already there, in float32 or better.
+    """`log softmax(logits / temperature)[target]` of existing logits, in float32 or better.
 
     Args:
         logits: [..., V] floating point.
-        targets: [...] int64 in ``[0, V)`` or ``ignore_index`` (gives 0, zero gradient).
+        targets: [...] int64 in `[0, V)` or `ignore_index` (log-probability 0, zero gradient).
         temperature: positive.
-        inplace_backward: let the backward overwrite ``logits`` with their gradient, which saves as much memory again.
-            For logits that nobody reads afterwards (a second backward is an error); the reference backend does not.
+        inplace_backward: let the backward overwrite `logits` with their gradient, which saves the memory of a second
+            tensor. For logits that are not read afterwards (a second backward is an error); ignored by the reference
+            backend.
         validate: as in `linear_logprobs`.
         backend: as in `linear_logprobs`.
 
     Returns:
-        [...]: float64 for float64 logits, else float32. The gradient comes in the dtype of the logits.
+        [...]: float64 for float64 logits, else float32. The gradient has the dtype of the logits.
 
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `linear_logprobs`.
@@ -267,7 +268,7 @@ def selective_logprobs(
     if logits.dtype not in FLOATING:
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim < 1 or targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets {list(targets.shape)} must match logits {list(logits.shape)} but for the last axis")
+        raise ValueError(f"targets {list(targets.shape)} must match logits {list(logits.shape)} without the last axis")
     if targets.dtype != torch.int64 or targets.device != logits.device:
         raise TypeError(f"targets must be int64 on {logits.device}, got {targets.dtype} on {targets.device}")
     if not SMALLEST <= temperature <= LARGEST:
@@ -279,7 +280,7 @@ def selective_logprobs(
     chosen = resolve_backend(backend, logits.device, logits.dtype)
     if chosen == "reference":
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
-    if inplace_backward:  # the op overwrites what it is given: dense rows that do not overlap
+    if inplace_backward:  # the op overwrites its argument: dense rows that do not overlap
         flat = flat.contiguous() if flat.stride(0) < flat.shape[1] else dense_rows(flat)
     logprobs: Tensor = torch.ops.tuna_kernels.selective_logprobs(
         flat, flat_targets, float(temperature), ignore_index, chosen, inplace_backward
@@ -290,7 +291,7 @@ def selective_logprobs(
 def low_rank_pair(
     hidden: Tensor, lora: tuple[Tensor, Tensor, float] | None, compute: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """``(scale * h A^T [T, r] in the compute type, B [V, r])``: the head's adapter as a second, narrow product."""
+    """`(scale * h A^T [T, r] in the compute type, B [V, r])`: the head's adapter as a second, narrow product."""
     if lora is None:
         return None
     a, b, scale = lora
@@ -306,7 +307,7 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
 ) -> list[torch.dtype]:
-    """Shapes, dtypes and devices of hidden states and head; returns the dtypes, which decide what is computed in."""
+    """Check shapes, dtypes and devices of hidden states and head; returns the dtypes, which set the compute type."""
     lora_tensors = {} if lora is None else {"lora A": lora[0], "lora B": lora[1]}
     tensors = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias}), **lora_tensors}
     for name, tensor in tensors.items():
@@ -321,7 +322,7 @@ def check_head(
             )
     if weight.numel() == 0 and hidden.shape[-1] != 0:
         raise ValueError(
-            f"weight {list(weight.shape)} is empty: under DeepSpeed ZeRO-3 a parameter is there only inside the "
+            f"weight {list(weight.shape)} is empty: under DeepSpeed ZeRO-3 a parameter is available only inside the "
             "forward of the module that owns it (or under deepspeed.zero.GatheredParameters)"
         )
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -333,26 +334,26 @@ def check_head(
         a, b, _ = lora
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != width or b.shape != (vocabulary, a.shape[0]):
             raise ValueError(
-                f"lora A {list(a.shape)} must be [r, {width}] and B {list(b.shape)} [{vocabulary}, r] of one r"
+                f"lora A {list(a.shape)} must be [r, {width}] and B {list(b.shape)} [{vocabulary}, r] with the same r"
             )
     if softcap is not None and not SMALLEST <= softcap <= LARGEST:
         raise ValueError(f"softcap = {softcap} must be positive, from {SMALLEST} to {LARGEST}, or None for no cap")
     if logit_scale != 0 and not SMALLEST <= abs(logit_scale) <= LARGEST:
         raise ValueError(
-            f"logit_scale = {logit_scale} must be finite: 0, or of a magnitude from {SMALLEST} to {LARGEST}"
+            f"logit_scale = {logit_scale} must be finite: 0, or with a magnitude from {SMALLEST} to {LARGEST}"
         )
     return [tensor.dtype for tensor in tensors.values()]
 
 
 def check_accumulation(weight: Tensor, accumulate_into: Tensor | None, compute: torch.dtype, filter_eps: float) -> None:
-    """Where the weight's gradient is to be added, and what may be left out of it."""
+    """Check `accumulate_into` and `filter_eps`."""
     if not 0 <= filter_eps < float("inf"):
         raise ValueError(f"filter_eps = {filter_eps} must be 0 or a small positive number")
     if accumulate_into is None:
         return
     if accumulate_into.shape != weight.shape or accumulate_into.device != weight.device:
         raise ValueError(
-            f"accumulate_into {list(accumulate_into.shape)} on {accumulate_into.device} must be as weight, "
+            f"accumulate_into {list(accumulate_into.shape)} on {accumulate_into.device} must match weight, "
             f"{list(weight.shape)} on {weight.device}"
         )
     if accumulate_into.dtype != compute or accumulate_into.requires_grad or accumulate_into.stride(-1) != 1:
@@ -365,7 +366,7 @@ def check_accumulation(weight: Tensor, accumulate_into: Tensor | None, compute: 
 
 
 def check_index(name: str, index: Tensor, device: torch.device) -> None:
-    """A 1-D int64 tensor on the device."""
+    """Check that `index` is a 1-D int64 tensor on the device."""
     if index.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {index.dtype}")
     if index.ndim != 1:
@@ -375,7 +376,7 @@ def check_index(name: str, index: Tensor, device: torch.device) -> None:
 
 
 def check_range(name: str, index: Tensor, limit: int, what: str, ignore_index: int | None = None) -> None:
-    """Every entry lies in ``[0, limit)`` or is ``ignore_index``."""
+    """Check that every entry is in `[0, limit)` or equals `ignore_index`."""
     bad = (index < 0) | (index >= limit)
     if ignore_index is not None:
         bad &= index != ignore_index

@@ -1,7 +1,7 @@
-"""Registration with ``torch.library``: op, fake implementation, autograd. No arithmetic here.
+"""Registration with `torch.library`: op, fake implementation, autograd. No arithmetic here.
 
-Ops take flat tensors, numbers and flags, and return fixed tuples, so ``torch.compile(fullgraph=True)``,
-``opcheck``, autocast and ``torch.export`` see them. What is not wanted comes back empty. The ``reference`` backend
+Ops take flat tensors, numbers and flags, and return fixed tuples, for `torch.compile(fullgraph=True)`,
+`opcheck`, autocast and `torch.export`. Outputs that were not requested are empty. The `reference` backend
 is plain autograd and has no op.
 """
 
@@ -34,8 +34,8 @@ ElevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 
 def _kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """What holds for every op: rows are dense, and autocast does not reach into it, where it would turn our float32
-    products into half precision."""
+    """Wrapper of every op: makes rows dense, and disables autocast, which would turn our float32 products into half
+    precision."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,7 +48,7 @@ def _kernel(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _call_of(given: Any) -> LinearCall:
-    """The call that an op's named arguments begin with."""
+    """The `LinearCall` in an op's first arguments."""
     return LinearCall(*given[: len(LinearCall._fields)])
 
 
@@ -82,7 +82,7 @@ def linear_logprobs(
     main_grad: Tensor | None = None,
     filter_eps: float = 0.0,
 ) -> FiveTensors:
-    """`tiled_linear.forward`; ``main_grad`` and ``filter_eps`` serve the backward."""
+    """`tiled_linear.forward`; `main_grad` and `filter_eps` are for the backward."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     return tiled_linear.forward(
         head_backend(backend), call, targets, rows, ignore_index, want_entropy=want_entropy, want_unit=keep_unit
@@ -157,7 +157,7 @@ def linear_logprobs_backward_into(
     filter_eps: float,
     main_grad: Tensor,
 ) -> FiveTensors:
-    """``linear_logprobs_backward`` that adds the weight's gradient to ``main_grad`` and returns an empty one."""
+    """`linear_logprobs_backward` that adds the weight's gradient to `main_grad` and returns an empty one."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     saved = Saved(entropy, unit, state, grad_logprobs, grad_lse, grad_entropy)
     return tiled_linear.backward(
@@ -287,7 +287,7 @@ def selective_logprobs_backward_(
     ignore_index: int,
     backend: str,
 ) -> None:
-    """``logits`` become their gradient."""
+    """`logits` become their gradient."""
     backward = head_backend(backend).selective_backward
     backward(grad_logprobs, logits, targets, maximum, log_sum, temperature, ignore_index, logits)
 
@@ -333,7 +333,7 @@ def ranking_loss(
     groups: int,
     pairs_by_lag: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """``groups`` < 0: denominators are those of the ranks at hand."""
+    """`groups` < 0: count the denominators from the given ranks."""
     if groups < 0:
         counts = LossCounts.from_ranks(ranks, group_offsets, 0)
         groups, pairs_by_lag = counts.groups, counts.pairs_by_lag
@@ -359,7 +359,7 @@ def _save_ranking(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
 def _ranking_gradients(
     ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, _gradient: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """The loss is piecewise linear: its gradient is constant in the scores, and linear in ``grad_loss``."""
+    """The loss is piecewise linear: its gradient is constant in the scores, and linear in `grad_loss`."""
     (gradient,) = saved
     return {} if grad_loss is None else {"scores": (gradient * grad_loss).to(gradient.dtype)}
 
@@ -403,9 +403,8 @@ def linear_ranking_loss(
     needs: Sequence[bool],
     backend: str,
 ) -> ElevenTensors:
-    """`tiled_ranking.linear_ranking`. Its gradients stay in the compute type until the true ``grad_loss`` is known, so
-    that scaling a loss up against underflow in float16 still helps. ``groups`` < 0: denominators are those of the ranks
-    at hand."""
+    """`tiled_ranking.linear_ranking`. Its gradients stay in the compute type until `grad_loss` is known, so that loss
+    scaling against float16 underflow still works. `groups` < 0: count the denominators from the given ranks."""
     call = LinearCall(hidden, weight, bias, low_rank_hidden, low_rank_weight, logit_scale, softcap)
     counts = LossCounts(groups, tuple(pairs_by_lag), tokens)
     if groups < 0:
@@ -438,14 +437,14 @@ def _(given: Any) -> RankingResult:
 
 
 class _Ready:
-    """Gradients made in the forward, handed over once: whoever takes them owns them and may scale in place."""
+    """Gradients computed in the forward. They can be taken once; the taker owns them and may scale them in place."""
 
     def __init__(self, gradients: InputGradients) -> None:
         self._gradients: list[Tensor] | None = [g.detach() for g in gradients]
 
     def take(self, needs: Needs) -> list[Tensor] | None:
-        """None where they were taken, or one that is needed was not made: inside `torch.func` the caller of the loss
-        may not see what is to be differentiated."""
+        """The gradients; None if already taken or if a needed one was not computed (inside `torch.func` the caller of
+        the loss may not see what is differentiated)."""
         gradients, self._gradients = self._gradients, None
         if gradients is None or any(wanted and not g.numel() for g, wanted in zip(gradients, needs, strict=True)):
             return None
@@ -464,8 +463,8 @@ def _save_linear_ranking(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> N
 def _linear_ranking_gradients(
     ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, *_: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """The first backward takes the gradients that lie ready; a later one (retain_graph) makes them again, by the same
-    call of the same op: a second backward gives the bits of the first."""
+    """The first backward takes the gradients of the forward; a later one (retain_graph) computes them again by the
+    same call of the same op, so that it gives the same bits."""
     if grad_loss is None:
         return {}
     needs, inputs = _needs(ctx), dict(zip(ctx.tensors, saved, strict=True))
@@ -475,9 +474,9 @@ def _linear_ranking_gradients(
         ready = list(RankingResult(*torch.ops.tuna_kernels.linear_ranking_loss(**arguments)).gradients)
     is_fake = type(grad_loss) is FakeTensor
     if not (type(grad_loss) is Tensor or is_fake) or is_functorch_wrapped_tensor(grad_loss) or _has_tangent(grad_loss):
-        # being traced, the graph's compiler decides what happens in place; under vmap there are several scales
+        # when traced, the compiler decides what is done in place; under vmap there are several scales
         ready = [g * grad_loss for g in ready]
-    elif is_fake or grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # free to read on the CPU alone
+    elif is_fake or grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # reading is free only on CPU
         ready = [g.mul_(grad_loss) for g in ready]
     return {
         name: g.to(inputs[name].dtype) for name, g, wanted in zip(Needs._fields, ready, needs, strict=True) if wanted

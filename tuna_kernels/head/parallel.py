@@ -1,19 +1,19 @@
 """Vocabulary-parallel heads: each rank of a process group holds an equal shard of the LM head's rows.
 
-Each rank computes log-sum-exp, entropy and, where it owns the target, the log-probability over its own shard, on any
-backend; two all-reduces of a few numbers a slot combine them. The combination's gradient needs no communication.
+Each rank computes log-sum-exp, entropy and, if it owns the target, the log-probability over its own shard, on any
+backend; two all-reduces of a few numbers per slot combine them. The gradient of the combination needs no communication.
 
-Who reduces what, as Megatron-LM has it for its output layer:
+Who reduces what, as in Megatron-LM's output layer:
 
-* Hidden states, targets and a LoRA's A are the same on every rank, and so must be the upstream gradient (the loss is
-  computed alike everywhere). Results are the same on every rank.
-* The gradient of hidden states (and of what they were made of, also through a LoRA's A) is a sum over the shards: it
+* Hidden states, targets and a LoRA's A are the same on every rank, and so must be the upstream gradient (every rank
+  computes the same loss). Results are the same on every rank.
+* The gradient of hidden states (and of their inputs, also through a LoRA's A) is a sum over the shards: it
   is **all-reduced here**, in its own dtype, and complete on every rank. Do not reduce it again. With sequence
-  parallelism gather the hidden states first by an operation whose backward takes this rank's part, not one that sums.
-* The gradients of weight, bias and a LoRA's B are those of the rank's own shard: nothing to reduce within the group
-  (data-parallel groups reduce them as any other parameter).
+  parallelism, gather the hidden states first by an operation whose backward takes this rank's part, not one that sums.
+* The gradients of weight, bias and a LoRA's B are those of the rank's own shard: no reduction within the group
+  (data-parallel groups reduce them like any other parameter).
 
-A vocabulary padded to a multiple of the ranks has its padding at the end: ``valid_vocab`` says how many entries count.
+A vocabulary padded to a multiple of the ranks has its padding at the end: `valid_vocab` is the number of real entries.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from tuna_kernels.arguments import register_fake
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's part of the vocabulary: entries ``start … start + size``, of which ``valid`` count."""
+    """This rank's part of the vocabulary: entries `start … start + size`, of which `valid` are not padding."""
 
     group: str
     start: int
     size: int
     valid: int
-    vocabulary: int  # entries of all ranks that count
+    vocabulary: int  # entries of all ranks without padding
 
     @classmethod
     def of(cls, group: Any, size: int, valid_vocab: int | None) -> Shard:
-        """The shard of ``size`` rows of this rank in a ``ProcessGroup``, or the group of a name."""
+        """The shard of `size` rows of this rank in a `ProcessGroup` or a group given by name."""
         group = resolve(group) if isinstance(group, str) else group
         padded = size * group.size()
         vocabulary = check_valid_vocab(valid_vocab, padded)
@@ -50,7 +50,7 @@ class Shard:
         return cls(group.group_name, start, size, min(max(vocabulary - start, 0), size), vocabulary)
 
     def local(self, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(targets within the shard, which are in it, which count); those of other shards become entry 0."""
+        """(targets within the shard, which are in it, which are not ignored); targets of other shards become 0."""
         counted = targets != ignore_index
         here = targets - self.start
         mine = counted & (here >= 0) & (here < self.valid)
@@ -58,14 +58,14 @@ class Shard:
 
 
 def resolve(name: str) -> dist.ProcessGroup:
-    """The process group of a name (``ProcessGroup.group_name``); ops take names, so that they can be compiled."""
+    """The process group with a name (`ProcessGroup.group_name`); ops take names so that they can be compiled."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def check_valid_vocab(valid_vocab: int | None, padded: int) -> int:
-    """The entries that count of ``padded``: all by default."""
+    """Validate `valid_vocab` for a vocabulary of `padded` entries; None means all."""
     if valid_vocab is None:
         return padded
     if not 0 < valid_vocab <= padded:
@@ -75,7 +75,7 @@ def check_valid_vocab(valid_vocab: int | None, padded: int) -> int:
 
 @torch.library.custom_op("tuna_kernels::all_reduce_sum", mutates_args=())
 def all_reduce_sum(x: Tensor, group: str) -> Tensor:
-    """The sum of ``x`` over the ranks of a group, a new tensor."""
+    """The sum of `x` over the ranks of a group, a new tensor."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=resolve(group))
     return total
@@ -104,14 +104,14 @@ class _Copy(torch.autograd.Function):
 
 
 def copy_to_group(x: Tensor, group: str) -> Tensor:
-    """``x``, the same on every rank, for use in a shard of each: its gradient is the sum of all ranks'."""
+    """`x`, equal on every rank, for use with the rank's shard: its gradient is summed over the ranks."""
     copied: Tensor = _Copy.apply(x, group)  # type: ignore[no-untyped-call]
     return copied
 
 
 class Combined(NamedTuple):
-    """[M] each; ``entropy`` and ``above`` may be empty. For the backward: the shard's ``weight`` in the softmax, and by
-    how much its mean logit lies ``above`` that of all shards."""
+    """[M] each; `entropy` and `above` may be empty. For the backward: the shard's `weight` in the softmax, and the
+    difference `above` of its mean logit from that of all shards."""
 
     logprobs: Tensor
     lse: Tensor
@@ -131,12 +131,12 @@ def combine_shards(
     factor: float,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Over all shards, from each rank's own: `Combined`.
+    """Combine the results of all shards into a `Combined`.
 
-    The numbers come from ``state`` [3, M], the (target_logit, maximum, log_sum) of `tiled_linear.forward`, and the
-    head's ``factor``, exact for large logits too; the shard's ``logprobs`` and ``lse`` are there to be differentiated.
-    ``mine`` [M]: this rank owns the target; ``counted`` [M]: the slot is not ignored. A target that no rank or more
-    than one owns gives NaN.
+    The values come from `state` [3, M], the (target_logit, maximum, log_sum) of `tiled_linear.forward`, and the
+    head's `factor`, which is exact for large logits too; the shard's `logprobs` and `lse` only carry the gradient.
+    `mine` [M]: this rank owns the target; `counted` [M]: the slot is not ignored. A target owned by no rank or by
+    more than one gives NaN.
     """
     ranks = resolve(group)
     target_logit, top, log_sum = state.double()
@@ -185,7 +185,7 @@ def _gradients(
     g_entropy: Tensor | None,
     *_: Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """No rank needs another's numbers."""
+    """Needs no communication."""
     mine, counted, weight, above = saved
     zero = torch.zeros_like(weight)
     g = zero if g is None else torch.where(counted, g, 0)
@@ -198,6 +198,6 @@ def _gradients(
     return {"logprobs": of_target, "lse": of_lse - of_entropy * above, "entropy": of_entropy}
 
 
-_INSTEAD = 'gather the head and leave out process_group, with backend="reference"'
+_INSTEAD = 'backend="reference" on the gathered head, without process_group'
 derivatives.register(all_reduce_sum, instead=_INSTEAD)
 derivatives.register(combine_shards, setup_context=_save, backward=_gradients, instead=_INSTEAD)

@@ -1,9 +1,9 @@
-"""Whose matrix products the `cpu` backend takes: those of csrc/cpu/head/products.h or the BLAS's, the quicker here.
+"""The choice of matrix products in the `cpu` backend: csrc/cpu/head/products.h or the BLAS, whichever is faster.
 
-The instruction set does not tell which: a processor with AMX has units that only a BLAS uses. So both are timed, at the
-first use on a processor, in some milliseconds. Bits differ between the two, so the choice is remembered in the user's
-cache directory, where it cannot change from run to run; where nothing can be remembered nothing is timed, and the
-products are our own. ``TUNA_KERNELS_CPU_PRODUCTS`` overrides.
+The instruction set does not decide it: a processor with AMX has units that only a BLAS uses. So both are timed at
+first use on a processor, which takes some milliseconds. Bits differ between the two, so the choice is kept in the
+user's cache directory and does not change from run to run. If the cache is not writable nothing is timed, and our own
+products are used. `TUNA_KERNELS_CPU_PRODUCTS` overrides the choice.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ OWN, BLAS = "own", "blas"
 WAYS = (OWN, BLAS)
 
 ROUNDS = range(3, 10)
-"""At least, and at most: no more are begun after `SECONDS`."""
+"""Minimum and maximum number of rounds; after `SECONDS` no more are started."""
 SECONDS = 0.04
 CLEAR = 0.9
-"""Part of our time that the BLAS must do with to be taken: timings of one machine differ by some percent."""
+"""The BLAS is chosen below this fraction of our time: timings on one machine vary by some percent."""
 
 _measuring = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``way`` is `OWN` or `BLAS`; times of the same products in milliseconds where they were measured."""
+    """`way` is `OWN` or `BLAS`; the times, if measured, are milliseconds for the same products."""
 
     way: str
     reason: str
@@ -50,12 +50,12 @@ Run = Callable[[], None]
 
 
 def choose(dtype: torch.dtype, instruction_set: str, own: Callable[[], Run], blas: Callable[[], Run]) -> Choice:
-    """The way for products of this type on an instruction set that has some of our own.
+    """The choice for products of this dtype on an instruction set for which we have our own.
 
-    ``own`` and ``blas`` prepare the same products and give what computes them, for the time they take.
+    `own` and `blas` prepare the same products and return the function to time.
 
     Raises:
-        ValueError: TUNA_KERNELS_CPU_PRODUCTS is neither.
+        ValueError: TUNA_KERNELS_CPU_PRODUCTS is neither "own" nor "blas".
     """
     asked = os.environ.get(VARIABLE)
     if asked is not None:
@@ -71,16 +71,16 @@ def choose(dtype: torch.dtype, instruction_set: str, own: Callable[[], Run], bla
         return _made[place]
 
 
-_made: dict[str, Choice] = {}  # by file: a process does not change its mind
+_made: dict[str, Choice] = {}  # by file: constant within a process
 
 
 def forget() -> None:
-    """What this process chose; not what is remembered on the disk."""
+    """Forget the choices of this process, but not those cached on disk."""
     _made.clear()
 
 
 def _read(content: object, key: str) -> Choice | None:
-    """A choice that was written for ``key``; None for anything else."""
+    """The choice written for `key`; None for other content."""
     if not isinstance(content, dict) or content.get("key") != key or content.get("way") not in WAYS:
         return None
     own_ms, blas_ms = content.get("own_ms"), content.get("blas_ms")
@@ -92,8 +92,8 @@ def _read(content: object, key: str) -> Choice | None:
 def _measured(name: str, key: str, own: Callable[[], Run], blas: Callable[[], Run]) -> Choice:
     if not user_cache.is_writable(name):
         where = user_cache.path_of(name).parent
-        return Choice(OWN, f"not timed: {where} cannot be written, so that the choice would not be remembered")
-    # In a thread of its own, which has no fake tensors, other default device or profiler of the caller's.
+        return Choice(OWN, f"not timed: {where} is not writable, so the choice could not be cached")
+    # In a separate thread, without the caller's fake tensor mode, default device or profiler.
     with ThreadPoolExecutor(1) as thread:
         own_ms, blas_ms = thread.submit(lambda: _times(own(), blas())).result()
     choice = _told(BLAS if blas_ms < CLEAR * own_ms else OWN, own_ms, blas_ms)
@@ -106,7 +106,7 @@ def _told(way: str, own_ms: float, blas_ms: float) -> Choice:
 
 
 def _times(*runs: Run) -> list[float]:
-    """Milliseconds of each, the least of some rounds that take turns."""
+    """Minimum time of each run in milliseconds, over several interleaved rounds."""
     best = [float("inf")] * len(runs)
     for run in runs:
         run()
@@ -122,13 +122,13 @@ def _times(*runs: Run) -> list[float]:
 
 
 def _precision() -> str:
-    """What the BLAS may do with float32: from ``medium`` on it may multiply in bfloat16, on AMX where there is some."""
+    """The precision of float32 products in the BLAS: at `medium` it may multiply in bfloat16, on AMX if present."""
     return torch.get_float32_matmul_precision()
 
 
 @functools.cache
 def _processor() -> str:
-    """What the system calls this processor, with its family, model and stepping where Linux lists them."""
+    """The system's name of this processor, with its family, model and stepping if Linux lists them."""
     wanted = ("vendor_id", "model name", "cpu family", "model", "stepping")
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]

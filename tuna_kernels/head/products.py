@@ -1,4 +1,4 @@
-"""The three matrix products of the tile loop, with the operands they convert and use again."""
+"""The three matrix products of the tile loop, with their converted and reused operands."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from tuna_kernels.head.slots import Slots
 
-# A product of fewer rows than this takes other code in the BLAS, which rounds otherwise: such a chunk is padded
-# with zero rows, so that a row gives the same bits whatever the number of rows beside it (docs/numerics.md).
+# For fewer rows than this the BLAS uses other code, with different rounding: such a chunk is padded with zero
+# rows, so that a row's bits do not depend on the number of other rows (docs/numerics.md).
 MIN_ROWS = 16
 
 
 class Multiply(Protocol):
-    """How a backend multiplies matrices of a call's types."""
+    """How a backend multiplies matrices with the dtypes of a call."""
 
     rows: torch.dtype
-    """The type hidden rows must have."""
+    """The required dtype of hidden rows."""
     converts: bool
-    """Whether it takes a weight of another type than it computes in as it is."""
+    """Whether it accepts a weight of another dtype than the compute type."""
 
     def __call__(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-        """``out = left right``, or added to it; ``out`` [m, n], operands may be transposed views."""
+        """`out = left right`, or added to it; `out` [m, n], operands may be transposed views."""
 
 
 class TorchMultiply:
-    """See `Multiply`. Everything in one type."""
+    """`Multiply` by torch, everything in one dtype."""
 
     converts = False
 
@@ -43,7 +43,8 @@ class TorchMultiply:
 
 
 class Products:
-    """``rows`` are places in ``slots.rows``, ``columns`` vocabulary entries; both at most those of the first call."""
+    """The products of a call. `rows` index `slots.rows`, `columns` the vocabulary; neither may be larger than in the
+    first call."""
 
     def __init__(
         self,
@@ -57,19 +58,19 @@ class Products:
         self._weights: dict[int, Tensor] = {}
 
     def logits(self, out: Tensor, source: Tensor, rows: slice, weight: Tensor, columns: slice, *, add: bool) -> None:
-        """``out (+)= source[rows] weight[columns]^T``; ``out`` [max(n, MIN_ROWS), c]."""
+        """`out (+)= source[rows] weight[columns]^T`; `out` [max(n, MIN_ROWS), c]."""
         self._multiply(out, self._source_rows(source, rows), self._weight_tile(weight, columns).t(), add=add)
 
     def add_to_rows(self, out: Tensor, gradient: Tensor, weight: Tensor, columns: slice) -> None:
-        """``out += gradient weight[columns]``; ``gradient`` [n, c], ``out`` [n, D]."""
+        """`out += gradient weight[columns]`; `gradient` [n, c], `out` [n, D]."""
         self._multiply(out, gradient, self._weight_tile(weight, columns), add=True)
 
     def to_weight(self, out: Tensor, gradient: Tensor, source: Tensor, rows: slice, *, add: bool) -> None:
-        """``out (+)= gradient^T source[rows]``; ``out`` [c, D]."""
+        """`out (+)= gradient^T source[rows]`; `out` [c, D]."""
         self._multiply(out, gradient.t(), self._source_rows(source, rows)[: rows.stop - rows.start], add=add)
 
     def _weight_tile(self, source: Tensor, columns: slice) -> Tensor:
-        """[c, D] of a weight, in the compute type unless products convert it: a view where it can be."""
+        """[c, D] of a weight, in the compute type unless products convert it; a view if possible."""
         tile = source[columns]
         if self._multiply.converts or tile.dtype == self._compute:
             return tile

@@ -1,4 +1,4 @@
-"""From hidden states to Tuna's total loss, without full logits and without recomputing them."""
+"""Tuna's total loss from hidden states, without full logits and without recomputing them."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from tuna_kernels.losses import (
 from tuna_kernels.scores import sequence_scores
 from tuna_kernels.tree import PackedTree
 
-# Keeping logits saves a quarter of the flops and costs one pass more over vocabulary-sized float32 gradients for every
-# part of the batch that fits. On a GPU that pays from about 1200 rows a part (docs/gpu.md): 1 GiB is 2000 at V = 128k.
+# Keeping logits saves a quarter of the flops and costs one more pass over vocabulary-sized float32 gradients for every
+# part of the batch that fits. On a GPU it pays from about 1200 rows per part (docs/gpu.md): 1 GiB is 2000 at V = 128k.
 LOGITS_BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 def default_logits_budget(device: torch.device) -> int:
-    """Bytes of logits that `linear_ranking_loss` keeps where it is not told."""
+    """Default `logits_budget` of `linear_ranking_loss` in bytes."""
     return LOGITS_BUDGET.get(device.type, LOGITS_BUDGET["cpu"])
 
 
 @dataclass(frozen=True)
 class RankingLossOutput:
-    """Loss of a packed tree and what it was made of.
+    """Loss of a packed tree and its parts.
 
     Attributes:
-        loss: scalar, ``ranking + mle_weight * mle``; carries the gradient. Everything else is detached.
+        loss: scalar, `ranking + mle_weight * mle`; differentiable. Everything else is detached.
         ranking: scalar, the ranking term.
         mle: scalar, the negative log-likelihood term.
         scores: [C] length-normalised log-probability of each candidate.
@@ -78,31 +78,31 @@ def linear_ranking_loss(
 ) -> RankingLossOutput:
     """Tuna's total loss over the groups of a packed tree, from the trunk's hidden states.
 
-    Goes a few groups at a time: within ``logits_budget`` bytes their logits are kept, so that scores, loss and
-    gradients come from one block (as many products as the reference loss, without its memory); a group beyond the
-    budget is recomputed. Gradients are made in the forward and handed over in the backward; a second backward
-    (``retain_graph``) recomputes them.
+    Processes a few groups at a time: within `logits_budget` bytes their logits are kept, so that scores, loss and
+    gradients come from one block (as many products as the baseline loss, without its memory); a group beyond the
+    budget is recomputed. Gradients are computed in the forward and returned by the backward; a second backward
+    (`retain_graph`) recomputes them.
 
     Args:
         hidden: [T, D] final hidden states of the tree's rows.
         weight: [V, D] LM head.
-        tree: the packed groups, on the device of ``hidden``.
-        kind: ``"tuna"``.
-        preset: ``"paper"`` or ``"released"`` (docs/numerics.md): the reduction over pairs and the MLE term.
-        margin: score gap asked for per step of rank difference.
+        tree: the packed groups, on the device of `hidden`.
+        kind: `"tuna"`.
+        preset: `"paper"` or `"released"` (docs/numerics.md): the reduction over pairs and the MLE term.
+        margin: required score gap per unit of rank difference.
         length_penalty: score = sum of log-probabilities / length ** length_penalty.
         mle_weight: weight of the MLE term.
         counts: denominators of the whole optimizer step; by default those of this tree.
         bias: [V], as in `linear_logprobs`.
-        lora: ``(A, B, scale)``, as in `linear_logprobs`.
+        lora: `(A, B, scale)`, as in `linear_logprobs`.
         logit_scale: as in `linear_logprobs`.
         softcap: as in `linear_logprobs`.
-        logits_budget: bytes of logits to keep at most; default 128 MiB, on CUDA 1 GiB; 0 always recomputes.
+        logits_budget: maximum bytes of logits to keep; default 128 MiB, on CUDA 1 GiB; 0 always recomputes.
         backend: as in `linear_logprobs`.
 
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `linear_logprobs`; also an unknown
-            ``kind`` or ``preset``, a tree of another length than ``hidden``, counts that miss a pair.
+            `kind` or `preset`, a tree whose length differs from `hidden`, counts that miss a pair.
 
     Examples:
         >>> from tuna_kernels import Group, pack_groups
@@ -152,7 +152,7 @@ def _fused(
     backend: str,
 ) -> RankingLossOutput:
     low_hidden, low_weight = head.low_rank or (None, None)
-    counts = counts or LossCounts(-1, (), 0)  # the op counts those of the ranks at hand
+    counts = counts or LossCounts(-1, (), 0)  # the op counts the given ranks
     call = LinearCall(hidden, weight, head.bias, low_hidden, low_weight, head.logit_scale, head.softcap)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in call.tensors]
     made = torch.ops.tuna_kernels.linear_ranking_loss(
@@ -178,7 +178,7 @@ def _fused(
 
 
 def check_choices(kind: str, preset: str) -> None:
-    """A loss and a preset that exist."""
+    """Check that the loss and the preset exist."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind = {kind!r} is not one of {get_args(Kind)}")
     if preset not in get_args(Preset):
@@ -186,7 +186,7 @@ def check_choices(kind: str, preset: str) -> None:
 
 
 def active_candidates(grad_logprobs: Tensor, tree: PackedTree) -> Tensor:
-    """[C] bool: whether any slot of the candidate has a gradient, of ``grad_logprobs`` [M]."""
+    """[C] bool: whether any slot of the candidate has a nonzero gradient in `grad_logprobs` [M]."""
     slots = torch.arange(grad_logprobs.numel(), device=grad_logprobs.device)
     candidate = torch.bucketize(slots, tree.candidate_offsets[1:], right=True)
     counted = torch.zeros(tree.ranks.shape, dtype=torch.int64, device=grad_logprobs.device)

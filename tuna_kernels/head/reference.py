@@ -1,7 +1,7 @@
 """Textbook PyTorch with plain autograd: the oracle that every other backend is compared with.
 
-The one place that holds full ``[rows, vocabulary]`` logits. Half-precision inputs are converted to float32
-whole; in float64 it is the truth.
+The only place with full `[rows, vocabulary]` logits. Half-precision inputs are converted to float32 as a
+whole; in float64 it is the ground truth.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def linear_logprobs(
     want_entropy: bool = True,
     want_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logprobs, lse, entropy)``, each [M], and of the softmax ``state`` [3, M]: target's logit, the largest, log of
-    the sum against that; empty where not wanted. ``low_rank`` is (hidden2 [T, r], weight2 [V, r])."""
+    """`(logprobs, lse, entropy)`, each [M], and the softmax `state` [3, M]: the target's logit, the largest logit,
+    the log of the sum relative to it; empty if not requested. `low_rank` is (hidden2 [T, r], weight2 [V, r])."""
     given = (hidden, weight, bias, *(low_rank or ()))
     dtype = compute_dtype(*(t.dtype for t in given if t is not None))
     logits = hidden.to(dtype) @ weight.to(dtype).t()
@@ -48,7 +48,7 @@ def linear_logprobs(
             largest = logits.amax(-1)
             sums = (logits - largest.unsqueeze(-1)).exp().sum(-1)
             state = torch.where(counted, torch.stack([target_logit, largest, sums.log()]), 0)
-        # A shard without any probability has no weight, but its log-sum-exp a gradient of NaN, and 0 times that is NaN.
+        # A shard without any probability has weight 0, but its log-sum-exp has gradient NaN, and 0 * NaN is NaN.
         logits = logits.masked_fill((largest == -torch.inf).unsqueeze(-1), 0)
     lse = torch.logsumexp(logits, -1)
     if want_entropy:
@@ -60,13 +60,13 @@ def linear_logprobs(
 
 
 def selective_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, ignore_index: int) -> Tensor:
-    """[...]: log-probability of each target under ``softmax(logits / temperature)``."""
+    """Log-probability [...] of each target under `softmax(logits / temperature)`."""
     counted = targets != ignore_index
     logits, target_logit = _of_counted(logits.to(compute_dtype(logits.dtype)) / temperature, targets, counted)
     return torch.where(counted, target_logit - torch.logsumexp(logits, -1), 0)
 
 
 def _of_counted(logits: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """``(logits, those of the targets)``; ignored rows are zeros, and take no part whatever they held."""
+    """`(logits, target logits)`; ignored rows are set to zero, whatever they contained."""
     logits = logits.masked_fill(~counted.unsqueeze(-1), 0)
     return logits, logits.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)

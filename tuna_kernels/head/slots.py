@@ -1,4 +1,4 @@
-"""Which hidden rows serve which slots: a row used by several slots is computed once."""
+"""Slots grouped by hidden row: a row with several slots is computed once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Slots:
     """The counted slots, sorted by hidden row (compressed sparse rows).
 
     Attributes:
-        rows: [R] the distinct hidden rows that serve a counted slot, ascending.
-        offsets: [R+1] row r serves the sorted slots ``offsets[r]:offsets[r+1]``.
-        slots: [S] for each sorted slot its place among the caller's M slots.
+        rows: [R] the distinct hidden rows with a counted slot, ascending.
+        offsets: [R+1] row r has the sorted slots `offsets[r]:offsets[r+1]`.
+        slots: [S] index of each sorted slot among the caller's M slots.
         targets: [S] its target token.
-        row_of: [S] its index into ``rows``.
-        contiguous: whether ``rows`` is ``0 … R-1``, so that hidden states need no gather.
+        row_of: [S] its index into `rows`.
+        contiguous: whether `rows` is `0 … R-1`, so that hidden states need no gather.
     """
 
     rows: Tensor
@@ -30,7 +30,7 @@ class Slots:
 
     @classmethod
     def build(cls, targets: Tensor, rows: Tensor | None, ignore_index: int) -> Slots:
-        """Drop ignored slots of ``targets`` [M] and group the rest by ``rows`` [M] (None: slot m uses row m)."""
+        """Drop ignored slots of `targets` [M] and group the rest by `rows` [M] (None: slot m uses row m)."""
         slots = (targets != ignore_index).nonzero().squeeze(1)
         if rows is None:
             counts = torch.ones_like(slots)
@@ -56,7 +56,7 @@ class Slots:
     def keep(self, slot_is_active: Tensor) -> tuple[Slots, Tensor]:
         """Only the rows with at least one active slot (all slots of those rows).
 
-        ``slot_is_active`` [S] bool, sorted order. Returns the smaller Slots and ``kept`` [R'], the places of its
+        `slot_is_active` [S] bool, in sorted order. Returns the smaller Slots and `kept` [R'], the indices of its
         rows in this one.
         """
         active = torch.zeros(self.rows.numel(), dtype=torch.int64, device=self.rows.device)
@@ -69,9 +69,9 @@ class Slots:
         return self._from_counts(self.rows[kept], counts, self.slots[stay], self.targets[stay]), kept
 
     def row_sums(self, values: Tensor) -> Tensor:
-        """[R] sum over each row's slots of ``values`` [S]."""
+        """[R] sum over each row's slots of `values` [S]."""
         if values.device.type == "cpu":
             sums = torch.zeros(self.rows.numel(), dtype=values.dtype)
             return sums.index_add_(0, self.row_of, values)
-        # In order, where index_add_ would add atomically.
+        # In a fixed order; index_add_ would use atomics.
         return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0, unsafe=True)

@@ -1,12 +1,11 @@
 """The tile loop: log-probabilities and their gradients without full logits.
 
-Rows are taken ``plan.rows`` at a time, the vocabulary ``plan.columns`` at a time, vocabulary outermost, so that
-each tile of the weight is converted to the compute type once and each tile of its gradient is finished in one
-go. A tile of logits is one matrix product; what happens to it in between is a `TileOps`, in torch
-operations or in C++.
+Rows are processed `plan.rows` at a time, the vocabulary `plan.columns` at a time, vocabulary outermost, so that
+each tile of the weight is converted to the compute type once and each tile of its gradient is completed at once.
+A tile of logits is one matrix product; the operations on it are a `TileOps`, in torch operations or in C++.
 
-Forward: 2·N·V·D flops; with the unit gradient (frozen weight) 4. Backward: 6 (recompute), 4 when the logits were
-kept in a block, N·D with the unit gradient.
+Forward: 2·N·V·D flops; 4·N·V·D with the unit gradient (frozen weight). Backward: 6·N·V·D (recomputing), 4·N·V·D if the
+logits were kept in a block, N·D with the unit gradient.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ SMALLEST_FACTOR = 1e-37  # not 0, so that -inf stays -inf
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The LM head: ``z = softcap(logit_scale * (h W^T + h2 W2^T + bias))``.
+    """The LM head: `z = softcap(logit_scale * (h W^T + h2 W2^T + bias))`.
 
-    Statistics of a row are kept of v, where ``z = factor * v``: with a softcap v = z, without one v is the product and
-    bias, its sign turned where the scale is negative. Differences of v are taken before they are multiplied, so that
-    large or steep logits lose nothing to the rounding of z (docs/numerics.md).
+    A row's statistics are in terms of v, where `z = factor * v`: with a softcap v = z, without one v is product plus
+    bias, negated if the scale is negative. Differences of v are taken before multiplying, so that the rounding of z
+    costs no accuracy for large or steep logits (docs/numerics.md).
     """
 
     weight: Tensor  # [V, D]
@@ -54,7 +53,7 @@ class LinearHead:
 
 
 class Inputs(NamedTuple):
-    """Hidden states [T, D] and, for a low-rank addition to the head, [T, r]."""
+    """Hidden states [T, D] and, for a low-rank term of the head, [T, r]."""
 
     hidden: Tensor
     low_rank: Tensor | None
@@ -66,22 +65,22 @@ class SoftmaxState(NamedTuple):
     maximum: Tensor  # [R] of v
     sum: Tensor  # [R] float64, of e^(z - largest z)
     weighted: Tensor | None  # [R] float64, for the entropy
-    rescale: Tensor | None  # [R] when the tile is to become exponentials
+    rescale: Tensor | None  # [R] if the tile is to be replaced by exponentials
     target_logit: Tensor  # [S] v of the targets
 
 
 class RowGradient(NamedTuple):
-    """What turns logits into their gradient, for R rows and S slots (see csrc/cpu/head/tiles.h)."""
+    """Coefficients that turn logits into their gradient, for R rows and S slots (see csrc/cpu/head/tiles.h)."""
 
     maximum: Tensor  # [R] of v
-    log_sum: Tensor  # [R] log-sum-exp less the largest z
+    log_sum: Tensor  # [R] log-sum-exp minus the largest z
     softmax_weight: Tensor  # [R]
     entropy_weight: Tensor | None  # [R]
     entropy: Tensor | None  # [R]
-    slot_gradient: Tensor  # [S] dL/dz of the target, the softmax left out
+    slot_gradient: Tensor  # [S] dL/dz of the target, without the softmax's part
 
     def part(self, rows: slice, slot_gradient: Tensor) -> RowGradient:
-        """The same for some of the rows."""
+        """The coefficients of some of the rows."""
         weight = None if self.entropy_weight is None else self.entropy_weight[rows]
         entropy = None if self.entropy is None else self.entropy[rows]
         of_rows = self.maximum[rows], self.log_sum[rows], self.softmax_weight[rows]
@@ -89,7 +88,7 @@ class RowGradient(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A [rows, columns] view of logits that starts at vocabulary entry ``first_column``, for ``slots`` of its rows."""
+    """A [rows, columns] view of logits that starts at vocabulary entry `first_column`, for `slots` of its rows."""
 
     logits: Tensor
     first_column: int
@@ -99,45 +98,45 @@ class Tile(NamedTuple):
 
 
 class TileOps(Protocol):
-    """What a backend does to one tile."""
+    """A backend's operations on one tile."""
 
     def load(self, out: Tensor, source: Tensor, index: Tensor | None) -> None:
-        """``out[i] = source[index[i]]`` (None: i), converted to the compute type."""
+        """`out[i] = source[index[i]]` (None: i), converted to the compute type."""
 
     def softmax(self, tile: Tile, head: LinearHead, state: SoftmaxState) -> None:
-        """Merge the tile into the state; a softcap leaves z in the tile, ``rescale`` leaves exponentials."""
+        """Merge the tile into the state; a softcap leaves z in the tile, `rescale` leaves exponentials."""
 
     def gradient(self, tile: Tile, head: LinearHead, gradient: RowGradient, *, is_capped: bool) -> None:
-        """The tile becomes dL/d(h W^T)."""
+        """Replace the tile by dL/d(h W^T)."""
 
     def scale_rows(self, x: Tensor, factor: Tensor) -> None:
-        """``x[i] *= factor[i]``."""
+        """`x[i] *= factor[i]`."""
 
     def products(self, slots: Slots, compute: torch.dtype, hidden: torch.dtype, weight: torch.dtype) -> Products:
-        """How one call over sources of these types multiplies."""
+        """The matrix products of a call whose sources have these dtypes."""
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Tile sizes. They depend on V, D and dtypes only, never on the rows, so that a row's bits don't either."""
+    """Tile sizes. They depend on V, D and dtypes only, never on the rows, and hence neither do a row's bits."""
 
     rows: int
     columns: int
 
     @classmethod
     def choose(cls, width: int, *, converts: bool) -> TilePlan:
-        """About 8 MiB of logits, and at most as much of a float32 weight tile [columns, width] where the weight has
-        another type than is computed in: its gradient, or a copy of it, is made one tile at a time."""
+        """About 8 MiB of logits, and at most 8 MiB of a float32 weight tile [columns, width] if the weight's dtype is
+        not the compute type: its gradient, or a copy of it, is made one tile at a time."""
         columns = max(256, min(2048, (2 << 20) // width // 256 * 256)) if converts else 2048
         return cls(rows=1024, columns=columns)
 
     def chunk(self, rows: int) -> int:
-        """Rows of a tile where there are so many in all."""
+        """Rows of a tile, given the total number of rows."""
         return min(self.rows, max(rows, MIN_ROWS))
 
 
 class _Loop:
-    """Walks tiles of one call, owning its buffers."""
+    """Iterates over the tiles of one call and owns its buffers."""
 
     def __init__(self, ops: TileOps, inputs: Inputs, head: LinearHead, slots: Slots, compute: torch.dtype) -> None:
         self.ops, self.inputs, self.head, self.slots, self.compute = ops, inputs, head, slots, compute
@@ -150,7 +149,7 @@ class _Loop:
         self.chunk_rows = self.plan.chunk(self.total)
         bounds = [*range(0, self.total, self.chunk_rows), self.total]
         self.chunks = list(itertools.pairwise(bounds))
-        # On the host: chunk c owns the sorted slots slot_bounds[c]:slot_bounds[c + 1].
+        # On the host: chunk c has the sorted slots slot_bounds[c]:slot_bounds[c + 1].
         self.slot_bounds = slots.offsets[torch.tensor(bounds, device=self.device)].tolist()
         self._logits: Tensor | None = None
 
@@ -162,7 +161,7 @@ class _Loop:
             yield slice(first, min(first + self.plan.columns, self.head.vocabulary))
 
     def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """[n, c] of h W^T + h2 W2^T, in ``out`` or in this loop's buffer."""
+        """[n, c] of h W^T + h2 W2^T, in `out` or in this loop's buffer."""
         n, width = rows.stop - rows.start, columns.stop - columns.start
         count = max(n, MIN_ROWS)
         if out is None or out.shape[0] < count:
@@ -191,13 +190,13 @@ class _Loop:
 
 
 class ForwardResult(NamedTuple):
-    """Per row and per sorted slot, in the compute type; v is explained at `LinearHead`."""
+    """Results per row and per sorted slot, in the compute type; see `LinearHead` for v."""
 
     logprobs: Tensor  # [S]
     lse: Tensor  # [R]
     target_logit: Tensor  # [S] v of the targets
     maximum: Tensor  # [R] of v
-    log_sum: Tensor  # [R] lse less the largest z
+    log_sum: Tensor  # [R] lse minus the largest z
     entropy: Tensor | None  # [R]
     unit: Tensor | None  # [R, D] sum over v of p_v dz_v/dx_v w_v
 
@@ -215,7 +214,7 @@ def forward(
 ) -> ForwardResult:
     """Log-probabilities of all slots.
 
-    ``block`` [R, V] keeps the logits (capped ones where there is a softcap) for `backward`.
+    `block` [R, V] keeps the logits (after the softcap, if any) for `backward`.
     """
     loop = _Loop(ops, inputs, head, slots, compute)
     total = loop.total
@@ -259,7 +258,7 @@ def result_of(
     entropy: Tensor | None = None,
     unit: Tensor | None = None,
 ) -> ForwardResult:
-    """Log-probs and log-sum-exp in float64, the maximum taken off before anything is multiplied, then rounded."""
+    """Log-probs and log-sum-exp in float64, the maximum subtracted before multiplying, then rounded."""
     compute = maximum.dtype
     logprobs = head.factor * (target_logit.double() - maximum.double()[row_of]) - log_sum[row_of]
     lse = head.factor * maximum.double() + log_sum
@@ -270,15 +269,15 @@ def result_of(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where gradients go. None: not wanted. Row gradients belong to the rows of the slots given."""
+    """Output buffers of gradients, None if not needed. Row gradients are for the rows of the given slots."""
 
     rows: Tensor | None  # [R, D] compute type, overwritten
     low_rank_rows: Tensor | None  # [R, r]
     weight: Tensor | None  # [V, D] any floating type
     low_rank_weight: Tensor | None  # [V, r]
     bias: Tensor | None  # [V]
-    accumulate: bool = False  # add into weight, low_rank_weight and bias (compute type) rather than overwrite
-    filter_eps: float = 0.0  # vocabulary entries whose dL/dlogit stays below this in every row may be left out
+    accumulate: bool = False  # add to weight, low_rank_weight and bias (compute type) instead of overwriting
+    filter_eps: float = 0.0  # vocabulary entries whose dL/dlogit is below this in every row may be skipped
 
     @property
     def any(self) -> bool:
@@ -293,12 +292,12 @@ class Gradients:
         return [t for t in (self.weight, self.low_rank_weight, self.bias) if t is not None]
 
     def row_products(self, head: LinearHead) -> list[tuple[Tensor, Tensor]]:
-        """(gradient, weight): ``gradient += dL/dlogits weight``, over all of the vocabulary."""
+        """(gradient, weight): `gradient += dL/dlogits weight`, over the whole vocabulary."""
         pairs = (self.rows, head.weight), (self.low_rank_rows, head.low_rank_weight)
         return [(out, weight) for out, weight in pairs if out is not None and weight is not None]
 
     def weight_products(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-        """(gradient, source): ``gradient (+)= dL/dlogits^T source``, over all rows."""
+        """(gradient, source): `gradient (+)= dL/dlogits^T source`, over all rows."""
         pairs = (self.weight, inputs.hidden), (self.low_rank_weight, inputs.low_rank)
         return [(out, source) for out, source in pairs if out is not None and source is not None]
 
@@ -315,9 +314,9 @@ def backward(
     block: Tensor | None = None,
     block_rows: Tensor | None = None,
 ) -> None:
-    """Fill ``into``: recompute each tile of logits (or take it from ``block``), turn it into its gradient, multiply.
+    """Fill `into`: recompute each tile of logits (or read it from `block`), turn it into its gradient, multiply.
 
-    ``block_rows`` [R]: the rows of ``block`` that ``slots`` kept (None: all, in order).
+    `block_rows` [R]: the rows of `block` that belong to `slots` (None: all, in order).
     """
     if not into.any:
         return
@@ -342,11 +341,11 @@ def backward(
 
 
 class GradientWriter:
-    """Multiplies the gradient tiles of one vocabulary range into the gradients asked for."""
+    """Multiplies the gradient tiles of one vocabulary range into the requested gradients."""
 
     def __init__(self, loop: _Loop, into: Gradients, columns: slice) -> None:
         self.loop, self.into, self.columns = loop, into, columns
-        self.add_to = into.accumulate  # otherwise the first product overwrites, and later ones add
+        self.add_to = into.accumulate  # otherwise the first product overwrites and later ones add
         self.tiles = replace(
             into,
             weight=self._tile(into.weight),
@@ -355,7 +354,7 @@ class GradientWriter:
         )
 
     def _tile(self, target: Tensor | None) -> Tensor | None:
-        """A compute-type tile of a vocabulary-sized gradient: a view of it where it has that type."""
+        """A compute-type tile of a vocabulary-sized gradient: a view if the gradient has that dtype."""
         if target is None:
             return None
         tile = target[self.columns]
@@ -374,7 +373,7 @@ class GradientWriter:
         self.add_to = True
 
     def finish(self) -> None:
-        """Write tiles that live in a buffer of their own, in the gradient's type."""
+        """Write tiles held in a separate buffer, converted to the gradient's dtype."""
         for tile, target in zip(self.tiles.of_vocabulary, self.into.of_vocabulary, strict=True):
             if tile.dtype != target.dtype:
                 target[self.columns].copy_(tile)
@@ -384,15 +383,15 @@ UNIT_SLOTS = 1024
 
 
 def unit_rows(weight: Tensor, slots: Slots, unit: Tensor, places: Tensor, gradient: RowGradient) -> Tensor:
-    """Gradient of hidden rows from their unit gradients ``unit[places]``: one weight row a slot, no logits.
+    """Gradient of hidden rows from their unit gradients `unit[places]`: one weight row per slot, no logits.
 
-    ``dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target``, and ``slot_gradient``
+    `dL/dh_r = softmax_weight_r * unit_r + sum over its slots of slot_gradient * w_target`, and `slot_gradient`
     here is dL/d(h W^T) of the target.
     """
     weight_of_row = gradient.softmax_weight.unsqueeze(1)
     result = torch.where(
         weight_of_row == 0, 0, unit[places] * weight_of_row
-    )  # the unit of no probability at all is NaN
+    )  # without any probability the unit gradient is NaN
     for start in range(0, slots.slots.numel(), UNIT_SLOTS):
         part = slice(start, start + UNIT_SLOTS)
         rows = weight.index_select(0, slots.targets[part]).to(unit.dtype)

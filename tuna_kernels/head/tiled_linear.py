@@ -1,4 +1,4 @@
-"""``linear_logprobs`` over the tile loop: slots in the caller's order in, gradients of the inputs out."""
+"""`linear_logprobs` over the tile loop: from slots in the caller's order to gradients of the inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LinearCall(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of `Needs` and `InputGradients`."""
+        """The tensors, in the order of `Needs` and `InputGradients`."""
         return self[:5]
 
     @property
@@ -63,7 +63,7 @@ class Needs(NamedTuple):
 
 
 class InputGradients(NamedTuple):
-    """Of the tensors of a `LinearCall`; empty where not needed."""
+    """Gradients of the tensors of a `LinearCall`; empty if not needed."""
 
     hidden: Tensor
     weight: Tensor
@@ -73,7 +73,7 @@ class InputGradients(NamedTuple):
 
 
 class LinearResult(NamedTuple):
-    """What the forward gives, zero for ignored slots; entropy and unit may be empty."""
+    """Outputs of the forward, zero for ignored slots; entropy and unit may be empty."""
 
     logprobs: Tensor  # [M]
     lse: Tensor  # [M]
@@ -112,17 +112,17 @@ def forward(
 
 
 def state_of(slots: Slots, result: ForwardResult, count: int) -> Tensor:
-    """[3, M] (target_logit, maximum, log_sum) of ``count`` slots, 0 for ignored ones: what a backward needs of the
-    softmax, where lse itself would be too coarse for large logits."""
+    """[3, M] (target_logit, maximum, log_sum) of `count` slots, 0 for ignored ones: the softmax for the backward,
+    since lse itself would be too coarse for large logits."""
     values = torch.stack([result.target_logit, result.maximum[slots.row_of], result.log_sum[slots.row_of]])
     return values.new_zeros(3, count).index_copy_(1, slots.slots, values)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What the forward kept for the backward, all [M] in the caller's slot order, and what flows in.
+    """What the forward kept for the backward, all [M] in the caller's slot order, and the upstream gradients.
 
-    ``entropy`` and ``unit`` may be empty (not kept); gradients that flow in may be None (zero).
+    `entropy` and `unit` may be empty (not kept); upstream gradients may be None (zero).
     """
 
     entropy: Tensor
@@ -134,13 +134,13 @@ class Saved:
 
 
 def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, Tensor, RowGradient]:
-    """Drop the rows all of whose slots have no gradient; give the coefficients of the rest.
+    """Drop the rows without upstream in any slot; compute the coefficients of the rest.
 
-    Returns ``(smaller slots, places of their rows in the given slots, coefficients)``.
+    Returns `(smaller slots, indices of their rows in the given slots, coefficients)`.
     """
 
     incoming = (saved.grad_logprobs, saved.grad_lse, saved.grad_entropy)
-    # A compiled graph hands an empty gradient to an output that was not wanted and came back empty.
+    # A compiled graph passes an empty gradient for an empty output that was not requested.
     given = [None if u is None or u.numel() != saved.state.shape[1] else u.to(call.compute) for u in incoming]
     active = torch.zeros(slots.slots.numel(), dtype=torch.bool, device=slots.slots.device)
     for u in given:
@@ -154,7 +154,7 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
     first_slot = slots.slots[slots.offsets[:-1]]  # every slot of a row has the row's lse and entropy
     softmax_weight = slots.row_sums((zero if g_lse is None else g_lse) - g)
     maximum, log_sum = saved.state[1:, first_slot]
-    # A shard of the vocabulary may have no probability at all: nothing flows through its softmax, so p is to be 0.
+    # A vocabulary shard may have no probability at all: no gradient flows through its softmax, so p must be 0.
     is_void = (log_sum == -torch.inf) & (softmax_weight == 0)
     maximum, log_sum = maximum.masked_fill(is_void, 0), log_sum.masked_fill(is_void, 0)
     has_entropy = g_entropy is not None and bool((g_entropy != 0).any())
@@ -170,7 +170,7 @@ def row_gradient(slots: Slots, call: LinearCall, saved: Saved) -> tuple[Slots, T
 
 
 def _times_slope(coefficients: RowGradient, call: LinearCall, target_logit: Tensor) -> RowGradient:
-    """The slots' gradients with respect to the product: times dz/dx at their targets, of v ``target_logit`` [S]."""
+    """Multiply the slots' gradients by dz/dx at their targets; `target_logit` [S] is v there."""
     gradient = coefficients.slot_gradient * call.logit_scale
     if call.softcap is not None:
         gradient = gradient * (1 - (target_logit / call.softcap) ** 2)
@@ -189,14 +189,14 @@ def backward(
     filter_eps: float = 0.0,
     main_grad: Tensor | None = None,
 ) -> InputGradients:
-    """``main_grad`` [V, D] in the compute type: the weight's gradient is added to it, and returned empty."""
+    """Gradients of the inputs. With `main_grad` [V, D] (compute type) the weight's is added to it, returned empty."""
     all_slots = Slots.build(targets, rows, ignore_index)
     slots, kept, coefficients = row_gradient(all_slots, call, saved)
     add = main_grad is not None
 
     def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor:
-        """Rows without a gradient keep their zeros; vocabulary-sized gradients are written whole, tile by tile, or,
-        beside a ``main_grad``, added to zeros in the compute type."""
+        """Zeros for rows, as some have no gradient; vocabulary-sized gradients are fully written, tile by tile, or,
+        with a `main_grad`, added to zeros in the compute type."""
         if source is None or not wanted:
             return call.hidden.new_empty(0)
         if of_rows:
@@ -241,5 +241,5 @@ def backward(
 
 
 def row_grads_like(source: Tensor, rows: int, compute: torch.dtype) -> Tensor:
-    """An uninitialised [rows, width of source] buffer in the compute type."""
+    """An uninitialized [rows, width of source] buffer in the compute type."""
     return source.new_empty(rows, source.shape[1], dtype=compute)

@@ -1,8 +1,8 @@
-"""``linear_ranking_loss`` over the tile loop, a few groups at a time.
+"""`linear_ranking_loss` over the tile loop, a few groups at a time.
 
-Within a byte budget the logits of some groups are kept in one block; scores, loss, their closed-form gradient and
-gradients of those groups all come from it: three products, as many as the reference loss, without its memory. A
-group whose logits alone exceed the budget is recomputed instead (four products).
+Within a byte budget the logits of some groups are kept in one block, from which scores, loss, their closed-form
+gradient and the gradients of those groups are computed: three products, as many as the baseline loss, without its
+memory. A group whose logits alone exceed the budget is recomputed instead (four products).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Candidates:
 
 
 class RankingResult(NamedTuple):
-    """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a ``grad_loss`` of 1,
+    """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a `grad_loss` of 1,
     all in the compute type; gradients are empty where not needed."""
 
     loss: Tensor
@@ -65,7 +65,7 @@ class RankingResult(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some neighbouring groups: candidates ``first:last``, slots ``start:stop``; kept or recomputed."""
+    """Some neighbouring groups, with their candidates and slots; their logits are kept or recomputed."""
 
     groups: slice
     candidates: slice
@@ -76,8 +76,8 @@ class _Part:
 def _parts(candidates: Candidates, vocabulary: int, itemsize: int, budget: int) -> Iterator[_Part]:
     """Greedy runs of groups whose slots (an upper bound of their rows) fit the budget.
 
-    Groups beyond the budget are recomputed, as many neighbours of them as there are at once: that takes no memory
-    that grows with them, and vocabulary-sized gradients are gone through once.
+    All consecutive groups beyond the budget are recomputed together: this takes no memory that grows with their
+    number, and passes over vocabulary-sized gradients once.
     """
     capacity = budget // max(1, itemsize * vocabulary)
     group_offsets = candidates.group_offsets.tolist()
@@ -169,8 +169,8 @@ def _saved(slots: Slots, result: ForwardResult, grad_logprobs: Tensor) -> Saved:
 
 
 def _new_gradients(call: LinearCall, needs: Needs) -> Gradients:
-    """In the compute type: parts of the batch are added up before anything is rounded. Those of rows are zeros, those
-    of the size of the vocabulary (weight, low-rank weight, bias) are written whole by the first part that has any."""
+    """Buffers in the compute type: parts of the batch are summed before rounding. Row gradients start at zero;
+    vocabulary-sized ones (weight, low-rank weight, bias) are fully written by the first part that has any."""
 
     def new(source: Tensor | None, wanted: bool, *, of_rows: bool = False) -> Tensor | None:
         if source is None or not wanted:
@@ -190,7 +190,7 @@ def _new_gradients(call: LinearCall, needs: Needs) -> Gradients:
 def _add_gradients(
     backend: HeadBackend, call: LinearCall, slots: Slots, saved: Saved, block: Tensor | None, total: Gradients
 ) -> bool:
-    """Add one part's gradients, from its kept block or by recomputing its logits; whether it has any."""
+    """Add one part's gradients, from its kept block or by recomputing its logits; returns whether it has any."""
     every_row = slots.rows.numel()
     slots, kept, coefficients = row_gradient(slots, call, saved)
     count = slots.rows.numel()

@@ -1,4 +1,4 @@
-"""Log-probabilities of logits that are already there, some rows at a time, by the same tile operations."""
+"""Log-probabilities of existing logits, some rows at a time, by the same tile operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK_BYTES = 16 << 20
 
 
 class SelectiveResult(NamedTuple):
-    """Of [N] rows, 0 for ignored ones; the last two for the backward (``tiled.ForwardResult``)."""
+    """Results [N] per row, 0 for ignored rows; the last two are for the backward (`tiled.ForwardResult`)."""
 
     logprobs: Tensor
     maximum: Tensor
@@ -29,14 +29,14 @@ def _chunks(logits: Tensor, slots: Slots, compute: torch.dtype) -> Iterator[slic
 
 
 def _tile(logits: Tensor, slots: Slots, part: slice) -> Tile:
-    offsets = torch.arange(part.stop - part.start + 1, device=logits.device)  # one slot a row
+    offsets = torch.arange(part.stop - part.start + 1, device=logits.device)  # one slot per row
     return Tile(logits, 0, None, offsets, slots.targets[part])
 
 
 def forward(
     ops: TileOps, logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
 ) -> SelectiveResult:
-    """Of logits [N, V] divided by ``temperature``."""
+    """Log-probabilities of logits [N, V] divided by `temperature`."""
     slots = Slots.build(targets, None, ignore_index)
     head = LinearHead(logits, None, None, 1.0 / temperature, None)
     logprobs = torch.zeros(logits.shape[0], dtype=compute, device=logits.device)
@@ -73,7 +73,7 @@ def backward(
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """Write the gradient to ``out`` [N, V] (may be ``logits``); p - onehot is taken before rounding to its dtype."""
+    """Write the gradient to `out` [N, V] (may be `logits`); p - onehot is computed before rounding to its dtype."""
     compute = maximum.dtype
     slots = Slots.build(targets, None, ignore_index)
     head = LinearHead(logits, None, None, 1.0 / temperature, None)

@@ -27,7 +27,7 @@ class TorchTileOps:
         state.target_logit[slots] = v[rows, columns]
         before = state.maximum.clone()
         torch.maximum(before, v.amax(1), out=state.maximum)
-        # Nothing but -inf so far: subtract 0, so that the sums stay 0 rather than NaN.
+        # Only -inf so far: subtract 0, so that the sums stay 0 instead of NaN.
         reference = torch.where(state.maximum == -torch.inf, 0, state.maximum)
         fall = (before - reference) * head.factor
         rescale = fall.exp()
@@ -63,7 +63,7 @@ class TorchTileOps:
 
 
 def _transform_(tile: Tile, head: LinearHead) -> Tensor:
-    """v of the tile; a softcap leaves it in the tile itself, otherwise the tile keeps x."""
+    """v of the tile; with a softcap it is written to the tile, otherwise the tile keeps x."""
     v = tile.logits
     if tile.bias is not None:
         v = v + tile.bias
@@ -76,13 +76,13 @@ def _transform_(tile: Tile, head: LinearHead) -> Tensor:
 
 
 def _below(v: Tensor, maximum: Tensor, head: LinearHead) -> Tensor:
-    """``z - largest z``: the difference first."""
+    """`z - largest z`, with the difference taken first."""
     below = v - maximum.unsqueeze(1)
     return below if head.factor == 1.0 else below.mul_(head.factor)
 
 
 def _chain_(gradient: Tensor, v: Tensor, head: LinearHead) -> Tensor:
-    """``gradient *= dz/dx`` in place."""
+    """`gradient *= dz/dx` in place."""
     if head.softcap is not None:
         gradient.mul_(1 - (v / head.softcap) ** 2)
     if head.logit_scale != 1.0:
@@ -91,7 +91,7 @@ def _chain_(gradient: Tensor, v: Tensor, head: LinearHead) -> Tensor:
 
 
 def _targets_in(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, column, slot) of every slot whose target lies in the tile."""
+    """(row, column, slot) of every slot whose target is in the tile."""
     columns = tile.targets - tile.first_column
     slots = ((columns >= 0) & (columns < tile.logits.shape[1])).nonzero().squeeze(1)
     rows = torch.bucketize(slots, tile.offsets[1:], right=True)

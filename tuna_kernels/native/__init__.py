@@ -1,7 +1,7 @@
-"""The native extension (csrc/cpu): whether it is here, what it takes, which copy of it runs.
+"""The native extension (csrc/cpu): whether it is installed, which dtypes it supports, which instruction set it uses.
 
-Addresses, strides and a thread count cross the border; the extension knows nothing of torch. It stands in a folder of
-its own, since an editable install lends modules right below `tuna_kernels` to any other copy of the package.
+The interface is addresses, strides and a thread count; the extension does not depend on torch. It has its own folder
+because an editable install makes modules directly below `tuna_kernels` visible to any other copy of the package.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ except ImportError as error:
 
 ISA_VARIABLE = "TUNA_KERNELS_CPU_ISA"
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""How csrc/cpu/common/element.h numbers the types it takes."""
+"""The type numbers of csrc/cpu/common/element.h."""
 
 
 def why_not(*dtypes: torch.dtype) -> str:
-    """ "" if the native code takes these types, else the reason why not."""
+    """ "" if the native code supports these dtypes, else the reason why not."""
     if WHY_NOT_HERE:
         return WHY_NOT_HERE
     bad = [str(d) for d in dtypes if d not in ELEMENTS]
-    return f"it computes in float32 and does not take {', '.join(bad)}" if bad else ""
+    return f"it computes in float32 and does not support {', '.join(bad)}" if bad else ""
 
 
 def instruction_set() -> Any:
-    """Which copy of the native code runs: the best for this processor, or a lesser one that the environment asks for.
+    """The instruction set used: the best one of this processor, or a lower one set in the environment.
 
     Raises:
-        ValueError: TUNA_KERNELS_CPU_ISA is no instruction set.
+        ValueError: TUNA_KERNELS_CPU_ISA is not a known instruction set.
     """
     best, sets = _cpu.best_instruction_set(), _cpu.InstructionSet.__members__
     asked = os.environ.get(ISA_VARIABLE, best.name)
@@ -49,10 +49,10 @@ def instruction_set() -> Any:
 
 
 def native() -> Any:
-    """The extension. Only for types for which `why_not` gives no reason."""
+    """The extension module. Use it only for dtypes that `why_not` accepts."""
     return _cpu
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element, 0 for none."""
+    """Address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

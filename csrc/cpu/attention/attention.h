@@ -1,4 +1,4 @@
-// Tree attention forward and backward on plain pointers: what a call is made of, and the plan that its tasks follow.
+// Tree attention forward and backward on plain pointers: the arguments of a call, and the plan of its tasks.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace tuna {
 
-constexpr int64_t kKeyRows = 64;    // of a key block at most: a tile of keys stays in the first-level cache
-constexpr int64_t kQueryRows = 32;  // of a query block: on the diagonal half of what they compute is hidden
-constexpr int64_t kPadding = 16;  // key blocks take a multiple of this many rows in buffers: whole vectors
+constexpr int64_t kKeyRows = 64;    // maximum of a key block: a tile of keys stays in the L1 cache
+constexpr int64_t kQueryRows = 32;  // of a query block; small, since on the diagonal half of the scores are hidden
+constexpr int64_t kPadding = 16;  // rows of a key block in buffers are a multiple of this: whole vectors
 
 TUNA_INLINE int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
@@ -19,31 +19,31 @@ struct KeyBlock {
   int64_t start, stop;
 };
 
-// The first `width` (padded) keys of the chunk's key block number `key`: those after them lie below all the queries.
-// `open`: every query sees all of them, and no padding is among them.
+// The first `width` (padded) keys of the chunk's key block number `key`; later keys come after all the queries.
+// `open`: every query sees all of them, and they include no padding.
 struct Seen {
   int32_t key;
   int16_t width;
   bool open;
 };
 
-// Queries [start, stop) in row order; they see seen[first:last], of ascending rows.
+// Queries [start, stop) in row order; they see seen[first:last], in ascending order of rows.
 struct QueryBlock {
   int64_t start, stop;
   int64_t first, last;
 };
 
-// A key block of a chunk, from row `offset` of the chunk's buffers on.
+// A key block of a chunk, starting at row `offset` of the chunk's buffers.
 struct ChunkKey {
   int64_t block, offset;
 };
 
-// Query blocks [first_query, last_query) and chunk_keys[first_key:last_key], which take `rows` rows.
+// Query blocks [first_query, last_query) and chunk_keys[first_key:last_key], which have `rows` rows.
 struct Chunk {
   int64_t first_query, last_query;
   int64_t first_key, last_key;
   int64_t rows;
-  int64_t offset;  // rows of the chunks before
+  int64_t offset;  // rows of all previous chunks
   int64_t cost;    // scores computed
 };
 
@@ -52,12 +52,12 @@ struct PlanView {
   const KeyBlock* keys;
   const QueryBlock* queries;
   const Seen* seen;
-  const Chunk* chunks;  // the most costly first
+  const Chunk* chunks;  // in descending order of cost
   const ChunkKey* chunk_keys;
-  const int64_t* order;         // [queries] the caller's number of the queries in row order
+  const int64_t* order;         // [queries] the caller's index of the queries in row order
   const int64_t* rows;          // [queries] their rows, ascending
   const int64_t* share_bounds;  // [key_blocks + 1] shares of a key block: shares[share_bounds[b]:share_bounds[b + 1]]
-  const int64_t* shares;        // first rows in the buffer of all chunks
+  const int64_t* shares;        // their first rows in the buffer of all chunks
   int64_t key_blocks, chunk_count;
   int64_t total_rows;  // of all chunks' buffers
   int64_t chunk_rows;  // of the largest
@@ -70,7 +70,7 @@ struct Tree {
   int64_t window;  // 0: none
 };
 
-// A tensor [batch, heads, rows, size]: strides in elements, entries of a row side by side.
+// A tensor [batch, heads, rows, size]: strides in elements, rows contiguous.
 struct Strided {
   void* data;
   int64_t batch, head, row;

@@ -19,7 +19,7 @@ tuna::Strided strided(const py::tuple& x) {
   return {at<void>(x[0].cast<uintptr_t>()), x[1].cast<int64_t>(), x[2].cast<int64_t>(), x[3].cast<int64_t>()};
 }
 
-// A call and the plan it follows.
+// A call and its plan.
 struct Call {
   tuna::Attention arguments;
   tuna::AttentionPlan plan;

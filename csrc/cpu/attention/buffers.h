@@ -1,4 +1,4 @@
-// Working memory of one thread, carved from one piece by the function that also measures it.
+// Working memory of one thread, carved from one allocation by the function that also computes its size.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 namespace tuna {
 
 // Query heads of a key head that are computed together: their rows share every load of a key block, and 8 x 32 rows of
-// scores still fit into the second-level cache.
+// scores still fit into the L2 cache.
 constexpr int64_t kHeadsAtOnce = 8;
 
 // Shapes: c rows of a chunk; m = kHeadsAtOnce x kQueryRows folded queries; D and E the padded sizes d and dv.
-// "By blocks": each key block of n padded rows is a [d, n] of its own.
+// "By blocks": each key block of n padded rows is a separate [d, n].
 struct Buffers {
   float* keys_t;    // [d, c] by blocks
   float* values;    // [c, E]; forward only
@@ -31,7 +31,7 @@ struct Buffers {
   float* row;        // [max(D, E)]
 };
 
-// Returns the floats taken from `base`; with a null base it only measures.
+// Returns the floats taken from `base`; with a null base it only computes the size.
 TUNA_INLINE int64_t carve(Buffers& buffers, float* base, const PlanView& plan, const Attention& call, bool backward) {
   int64_t taken = 0;
   const auto take = [&](int64_t floats) {

@@ -1,4 +1,4 @@
-// Tree attention for any processor: vectors of four floats (SSE, Neon), or whatever the compiler makes of them.
+// Tree attention for any processor: vectors of four floats (SSE, Neon, or as the compiler lowers them).
 #include "attention/sets.h"
 
 #define TUNA_ISA generic

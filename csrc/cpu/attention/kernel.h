@@ -3,9 +3,9 @@
 //     z = softcap(scale q k^T)    p = e^(z - lse)    out = p v
 //     dv = p^T do    dz = p (do v^T - delta)    delta = rowsum(do out) - dlse    dq = scale dz k    dk = dz^T (scale q)
 //
-// A task is a chunk and a key head. It converts and transposes its keys and values once; then for each query block, its
-// heads folded into rows, it goes over the key blocks seen. Scores exist for one pair of blocks at a time. What a query
-// must not see gets the score -infinity.
+// A task is a chunk and a key head. It converts and transposes its keys and values once; then for each query block,
+// with its heads folded into rows, it iterates over the key blocks seen. Scores exist for one pair of blocks at a time.
+// Hidden keys get the score -infinity.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ TUNA_INLINE int64_t row_offset(const Strided& x, int64_t batch, int64_t head, in
   return batch * x.batch + head * x.head + row * x.row;
 }
 
-// out = factor * row of x, as float32, zeros up to `width`.
+// out = factor * row of x in float32, padded with zeros to `width`.
 static void load_row(float* out, const Strided& x, Element element, int64_t offset, int64_t n, int64_t width,
                      float factor) {
   if (element == Element::kFloat32) {
@@ -58,7 +58,7 @@ static void store_row(const Strided& x, Element element, int64_t offset, const f
   }
 }
 
-// One task: what it works on and with.
+// One task: its inputs and buffers.
 struct Task {
   const PlanView& plan;
   const Attention& call;
@@ -83,7 +83,7 @@ struct Queries {
   TUNA_INLINE_MEMBER int64_t rows() const { return heads * (block.stop - block.start); }
 };
 
-// A key block of the chunk, at its place in the buffers.
+// A key block of the chunk and its position in the buffers.
 struct Keys {
   int64_t start, count;  // first row of the tree, keys
   int64_t offset;        // in the chunk's buffers
@@ -96,7 +96,7 @@ struct Keys {
   }
 };
 
-// [count, n] rows of x into to[n, stride], zeros behind.
+// [count, n] rows of x into to[n, stride], padded with zeros.
 static void load_transposed(const Task& task, const Strided& x, const Keys& keys, int64_t n, float* to) {
   float* row = task.buffers.row;
   for (int64_t j = 0; j < keys.stride; ++j) {
@@ -148,7 +148,7 @@ static void load_queries(const Task& task, const Queries& queries, const Strided
   }
 }
 
-// Where a [batch, heads, queries] array holds row m.
+// Index of row m in a [batch, heads, queries] array.
 TUNA_INLINE int64_t statistic(const Task& task, const Queries& queries, int64_t m) {
   const int64_t count = queries.count(), row = task.plan.order[queries.block.start + m % count];
   return (task.batch * task.call.heads + queries.first_head + m / count) * task.call.queries + row;
@@ -188,13 +188,13 @@ static void score(const Task& task, const Queries& queries, const Keys& keys, co
   }
 }
 
-// z becomes e^(z - top) under the running maximum, which may rise; returns the factor that rescales earlier sums.
+// Replaces z by e^(z - top) with the updated running maximum; returns the factor that rescales earlier sums.
 static float exponential_row(float* z, int64_t n, float& top, float& sum) {
   const float before = top;
   float maximum = before;
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) maximum = z[j] > maximum ? z[j] : maximum;
-  // Nothing seen so far: leave the sums at 0 rather than make -inf - -inf.
+  // Nothing seen so far: leave the sums at 0 instead of computing -inf - -inf.
   const float reference = maximum == kHidden ? 0.f : maximum;
   float total = 0.f;
 #pragma omp simd reduction(+ : total)
@@ -235,7 +235,7 @@ static void forward_queries(const Task& task, const Queries& queries) {
   }
 }
 
-// scores: z becomes p; d_scores: dp becomes dz. What is hidden stays 0 whatever dp is, so that a NaN keeps to its row.
+// Replaces z by p in scores, dp by dz in d_scores. Hidden entries are 0 whatever dp is, so that a NaN stays in its row.
 static void gradient_row(float* z, float* d, int64_t n, float lse, float delta, float cap) {
   if (cap > 0.f) {
     const float inverse = 1.f / cap;
@@ -255,7 +255,7 @@ static void gradient_row(float* z, float* d, int64_t n, float lse, float delta, 
   }
 }
 
-// lse and delta of each row; dO is in the buffer `out` already.
+// lse and delta of each row; dO is already in the buffer `out`.
 static void load_statistics(const Task& task, const Queries& queries, const AttentionGradients& gradients) {
   const Attention& call = task.call;
   const Buffers& b = task.buffers;
@@ -273,9 +273,9 @@ static void load_statistics(const Task& task, const Queries& queries, const Atte
   }
 }
 
-// lse is in float32: where it is large its rounding would be an error of every e^(z - lse). The row's sum of them tells:
-// it is 1 but for that rounding (less where something else, a sink, stands in the denominator). Dividing dO and delta by
-// it divides the row's probabilities.
+// lse is in float32: if it is large its rounding would be an error of every e^(z - lse). The row's sum of them shows
+// it: it is 1 except for that rounding (less if a sink is part of the denominator). Dividing dO and delta by it divides
+// the row's probabilities.
 constexpr float kLargeLse = 32.f, kRoundings = 2.f * 0x1p-24f;
 
 static void correct_large_rows(const Task& task, const Queries& queries) {
@@ -347,7 +347,7 @@ static void backward_queries(const Task& task, const Queries& queries, const Att
   }
 }
 
-// All query blocks of the chunk, the query heads of the key head in even parts.
+// Calls `function` for all query blocks of the chunk, with the query heads of the key head in even parts.
 template <typename Function>
 TUNA_INLINE void for_each_queries(const Task& task, const Function& function) {
   const int64_t heads = task.call.heads / task.call.key_heads;
@@ -360,7 +360,7 @@ TUNA_INLINE void for_each_queries(const Task& task, const Function& function) {
   }
 }
 
-// The sum of the tasks' shares of a key block, in the order of the chunks.
+// Sums the tasks' shares of a key block, in the order of the chunks.
 static void add_shares(const PlanView& plan, const Attention& call, const Strided& to, const float* shares, int64_t n,
                        int64_t task, float* row) {
   const int64_t head = task % call.key_heads, batch = task / call.key_heads % call.batch;

@@ -6,11 +6,11 @@
 namespace tuna {
 namespace {
 
-// What a block costs besides its scores: as keys about as much as 8 more of them, as queries 512 scores.
+// Overhead of a block besides its scores: as keys about 8 more keys, as queries 512 scores.
 constexpr int64_t kKeyOverhead = 8, kQueryOverhead = 512;
 // A task should be worth starting (a millisecond at head size 64 and three query heads a key head) ...
 constexpr int64_t kChunkScores = 1 << 16;
-// ... and a long group should make this many over its key heads: enough for the threads, few enough that the
+// ... and a long group should be this many tasks over its key heads: enough for the threads, few enough that the
 // buffers of gradients stay small (a chunk deep in a long sequence has one as long as the sequence).
 constexpr int64_t kTasksOfGroup = 16;
 
@@ -18,7 +18,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-// Extremes over the rows of a block: bounds of what sees it and of what it sees.
+// Extremes over the rows of a block: bounds on what sees it and on what it sees.
 struct AttentionPlan::Bounds {
   int64_t first, last;  // rows, inclusive
   int64_t min_end, max_end, min_depth, max_depth;
@@ -34,7 +34,7 @@ struct AttentionPlan::Bounds {
     min_depth = std::min(min_depth, other.min_depth), max_depth = std::max(max_depth, other.max_depth);
   }
 
-  // Scores its rows take part in as keys, and overheads: what merging two blocks must not make larger.
+  // Scores of its rows as keys, plus overheads: merging two blocks must not increase the total.
   int64_t cost() const { return (padded(last + 1 - first) + kKeyOverhead) * (max_end - first) + kQueryOverhead; }
 
   bool is_hidden_from(const Bounds& query, int64_t window) const {
@@ -73,7 +73,7 @@ AttentionPlan::AttentionPlan(const Tree& tree, const int64_t* query_rows, int64_
   std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) { return a.cost > b.cost; });
 }
 
-// Blocks of the group of rows [first, last): a branch evenly in parts, small neighbours merged where that is cheaper.
+// Blocks of the group of rows [first, last): branches in even parts, small neighbours merged where that is cheaper.
 void AttentionPlan::cut_group(const Tree& tree, int64_t first, int64_t last) {
   std::vector<Bounds> blocks;
   for (int64_t start = first; start < last;) {
@@ -121,7 +121,7 @@ void AttentionPlan::add_chunks(const Tree& tree, int64_t first_key, const std::v
   }
 }
 
-// One block of the queries whose rows lie in key block `key` of the group; returns its cost.
+// One block of the queries whose rows are in key block `key` of the group; returns its cost.
 int64_t AttentionPlan::add_queries(const Tree& tree, int64_t first_key, int64_t key,
                                    const std::vector<Bounds>& bounds) {
   const int64_t start = next_query_;
@@ -143,7 +143,7 @@ int64_t AttentionPlan::add_queries(const Tree& tree, int64_t first_key, int64_t 
   return width * (next_query_ - start);
 }
 
-// A chunk of the queries [first, last): gives every key block they see a place in its buffers.
+// A chunk of the queries [first, last): assigns every key block they see a position in its buffers.
 void AttentionPlan::close_chunk(int64_t first, int64_t last, int64_t cost) {
   std::vector<int32_t> blocks;
   const int64_t first_seen = queries_[first].first, last_seen = queries_[last - 1].last;
@@ -171,7 +171,7 @@ PlanView AttentionPlan::view() const {
           static_cast<int64_t>(chunks_.size()),            total_rows_,         chunk_rows_};
 }
 
-// Turns "the keys of each chunk" around, chunks in order of their rows_.
+// Inverts "the keys of each chunk", with chunks in order of their rows_.
 void AttentionPlan::find_shares() {
   share_bounds_.assign(keys_.size() + 1, 0);
   for (const ChunkKey& key : chunk_keys_) ++share_bounds_[key.block + 1];

@@ -1,13 +1,13 @@
-// Which blocks of queries see which blocks of keys in a packed tree, and how the work is cut into tasks.
+// Which blocks of queries see which blocks of keys in a packed tree, and how the work is divided into tasks.
 //
-// Row i sees row j exactly when j <= i < end[j] (and 0 <= depth[i] - depth[j] < window). Rows are cut where a branch
+// Row i sees row j exactly when j <= i < end[j] (and 0 <= depth[i] - depth[j] < window). Rows are split where a branch
 // starts and into blocks of at most kKeyRows, these into blocks of queries; a block of queries skips a block of keys by
 // two bounds on its ends.
 //
-// A *chunk* is a run of query blocks of one group with the key blocks they see. One chunk and one key head make a task:
-// it computes its queries' results alone, and its share of dK and dV in a buffer of its own. Chunks depend on the group
-// and on the number of key heads only, and shares are added in a fixed order: neither threads nor what else is packed
-// change a bit.
+// A *chunk* is a run of query blocks of one group with the key blocks they see. A task is one chunk and one key head:
+// it alone computes its queries' results, and its share of dK and dV in a separate buffer. Chunks depend only on the
+// group and on the number of key heads, and shares are added in a fixed order: the bits depend neither on the number of
+// threads nor on what else is packed.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace tuna {
 
 class AttentionPlan {
  public:
-  // `query_rows` [queries], null: all rows in order. Values must lie in the tree.
+  // `query_rows` [queries], null: all rows in order. Values must be rows of the tree.
   AttentionPlan(const Tree& tree, const int64_t* query_rows, int64_t queries, int64_t key_heads);
 
   PlanView view() const;

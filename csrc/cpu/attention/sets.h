@@ -4,7 +4,7 @@
 #include "attention/attention.h"
 #include "common/vector_math.h"
 
-// As TUNA_CLONES (vector_math.h); but these are files of their own, since a register block must know its width.
+// As TUNA_CLONES (vector_math.h), but in separate files, since a register block must know its width.
 #define TUNA_DECLARE_SET(name)                                                                          \
   namespace name {                                                                                      \
   void forward(const PlanView& plan, const Attention& call, float* workspace, int threads);             \

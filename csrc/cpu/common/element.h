@@ -1,4 +1,4 @@
-// The number types of tensors, and exact conversion to and correct rounding from float32.
+// The element types of tensors, exact conversion to float32 and correct rounding from it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ enum class Element : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 TUNA_INLINE float from_bfloat16(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
 
-// Shift exponent and mantissa into place and rescale by 2^112: right for subnormals too; infinity and NaN apart.
+// Shift exponent and mantissa into place and rescale by 2^112: correct for subnormals too; infinity and NaN separately.
 TUNA_INLINE float from_float16(uint16_t bits) {
   const float rescale = bits_to_float(0x77800000u);  // 2^112
   const uint32_t magnitude = (static_cast<uint32_t>(bits) & 0x7fffu) << 13;
@@ -21,14 +21,15 @@ TUNA_INLINE float from_float16(uint16_t bits) {
   return bits_to_float(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 
-// To nearest, ties to even: half a unit is added, less one where the last bit kept is 0; NaN stays NaN.
+// To nearest, ties to even: adds half a unit, minus one if the last bit kept is 0; NaN stays NaN.
 TUNA_INLINE uint16_t to_bfloat16(float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u);
 }
 
-// The same. Below 2^-14 the grid is that of the subnormals, 2^-24: adding 0.5, whose own grid that is, rounds to it.
+// As above. Below 2^-14 the spacing is that of the subnormals, 2^-24: adding 0.5, where float32 has that spacing,
+// rounds.
 TUNA_INLINE uint16_t to_float16(float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;

@@ -1,11 +1,11 @@
-// Which copy of the code that is compiled once per instruction set runs here.
+// The instruction sets for which code is compiled; the one to run is chosen at run time.
 #pragma once
 
 namespace tuna {
 
 enum class InstructionSet : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-// The best that this processor has and the compiler could make.
+// The best one supported by this processor and the compiler.
 InstructionSet best_instruction_set();
 
 }  // namespace tuna

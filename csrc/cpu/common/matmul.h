@@ -1,9 +1,9 @@
 // C += A B for blocks that stay in the cache: float32 sums, registers blocked by hand.
 //
-// Included by one translation unit per instruction set (attention_*.cpp, products_*.cpp), which sets TUNA_ISA, a
-// namespace of its own so that the linker never mixes them, and TUNA_LANES, the floats of a vector register. A register
-// block needs to know that width; compiler clones of one function (vector_math.h) all see the same. With TUNA_PAIRS an
-// "element" of A and B is a pair of bfloat16 numbers that are neighbours along `inner`, in the place of a float.
+// Included by one translation unit per instruction set (attention/*.cpp, head/products_*.cpp), which sets TUNA_ISA, a
+// separate namespace so that the linker never mixes them, and TUNA_LANES, the floats of a vector register. A register
+// block must know that width; compiler clones of one function (vector_math.h) all see the same one. With TUNA_PAIRS an
+// "element" of A and B is a pair of bfloat16 numbers adjacent along `inner`, in the place of a float.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ TUNA_INLINE Vector broadcast_element(const float* from) {
   return (Vector)_mm512_set1_epi32(bits);
 }
 
-// Two products an element: exact in float32, then added one after the other.
+// Two products per element: exact in float32, added one after the other.
 TUNA_INLINE Vector multiply_add(Vector sum, Vector left, Vector right) {
   return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
 }
@@ -68,7 +68,7 @@ TUNA_INLINE Vector multiply_add(Vector sum, Vector left, Vector right) {
 #endif
 
 // A [rows, inner] at a + i * row + k * column; B [inner, columns] and C [rows, columns] with unit stride along columns,
-// which count whole vectors.
+// whose number is a multiple of a vector.
 struct Product {
   float* c;
   int64_t c_row;
@@ -129,13 +129,13 @@ TUNA_INLINE void multiply_panel(const Product& p, int64_t column) {
   if (row < p.rows) multiply_block<1, kVectors, kAdd>(p, row, column);
 }
 
-// C = A B, or C += A B. An entry of A B is summed over `inner` in order, whatever the block it falls into, and then
-// added to C: a long sum is made of short ones, whose rounding errors are smaller.
+// C = A B, or C += A B. An entry of A B is summed over `inner` in order, whatever block it is in, and then
+// added to C: a long sum of short ones has smaller rounding errors.
 template <bool kAdd>
 void multiply(const Product& p) {
   int64_t vectors = p.columns / kLanes, column = 0;
   while (vectors > 0) {
-    // Two panels of 3 rather than 4 and 2, or of 3 and 2 rather than 4 and 1.
+    // Two panels of 3 instead of 4 and 2, or of 3 and 2 instead of 4 and 1.
     const int64_t panels = (vectors + kBlockVectors - 1) / kBlockVectors;
     const int64_t width = (vectors + panels - 1) / panels;
     if constexpr (kBlockVectors > 2) {

@@ -1,11 +1,11 @@
-// exp and tanh written as straight-line code that the compiler vectorises at any width, so that one source
-// serves plain x86-64, AVX2 and AVX-512 (as compiler clones) and other processors.
+// exp and tanh as straight-line code that the compiler vectorizes at any width, so that one source works for
+// plain x86-64, AVX2 and AVX-512 (as compiler clones) and other processors.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// Whether code for several x86 instruction sets can stand in one library, chosen at run time.
+// Whether one library can contain code for several x86 instruction sets, chosen at run time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TUNA_HAS_X86_SETS 1
 #else
@@ -13,7 +13,7 @@
 #endif
 
 #if TUNA_HAS_X86_SETS
-// The compiler makes one copy per instruction set and the loader picks the best the processor has.
+// The compiler makes one copy per instruction set and the loader picks the best one for the processor.
 #define TUNA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define TUNA_CLONES
@@ -35,10 +35,10 @@ TUNA_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// e^x for x <= 88.7. Relative error below 1.2e-7 with fused multiply-add and without (tests hold it against float64); below
-// -87.3 the result is 0, and NaN stays NaN. x = n ln2 + r with |r| <= ln2/2; ln2 is split in two so that n ln2 is exact;
-// e^r = 1 + r + r^2 q(r), with the q of degree 4 whose largest relative error in e^r is least: 3e-9, where the terms of the
-// series leave 1.6e-7.
+// e^x for x <= 88.7. Relative error below 1.2e-7 with and without fused multiply-add (tested against float64); below
+// -87.3 the result is 0, and NaN stays NaN. x = n ln2 + r with |r| <= ln2/2; ln2 is split in two so that n ln2 is
+// exact; e^r = 1 + r + r^2 q(r), with the q of degree 4 that minimizes the largest relative error of e^r: 3e-9, against
+// 1.6e-7 for the terms of the series.
 TUNA_INLINE float exp_of(float x) {
   const float lowest = -87.33654f;
   const float clamped = x > lowest ? x : lowest;

@@ -1,7 +1,7 @@
 // The arithmetic of products.h, compiled once per instruction set (see matmul.h).
 //
-// The sum is cut into parts of kInner elements. For each, a thread packs a panel of the right operand once, in the order
-// in which register blocks read it, and multiplies it with one chunk of the left operand after the other.
+// The sum is split into parts of kInner elements. For each part a thread packs a panel of the right operand once, in
+// the order in which register blocks read it, and multiplies it with one chunk of the left operand after the other.
 #pragma once
 
 #include <algorithm>
@@ -35,19 +35,19 @@ static void pack_right(float* out, const Matrix& m, const Part& part, int64_t co
 #endif
 }
 
-// A left operand as the register block reads it: where entry (row, k) of a part lies.
+// A left operand as read by the register block: entry (row, k) of a part is at data + row * `row` + k * `k`.
 struct Left {
   const float* data;
   int64_t row, k;
 };
 
-// Whether the left operand can be read where it is.
+// Whether the left operand can be read in place.
 static bool is_direct(const MatrixProduct& p) {
   if (p.left.transposed) return false;
   return kUnit == 1 || (p.left.element == Element::kBFloat16 && p.left.stride % 2 == 0 && p.inner % 2 == 0);
 }
 
-// Shared out over the threads that call it. Packed to [chunk][k][kChunk], or, where it runs along the sum, [row][k].
+// Divided among the threads that call it. Packed to [chunk][k][kChunk], or, if not transposed, [row][k].
 template <typename T>
 static void pack_left(float* scratch, const MatrixProduct& p, const Part& part) {
   if (p.left.transposed) {
@@ -120,7 +120,7 @@ static void multiply_block(const MatrixProduct& p, const Left& left, const float
 void multiply_matrices(const MatrixProduct& p, float* scratch, int threads) {
   const int64_t units = (p.inner + kUnit - 1) / kUnit;
   const int64_t panels = (p.columns + kPanel - 1) / kPanel, chunks = (p.rows + kChunk - 1) / kChunk;
-  // Parts of equal size: all of them long.
+  // Parts of equal size, so that none is short.
   const int64_t parts = std::max<int64_t>(1, (units + kInner - 1) / kInner);
   const int64_t step = ((units + parts - 1) / parts + 15) / 16 * 16;
 #pragma omp parallel num_threads(threads)

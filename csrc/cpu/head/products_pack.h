@@ -1,6 +1,6 @@
-// Packing for products_kernel.h: lines of an operand are laid side by side, out[k * width + line], as elements that
-// products_kernel.h multiplies: float32 numbers, converted where they have 16 bits, or, with TUNA_PAIRS, pairs of bfloat16
-// numbers that are neighbours along the sum, an odd last one beside 0.
+// Packing for products_kernel.h: lines of an operand are interleaved, out[k * width + line], as the elements that
+// products_kernel.h multiplies: float32 numbers, converted if they have 16 bits, or, with TUNA_PAIRS, pairs of bfloat16
+// numbers adjacent along the sum, an odd last one paired with 0.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ TUNA_INLINE const T* at(const Matrix& m, int64_t line, int64_t place) {
 #if defined(TUNA_PAIRS)
 TUNA_INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
 
-// Up to 16 numbers as bfloat16, the rest 0.
+// Up to 16 numbers as bfloat16, padded with 0.
 TUNA_INLINE __m256i load_bfloat16(const float* from, int64_t count) {
   return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(count), from));
 }
@@ -40,7 +40,7 @@ TUNA_INLINE __m256i load_bfloat16(const BFloat16* from, int64_t count) {
   return _mm256_maskz_loadu_epi16(first(count), from);
 }
 
-// Up to kLanes elements from neighbouring numbers.
+// Up to kLanes elements from adjacent numbers.
 template <typename T>
 TUNA_INLINE Vector load_elements(const T* from, int64_t numbers) {
   const __m256i low = load_bfloat16(from, std::min<int64_t>(16, numbers));
@@ -82,7 +82,7 @@ TUNA_INLINE void join_lines(float* out, const T* line, const T*, int64_t n, int6
 }
 #endif
 
-// kLanes vectors become their transpose, by exchanging ever larger parts between them.
+// Transposes kLanes vectors by exchanging parts of increasing size between them.
 template <int kStep>
 TUNA_INLINE void exchange(Vector (&r)[kLanes]) {
   typedef int32_t Places __attribute__((vector_size(4 * TUNA_LANES)));
@@ -108,12 +108,12 @@ TUNA_INLINE void transpose(Vector (&r)[kLanes]) {
   if constexpr (kLanes > 8) exchange<8>(r);
 }
 
-// A part of a sum: elements start to start + count. The whole has so many numbers.
+// A part of a sum: elements start to start + count. The whole sum has `numbers` numbers.
 struct Part {
   int64_t start, count, numbers;
 };
 
-// Row k of the source holds number k of each line. Lines after the last are 0.
+// Row k of the source contains number k of each line. Lines after the last are 0.
 template <typename T>
 TUNA_INLINE void pack_across(float* out, int64_t width, const Matrix& m, const Part& part, int64_t line, int64_t lines) {
   for (int64_t k = 0; k < part.count; ++k) {
@@ -123,7 +123,7 @@ TUNA_INLINE void pack_across(float* out, int64_t width, const Matrix& m, const P
   }
 }
 
-// Row `line` of the source holds the numbers of that line.
+// Row `line` of the source contains the numbers of that line.
 template <typename T>
 TUNA_INLINE void pack_along(float* out, int64_t width, const Matrix& m, const Part& part, int64_t line, int64_t lines) {
   for (int64_t j = 0; j < width; j += kLanes) {

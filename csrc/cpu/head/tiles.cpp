@@ -9,11 +9,11 @@ namespace tuna {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 128;  // columns summed in float32, a few a lane, before float64 takes them
+constexpr int64_t kBlock = 128;  // columns summed in float32, a few per lane, before adding to float64
 
-// Each row function is cloned per instruction set; the parallel loops below only call them.
+// The row functions are cloned per instruction set; the parallel loops below only call them.
 
-// A row's logits are z = slope * (u - origin) + constant, u = x + bias: what every sum and gradient is taken of.
+// A row's logits are z = slope * (u - origin) + constant, u = x + bias, from which all sums and gradients are computed.
 struct Line {
   const float* x;
   const float* bias;
@@ -34,13 +34,13 @@ TUNA_INLINE float below_largest(Line line, int64_t j) {
 
 TUNA_INLINE int64_t end_of_block(int64_t start, int64_t n) { return start + kBlock < n ? start + kBlock : n; }
 
-// dz/dx where the cap left z; `inverse` = 1 / cap.
+// dz/dx from the capped z; `inverse` = 1 / cap.
 TUNA_INLINE float slope_of_capped(float z, float scale, float inverse) {
   const float t = z * inverse;
   return scale * (1.f - t * t);
 }
 
-// z into the row itself; returns its maximum. The reduction clause allows the compiler to keep one a lane.
+// Replaces the row by z; returns its maximum. The reduction clause lets the compiler keep one maximum per lane.
 template <bool kHasBias>
 TUNA_INLINE float cap_row_body(float* x, int64_t n, const float* bias, float scale, float cap) {
   float maximum = kLowest;
@@ -90,7 +90,7 @@ TUNA_CLONES double sum_row(const Line& line) {
   return line.bias ? sum_row_body<true>(line) : sum_row_body<false>(line);
 }
 
-// The same and sum e^(z - m) (z - m) as well; an exponential of 0 counts as 0 even where z is -infinity.
+// As above, also the sum of e^(z - m) (z - m); an exponential of 0 counts as 0 even if z is -infinity.
 template <bool kHasBias>
 TUNA_INLINE double sum_weighted_row_body(Line line, double* weighted) {
   double total = 0., total_product = 0.;
@@ -115,7 +115,7 @@ TUNA_CLONES double sum_weighted_row(const Line& line, double* weighted) {
   return line.bias ? sum_weighted_row_body<true>(line, weighted) : sum_weighted_row_body<false>(line, weighted);
 }
 
-// The row becomes e^(z - m) dz/dx; returns the sum of the exponentials.
+// Replaces the row by e^(z - m) dz/dx; returns the sum of the exponentials.
 template <bool kHasBias>
 TUNA_INLINE double exponential_row_body(float* x, Line line) {
   double total = 0.;
@@ -169,7 +169,7 @@ TUNA_CLONES void softmax_gradient_row(float* x, const Line& line, float log_sum,
   }
 }
 
-// The same with the entropy term.
+// As above, with the entropy term.
 template <bool kHasBias>
 TUNA_INLINE void entropy_gradient_body(float* x, Line line, float log_sum, float weight, float entropy_weight,
                                        float entropy) {
@@ -177,7 +177,7 @@ TUNA_INLINE void entropy_gradient_body(float* x, Line line, float log_sum, float
   for (int64_t j = 0; j < line.n; ++j) {
     const float log_p = below_largest<kHasBias>(line, j) - log_sum;
     const float p = exp_of(log_p);
-    const float surprise = p > 0.f || p != p ? log_p + entropy : 0.f;  // 0 times infinity is to be 0
+    const float surprise = p > 0.f || p != p ? log_p + entropy : 0.f;  // 0 times infinity counts as 0
     x[j] = p * (weight - entropy_weight * surprise) * line.slope;
   }
 }
@@ -191,7 +191,7 @@ TUNA_CLONES void entropy_gradient_row(float* x, const Line& line, float log_sum,
   }
 }
 
-// The same for a row that holds capped logits z (which are finite).
+// As above, for a row of capped logits z (which are finite).
 TUNA_CLONES void capped_gradient_row(float* x, int64_t n, float scale, float cap, float maximum, float log_sum,
                                      float weight, float entropy_weight, float entropy) {
   const float inverse = 1.f / cap;
@@ -227,7 +227,7 @@ void softmax_one_row(const Tile& tile, const Transform& transform, const RowSlot
     const int64_t column = slots.targets[s] - tile.first_column;
     if (column >= 0 && column < n) state.target_logit[s] = sign * (bias ? x[column] + bias[column] : x[column]);
   }
-  // Nothing but -infinity so far: leave the sums at 0 rather than make -inf - -inf.
+  // Only -infinity so far: leave the sums at 0 instead of computing -inf - -inf.
   const float reference = maximum == kLowest ? 0.f : maximum;
   const Line line{x, bias, n, slope, sign * reference};
   double sum = 0., weighted = 0.;
@@ -265,7 +265,7 @@ void gradient_one_row(const Tile& tile, const Transform& transform, const RowSlo
   };
   if (cap > 0.f) {
     if (!is_capped) cap_row(x, n, transform.bias, scale, cap);
-    static thread_local std::vector<float> slopes;  // dz/dx of the slots' targets: by the same code as of their row
+    static thread_local std::vector<float> slopes;  // dz/dx of the slots' targets, by the same code as for their row
     slopes.assign(static_cast<size_t>(last - first), 0.f);
     for (int64_t s = first; s < last; ++s) {
       if (column_of(s) >= 0) slopes[static_cast<size_t>(s - first)] = slope_of_capped(x[column_of(s)], scale, 1.f / cap);

@@ -1,5 +1,5 @@
-// What the CPU backend does to one tile of logits between two matrix products. Plain pointers, element strides
-// and a thread count; no torch. Sizes are int64, logits float32, statistics float32 unless said otherwise.
+// Operations of the CPU backend on one tile of logits between two matrix products. Plain pointers, element strides
+// and a thread count; no torch. Sizes are int64, logits float32, statistics float32 unless noted.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@ namespace tuna {
 
 // z = softcap(scale * (x + bias)); softcap(x) = cap * tanh(x / cap); cap 0: none; bias null: none (bias of this tile).
 //
-// Statistics are kept of v, where z = factor * v: with a cap v = z and factor = 1, without one
-// v = sign(scale) * (x + bias) and factor = |scale|. A difference of two v is taken before it is multiplied, so that
-// large or steep logits lose nothing to the rounding of z, and no fused multiply-add sees z more exactly than its maximum.
+// Statistics are in terms of v, where z = factor * v: with a cap v = z and factor = 1, without one v = sign(scale) * (x
+// + bias) and factor = |scale|. Differences of v are taken before multiplying, so that the rounding of z costs no
+// accuracy for large or steep logits, and no fused multiply-add sees z more exactly than its maximum.
 struct Transform {
-  float scale;  // finite; of a magnitude that float32 holds, or 0
+  float scale;  // finite; with a normal float32 magnitude, or 0
   float cap;
   const float* bias;
 };
@@ -28,35 +28,35 @@ struct Tile {
   int64_t first_column;
 };
 
-// Which targets each row of the tile must find: slots offsets[r]:offsets[r+1], sorted by row.
+// The targets of each row of the tile: slots offsets[r]:offsets[r+1], sorted by row.
 struct RowSlots {
   const int64_t* offsets;  // [rows + 1]
   const int64_t* targets;  // [offsets[rows]] vocabulary entries
 };
 
-// Running state of the online softmax, one entry a row.
+// Running state of the online softmax, one entry per row.
 struct SoftmaxState {
   float* maximum;       // [rows] running maximum of v
   double* sum;          // [rows] running sum of e^(z - largest z)
-  double* weighted;     // [rows] running sum of e^(z - largest z) (z - largest z); null unless the entropy is wanted
-  float* rescale;       // [rows] e^(old largest z - new one); null unless the tile becomes exponentials
-  float* target_logit;  // [slots] v of each slot's target, written where the tile holds it
+  double* weighted;     // [rows] running sum of e^(z - largest z) (z - largest z); null unless the entropy is needed
+  float* rescale;       // [rows] e^(old largest z - new one); null unless the tile is replaced by exponentials
+  float* target_logit;  // [slots] v of each slot's target, written if it is in the tile
 };
 
-// Merge the tile into the state. With a cap the tile is left holding z, else it is left alone; with `rescale` it
-// is left holding e^(z - largest z) dz/dx, ready to be multiplied by the weight (the unit gradient of a frozen head).
+// Merge the tile into the state. With a cap the tile is overwritten by z, else it is unchanged; with `rescale` it is
+// overwritten by e^(z - largest z) dz/dx, to be multiplied by the weight (the unit gradient of a frozen head).
 void softmax_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const SoftmaxState& state,
                   int threads);
 
-// x becomes dL/dx, where dL/dz_v = p_v (softmax_weight - entropy_weight (log p_v + entropy)) and each slot adds
-// slot_gradient at its target. `is_capped`: the tile already holds z (left so by softmax_tile).
+// Replaces x by dL/dx, where dL/dz_v = p_v (softmax_weight - entropy_weight (log p_v + entropy)) and each slot adds
+// slot_gradient at its target. `is_capped`: the tile already contains z (from softmax_tile).
 struct GradientInputs {
   const float* maximum;          // [rows] of v
-  const float* log_sum;          // [rows] log-sum-exp less the largest z
+  const float* log_sum;          // [rows] log-sum-exp minus the largest z
   const float* softmax_weight;   // [rows]
   const float* entropy_weight;   // [rows], null: none
   const float* entropy;          // [rows], null: none
-  const float* slot_gradient;    // [slots] dL/dz of the slot's target, the softmax left out
+  const float* slot_gradient;    // [slots] dL/dz of the slot's target, without the softmax's part
 };
 void gradient_tile(const Tile& tile, const Transform& transform, const RowSlots& slots, const GradientInputs& inputs,
                    bool is_capped, int threads);

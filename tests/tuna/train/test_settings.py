@@ -211,8 +211,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backend", "triton"], "backend = 'triton' cannot serve"),
-        (["--set", "tree_attention=flash"], "backend = 'flash' cannot serve"),
+        (["--backend", "triton"], "backend = 'triton' does not support"),
+        (["--set", "tree_attention=flash"], "backend = 'flash' does not support"),
         (["--eval-steps", "1"], "--eval-steps needs held-out data: give --eval-data or --eval-fraction"),
         (["--set", "eval_on_start=true"], "eval_on_start needs held-out data"),
         (["--no-eval-first"], "--eval-first = False"),
@@ -284,7 +284,7 @@ def test_flags_that_would_do_nothing_are_refused(
 def test_a_backend_that_cannot_serve_is_a_wrong_value_too() -> None:
     q = torch.zeros(1, 1, 2, 4)
     for kind in (ValueError, RuntimeError):
-        with pytest.raises(kind, match="backend = 'flash' cannot serve this call"):
+        with pytest.raises(kind, match="backend = 'flash' does not support this call"):
             tree_attention(q, q, q, torch.tensor([2, 2]), backend="flash")
 
 

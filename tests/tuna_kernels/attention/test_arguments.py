@@ -43,7 +43,7 @@ BAD = {
         r"subtree_end\[0\] = 0 is outside \(0, ",
     ),
     "end too large": ({"subtree_end": END + END.numel()}, ValueError, r"subtree_end\[0\]"),
-    "few queries": ({"q": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, ValueError, "by query_rows"),
+    "few queries": ({"q": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, ValueError, "as query_rows"),
     "query row": (
         {"q": torch.zeros(1, 4, 2, 3, dtype=torch.float64), "query_rows": torch.tensor([0, END.numel()])},
         IndexError,
@@ -53,7 +53,7 @@ BAD = {
     "window alone": ({"window": 3}, ValueError, "window needs position_ids"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap = 0.0"),
     "backend": ({"backend": "turbo"}, ValueError, "backend = 'turbo'"),
-    "native float64": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' cannot serve this call"),
+    "native float64": ({"backend": "cpu"}, RuntimeError, "backend = 'cpu' does not support this call"),
     "device": ({"subtree_end": END.to("meta")}, ValueError, "subtree_end is on meta"),
 }
 
@@ -77,7 +77,7 @@ def test_auto_is_native_code_where_it_serves(dtype: torch.dtype, monkeypatch: py
         assert torch.equal(tree_attention(**qkv), tree_attention(**qkv, backend=name))
     if not serves:
         monkeypatch.setenv("TUNA_KERNELS_BACKEND", "cpu")
-        with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'cpu' cannot serve"):
+        with pytest.raises(RuntimeError, match="TUNA_KERNELS_BACKEND = 'cpu' does not support"):
             tree_attention(**qkv)
 
 
@@ -99,7 +99,7 @@ def test_auto_on_cuda_is_triton_where_it_serves(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_a_gpu_triton_says_so() -> None:
-    with pytest.raises(RuntimeError, match="backend = 'triton' cannot serve this call: "):
+    with pytest.raises(RuntimeError, match="backend = 'triton' does not support this call: "):
         tree_attention(**_qkv(), backend="triton")
 
 

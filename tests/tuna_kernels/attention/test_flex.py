@@ -109,11 +109,13 @@ def test_blocks_are_those_of_the_mask(window: int | None, chosen: bool) -> None:
 
 def test_backward_on_cpu_is_refused() -> None:
     q, k, v = inputs(TREE, (2, 1), 16, torch.float32)
-    with pytest.raises(RuntimeError, match="backend = 'flex' cannot serve this call: FlexAttention has no backward"):
+    with pytest.raises(
+        RuntimeError, match="backend = 'flex' does not support this call: FlexAttention has no backward"
+    ):
         tree_attention(q, k, v, TREE.subtree_end, backend="flex")
     with torch.no_grad():
         tree_attention(q, k, v, TREE.subtree_end, backend="flex")
-    with pytest.raises(RuntimeError, match=r"FlexAttention does not take torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"FlexAttention does not support torch\.float64"):
         tree_attention(*(x.detach().double() for x in (q, k, v)), TREE.subtree_end, backend="flex")
 
 

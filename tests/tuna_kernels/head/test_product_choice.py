@@ -82,7 +82,7 @@ def test_without_a_place_to_remember_nothing_is_timed(tmp_path: Path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     clock = Clock()
     choice = clock.choose(own=9, blas=1)
-    assert choice.way == OWN and "cannot be written" in choice.reason and clock.timed == 0
+    assert choice.way == OWN and "is not writable" in choice.reason and clock.timed == 0
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 UNTRIED: dict[str, tuple[str, ...]] = {
-    "image, sound or byte models around a text model that is listed by itself, or not made small here": (
+    "image, audio or byte-level models around a text model listed separately, or without a tiny configuration here": (
         *("blt", "emu3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant", "git"),
         *("got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal"),
         *("qwen3_5", "qwen3_5_moe", "qwen4_exp", "dots3_note"),
     ),
-    "other families that need more than a few settings to be made small": (
+    "other families whose tiny configuration needs more than a few settings": (
         *("blenderbot", "cohere_compass_text", "dots3_note_text", "hy_v4", "inkling2_text", "prophetnet"),
         *("qwen4_exp_text", "reformer", "roc_bert", "xlnet", "xlstm", "zamba", "zamba2"),
     ),

@@ -268,5 +268,5 @@ def test_a_model_keeps_the_attention_backend_chosen_for_it(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="attention = 'turbo' is not one of"):
         prepare_model(model, attention="turbo")
     prepare_model(model, attention="flash")
-    with pytest.raises(RuntimeError, match="backend = 'flash' cannot serve this call: flash-attn is not installed"):
+    with pytest.raises(RuntimeError, match="backend = 'flash' does not support this call: flash-attn is not installed"):
         model_ranking_loss(model, tree)

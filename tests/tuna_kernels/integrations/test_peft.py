@@ -99,7 +99,7 @@ def test_disabled_and_merged_adapters(kind: str) -> None:
         assert_close(score_groups(model, tree).scores, with_adapter, bound("llama"))
         if kind == "both":
             model.base_model.disable_adapter_layers()
-            with pytest.raises(ValueError, match="merged into the head and disabled"):
+            with pytest.raises(ValueError, match="both merged into the head and disabled"):
                 score_groups(model, tree)
 
 

@@ -120,7 +120,7 @@ def test_masks_kept_by_row_bound_the_rows() -> None:
 
 def test_two_phases_need_the_registry() -> None:
     model: Any = prepare_model(tiny_family("bloom"))
-    with pytest.raises(ValueError, match="attention is its own"):
+    with pytest.raises(ValueError, match="has its own attention"):
         two_phase_ranking_loss(model, pack_groups(GROUPS))
 
 

@@ -148,7 +148,7 @@ def test_heads_whose_weight_a_hook_makes_are_refused() -> None:
     """The loss never calls the head, so the weight would stay what it was; parametrizations are read, and served."""
     model = tiny("llama")
     torch.nn.utils.weight_norm(model.lm_head)
-    with pytest.raises(ValueError, match=r"made by a hook of its forward \(WeightNorm\)"):
+    with pytest.raises(ValueError, match=r"computed by a hook of its forward \(WeightNorm\)"):
         prepare_model(model)
     other = tiny("llama")
     torch.nn.utils.parametrizations.weight_norm(other.lm_head)

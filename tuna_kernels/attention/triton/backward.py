@@ -1,4 +1,4 @@
-"""Tree attention, backward: one kernel for dQ, one for dK and dV. No atomics; every sum has one order.
+"""Tree attention, backward: one kernel for dQ, one for dK and dV. No atomics; every sum has a fixed order.
 
     P = 2^(s - lse)    dP = dO Vᵀ    dS = P ∘ (dP - delta) ∘ softcap'    delta = rowsum(dO ∘ O) - dlse
     dQ = scale dS K    dK = scale dSᵀ Q    dV = Pᵀ dO
@@ -6,9 +6,9 @@
 `dq_kernel`, grid (query blocks, Hq, B): owns the dQ of its queries and writes their delta, for the other kernel.
 
 `dkv_kernel`, grid (key blocks, B Hkv, splits): owns dK and dV of its keys, or the summands of one split of them. It
-walks the query heads of its group one after the other, and for each the list of query blocks that see it. Prompts are
-seen by all candidates below them, so their lists are long: with several splits each takes an equal stretch of the list
-and writes to a workspace of its own, [splits, B, Hkv, T, size], which the host adds in order.
+iterates over the query heads of its group, and for each over the list of query blocks that see it. Prompts are
+seen by all candidates below them, so their lists are long: with several splits each processes an equal part of the list
+and writes its slice of a workspace [splits, B, Hkv, T, size], which the host adds in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tuna_kernels.gpu.device_math import LOG2_E, dot
 
 @triton.jit
 def _score_gradient(s, p, dp, delta, cap, SOFTCAP: tl.constexpr):
-    """Gradient of the uncapped, scaled scores; s are base-2 scores, cap their bound."""
+    """Gradient of the uncapped, scaled scores; s are base-2 scores, bounded by cap."""
     ds = p * (dp - delta)
     if SOFTCAP:
         slope = s / cap
@@ -92,7 +92,7 @@ def dq_kernel(
     grad_out_ptr,  # [B, Hq, Tq, DV]
     dq_ptr,  # [B, Hq, Tq, D]
     lse_ptr,  # [B, Hq, Tq] float32, contiguous, as the next two
-    grad_lse_ptr,  # looked at with GRAD_LSE
+    grad_lse_ptr,  # used with GRAD_LSE
     delta_ptr,  # written
     end_ptr,
     rows_ptr,

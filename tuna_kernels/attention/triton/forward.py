@@ -1,11 +1,11 @@
 """Tree attention, forward.
 
-Grid (query blocks, Hq, B); a program owns BLOCK_M queries of one head and writes their out and lse. It walks its list
-of key blocks, fully visible ones first and without a mask, with an online softmax in base 2:
+Grid (query blocks, Hq, B); a program owns BLOCK_M queries of one head and writes their out and lse. It iterates over
+its list of key blocks, fully visible ones first and without a mask, with an online softmax in base 2:
 
     top' = max(top, max_j s_j)    total' = total 2^(top - top') + sum_j 2^(s_j - top')    the same for the values
 
-Late query blocks see most keys in a long chain, so they start first.
+In a long chain the last query blocks see most keys, so they start first.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _walk(
             s = tl.where(seen, s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = new_top
-        if MASKED:  # a row may have seen nothing yet, and -inf - -inf is no number
+        if MASKED:  # a row may have seen nothing yet, and -inf - -inf is NaN
             shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(s - shift[:, None])
         rescale = tl.exp2(top - shift)
@@ -141,7 +141,7 @@ def forward_kernel(
             full if masked else 0, live if masked else full, T, k_stride_row, v_stride_row, window, scale, cap, D, DV,
             PAD_D, PAD_V, BLOCK_N, WINDOW, SOFTCAP, PRECISION, masked == 1,
         )  # fmt: skip
-    total = tl.where(here, total, 1.0)  # a row that exists and sees nothing keeps 0: NaN, not a number
+    total = tl.where(here, total, 1.0)  # an existing row that sees nothing keeps 0 and gives NaN
     out = accumulator / total[:, None]
     columns = tl.arange(0, PAD_V)
     out_base = out_ptr + batch * out_stride_batch + head * out_stride_head

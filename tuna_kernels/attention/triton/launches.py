@@ -1,9 +1,9 @@
-"""Tree attention in Triton kernels: the launches. The kernels are in `forward` and `backward`, the block lists
-they walk in `attention.bounds`.
+"""Launches of tree attention in Triton. The kernels are in `forward` and `backward`, their block lists in
+`attention.bounds`.
 
-Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, where the key
-blocks are too few to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). Strides are passed on but for
-the last, which is 1. All results are the same bits every time, for the same GPU and configuration.
+Kept for the backward: q, k, v, out and lse. Workspace: delta [B, Hq, Tq] float32, the block lists and, if there are
+too few key blocks to fill the GPU, `splits` float32 copies of dK and dV (see `_splits`). All strides but the last,
+which is 1, are passed to the kernels. Results are reproducible bit for bit on the same GPU and configuration.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tuna_kernels.gpu.static_case import Config
 
 Result = TypeVar("Result")
 MAX_SIZE = 256
-"""Largest head size: beyond it the accumulators of one program no longer fit its registers."""
+"""Largest head size: above it the accumulators of one program do not fit its registers."""
 
 MAX_SPLITS = 16
 _MAKING_A_LIST = 24
-"""Bytes a pair of blocks takes while the lists are made: flags, sort keys and places, beyond the int32 that is kept."""
+"""Temporary bytes per pair of blocks while the lists are built: flags, sort keys and indices, beyond the int32 kept."""
 
 
 def why_not(q: Tensor, v: Tensor) -> str:
-    """ "" if these inputs are served, else the reason why not."""
+    """ "" if these inputs are supported, else the reason why not."""
     if reason := availability.why_not(q.device, q.dtype):
         return reason
     for name, x in (("q and k", q), ("v", v)):
@@ -139,10 +139,10 @@ def workspace_bytes(
     dtype: torch.dtype,
     device: launch.Device,
 ) -> int:
-    """Peak of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
+    """Peak bytes of forward or backward beyond inputs, out, lse and gradients, on a GPU of this kind.
 
-    Delta and a gradient of lse, the summands of dK and dV with one of their sums, and the tree's own: int32 arrays and
-    block lists, which the first layer makes and all others share. A bound for any configuration, tuned or not.
+    Delta and a gradient of lse, the summands of dK and dV with one of their sums, and the tree's int32 arrays and
+    block lists, which the first layer builds and all others share. An upper bound for any configuration, tuned or not.
     """
     most, sums = {"forward": 0, "dq": 0, "dkv": 0}, 0
     for kernel in most:
@@ -157,7 +157,7 @@ def workspace_bytes(
 
 
 def _map(call: AttentionCall) -> BlockMap:
-    check_values(call.subtree_end, call.query_rows)  # not on a GPU: a wrong value gives wrong rows or NaN there
+    check_values(call.subtree_end, call.query_rows)  # skipped on a GPU, where wrong values give wrong rows or NaN
     return block_map(call.subtree_end, call.query_rows, call.position_ids, call.window)
 
 
@@ -190,7 +190,7 @@ def _flags(call: AttentionCall, blocks: BlockMap) -> dict[str, Any]:
 
 
 def _products(dtype: torch.dtype) -> str:
-    """How matrices are multiplied, as `candidates` wants it."""
+    """Precision of the products, as an argument of `candidates`."""
     return launch.float32_precision("ieee") if dtype == torch.float32 else "half"
 
 
@@ -200,7 +200,7 @@ def _padded(size: int) -> int:
 
 
 def _run_chosen(kernel: str, call: AttentionCall, run: Callable[[Config], Result]) -> Result:
-    """``run`` with the configuration that is chosen, or was tuned, for these types and sizes."""
+    """`run` with the fixed or tuned configuration for these dtypes and sizes."""
     device, dtype, capped = launch.device_of(call.q), call.q.dtype, call.softcap is not None
     size = max(_padded(call.q.shape[3]), _padded(call.v.shape[3]))
     configs = candidates(kernel, device.capability, size, _products(dtype), softcap=capped)
@@ -210,9 +210,9 @@ def _run_chosen(kernel: str, call: AttentionCall, run: Callable[[Config], Result
 
 
 def _splits(programs: int, query_blocks: int, num_sms: int) -> int:
-    """Over how many programs a key block is split: four programs for each of a GPU's places for two, if need be.
+    """Number of programs among which a key block is split, if the GPU needs more: up to 8 programs per multiprocessor.
 
-    A prompt's key block may be seen by every query, and nothing shorter than its walk ends the kernel. With that many
+    A prompt's key block may be seen by every query, and the kernel takes at least as long as its walk. With that many
     programs the longest walk is about an even share of all work. The workspace is then bounded by the GPU, not by the
     problem: some 8 programs per multiprocessor, each with its BLOCK_N rows of dK and dV.
     """
@@ -230,7 +230,7 @@ def _launch(
     factors: tuple[float, ...],
     flags: dict[str, Any],
 ) -> None:
-    """All kernels take their arguments in this order; rows are dense."""
+    """Launch a kernel; all of them take their arguments in this order. Rows are dense."""
     strides = [stride for x in strided for stride in x.stride()[:-1]]
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[grid](

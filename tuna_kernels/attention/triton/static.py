@@ -1,4 +1,4 @@
-"""What of tree attention there is to compile without a GPU: kernels, specialisations, launch configurations."""
+"""Builds of tree attention to compile without a GPU: kernels, specialisations, launch configurations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_TCGEN05 = (
 
 
 def _case(kernel: str, dtype: str, size: int, **flags: bool) -> StaticCase:
-    """One specialisation, with the strides of a model's [B, T, H, d] views."""
+    """One specialisation, for the strides of a model's [B, T, H, d] views."""
     data = f"*{dtype}"
     tensors = {"forward": "q k v out", "dq": "q k v out grad_out dq", "dkv": "q k v grad_out dk dv"}[kernel].split()
     signature: dict[str, str] = {f"{name}_ptr": data for name in tensors}

@@ -1,4 +1,4 @@
-"""What the kernels of tree attention share: loading tiles, scores in base 2, the rule of visibility."""
+"""Shared by the kernels of tree attention: loading tiles, scores in base 2, the visibility rule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def load_rows(
     rows,  # [R] which rows
     columns,  # [C] arange of the padded head size
     stride_row,
-    here,  # [R] bool, rows that exist; looked at where MASKED
+    here,  # [R] bool, rows that exist; used if MASKED
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Tile [R, C], zero beyond the head size and in rows that do not exist. Offsets are 64-bit."""
+    """Tile [R, C], zero beyond the head size and in nonexistent rows. Offsets are 64-bit."""
     pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     if MASKED and SIZE != PADDED:
         return tl.load(pointers, mask=here[:, None] & (columns < SIZE)[None, :], other=0.0)
@@ -32,7 +32,7 @@ def load_rows(
 
 @triton.jit
 def base2_scores(products, scale, cap, SOFTCAP: tl.constexpr):
-    """log2(e) times the scores: products * scale, or cap * tanh(products * scale) where the host split them so."""
+    """log2(e) times the scores: products * scale, or cap * tanh(products * scale); the host folds log2(e) in."""
     if SOFTCAP:
         return cap * tanh(products * scale)
     return products * scale
@@ -42,7 +42,7 @@ def base2_scores(products, scale, cap, SOFTCAP: tl.constexpr):
 def visible(rows, columns, end, row_depth, column_depth, window, WINDOW: tl.constexpr):
     """Whether row i sees row j: j <= i < subtree_end[j] and, with a window, 0 <= depth_i - depth_j < window.
 
-    Arguments broadcast. A row that does not exist is -1 and sees nothing; a key that does not has end 0.
+    Arguments broadcast. A nonexistent row is -1 and sees nothing; a nonexistent key has end 0.
     """
     seen = (columns <= rows) & (rows < end)
     if WINDOW:
@@ -55,8 +55,8 @@ def visible(rows, columns, end, row_depth, column_depth, window, WINDOW: tl.cons
 def query_block(
     block, rows_ptr, order_ptr, depth_ptr, Tq, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """(slots, rows, depth) [BLOCK_M] of a query block: where a query stands in memory, its packed row (-1 beyond the
-    last query) and its depth."""
+    """(slots, rows, depth) [BLOCK_M] of a query block: a query's index in memory, its packed row (-1 beyond the last
+    query) and its depth."""
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     here = slots < Tq
     rows = tl.where(here, slots, -1)

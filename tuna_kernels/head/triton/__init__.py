@@ -1,1 +1,1 @@
-"""Triton kernels of the LM head, one kernel a file."""
+"""Triton kernels of the LM head, one kernel per file."""

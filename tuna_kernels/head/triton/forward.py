@@ -1,14 +1,14 @@
 """Log-sum-exp, entropy and target logits of hidden rows under an LM head: tiles only, no logits in memory.
 
 Grid: blocks of rows x splits of the vocabulary, one axis. A program owns BLOCK_M hidden rows and a run of vocabulary
-tiles; each tile is one product [BLOCK_M, BLOCK_N] in registers, merged into a running softmax. It writes its rows'
-partial (maximum, sum, weighted sum) at [split, row], and v of every slot whose target it met. ``finish_kernel`` merges
-the splits in order. No locks, no atomics, one writer for every element.
+tiles; each tile is one product [BLOCK_M, BLOCK_N] in registers, merged into an online softmax. It writes its rows'
+partial (maximum, sum, weighted sum) at [split, row], and v of every slot whose target is in its tiles. `finish_kernel`
+merges the splits in order. No locks, no atomics, one writer for every element.
 
 How the vocabulary is split depends on its size and on the number of multiprocessors, never on the rows: one to eight
-tiles a split, at least one split a multiprocessor where there are that many tiles. So one row fills the GPU as well as
-many do (with few rows the weight's bandwidth is the bound, and the unused rows of a tile cost nothing), and a row's
-bits do not depend on what else is in the batch, while configuration and GPU stay the same.
+tiles per split, at least one split per multiprocessor if there are enough tiles. So one row fills the GPU as well as
+many do (with few rows reading the weight is the bottleneck, and the unused rows of a tile cost nothing), and a row's
+bits do not depend on what else is in the batch, for the same configuration and GPU.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def finish_kernel(
     offsets,  # [R + 1] or None: row r has slot r
     lse,  # [R] out, nats
     row_maximum,  # [R] out, of v
-    log_sum,  # [R] out, nats: lse less the largest logit
+    log_sum,  # [R] out, nats: lse minus the largest logit
     entropy,  # [R] out or None
     logprobs,  # [S] out
     row_count,
@@ -159,7 +159,7 @@ def finish_kernel(
     first_slot, slots, most_slots = row_slots(offsets, row, row_count)
     for j in range(0, most_slots):
         v = tl.load(target_logit + first_slot + j, mask=j < slots, other=0.0)
-        # The largest is taken off before the logarithm is: near probability 1 both differences are small and exact.
+        # Subtract the largest before the logarithm: near probability 1 both differences are small and exact.
         tl.store(logprobs + first_slot + j, (v - m) * spread - log_s * LN_2, mask=j < slots)
 
 
@@ -167,12 +167,12 @@ def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Confi
     return Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "GROUP_M": 8}, warps, stages)
 
 
-# What the compiler said decided (`STATIC`, `make gpu-static`): registers are the bound. A [128, 128] float32 tile
-# is 64 registers a thread of 8 warps; epilogue and addresses fit beside it without a spill. Depth 64 is 128 bytes of a
-# 16-bit row, one shared-memory swizzle; stages fill what the architecture has (99 KiB on 86, 89, 120). Candidates for
-# tuning: [128, 256], which spills a little in the epilogue and reads shared memory less; a shallower, a narrower.
-# A softcap, an adapter or the entropy need registers too: half the columns. float32 as six bfloat16 products (or TF32)
-# holds the parts in registers: smaller tiles, and 16 deep.
+# Chosen from compiled code (`STATIC`, `make gpu-static`): registers are the limit. A [128, 128] float32 tile takes 64
+# registers per thread with 8 warps; epilogue and addresses fit beside it without a spill. Depth 64 is 128 bytes of a
+# 16-bit row, one shared-memory swizzle; stages fill the shared memory (99 KiB on 86, 89, 120). Candidates for tuning:
+# [128, 256], which spills a little in the epilogue and reads shared memory less; a shallower, a narrower one. A
+# softcap, an adapter or the entropy need registers too: half the columns. float32 as six bfloat16 products (or TF32)
+# holds the parts in registers: smaller tiles, depth 16.
 _ONE = _tile(128, 128, 64, 8, 4)
 CONFIGS_16: dict[int, tuple[Config, ...]] = {
     launch.INTERPRETER: (Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 2}),),
@@ -194,7 +194,7 @@ CONFIGS_32: dict[int, tuple[Config, ...]] = {
 
 
 def head_table(inputs: Inputs, head: LinearHead, *, want_entropy: bool) -> launch.Table:
-    """The configurations for these types and terms."""
+    """The configurations for these dtypes and terms."""
     if product_type(inputs.hidden.dtype, head.weight.dtype) not in HALF:
         return CONFIGS_32
     is_rich = want_entropy or inputs.low_rank is not None or head.softcap is not None
@@ -205,12 +205,12 @@ FINISH = Config({"BLOCK_M": 32, "SPLITS": 32}, num_warps=4)
 
 
 class Partials(NamedTuple):
-    """What the programs of a forward leave for ``finish_kernel``."""
+    """Outputs of the forward kernel, the inputs of `finish_kernel`."""
 
     maximum: Tensor  # [splits, R] of v
     total: Tensor
     weighted: Tensor | None
-    target_logit: Tensor  # [S] v; NaN where no tile held the target
+    target_logit: Tensor  # [S] v; NaN if no tile contains the target
 
     @classmethod
     def empty(cls, splits: int, rows: int, slots: int, device: torch.device, *, weighted: bool) -> Partials:
@@ -226,12 +226,12 @@ class Partials(NamedTuple):
 
 
 def tiles_per_split(tiles: int, num_sms: int) -> int:
-    """Vocabulary tiles a program walks: at least a split a multiprocessor, at most eight tiles; whatever the rows."""
+    """Vocabulary tiles per program: at most eight, at least one split per multiprocessor; independent of the rows."""
     return max(1, min(8, tiles // num_sms))
 
 
 def launch_forward(inputs: Inputs, head: LinearHead, slots: Slots, *, want_entropy: bool) -> Partials:
-    """Run ``forward_kernel`` over all rows of ``slots``."""
+    """Run `forward_kernel` over all rows of `slots`."""
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight
     rows, (vocabulary, width) = slots.rows.numel(), weight.shape
     device = launch.device_of(hidden)
@@ -282,7 +282,7 @@ def launch_forward(inputs: Inputs, head: LinearHead, slots: Slots, *, want_entro
 def finish(
     partials: Partials, head: LinearHead, offsets: Tensor | None, rows: int, *, want_entropy: bool
 ) -> ForwardResult:
-    """Merge the splits and subtract: per row log-sum-exp and entropy, per slot the log-probability."""
+    """Merge the splits: log-sum-exp and entropy per row, log-probability per slot."""
     new = partials.target_logit.new_empty
     lse, maximum, log_sum, logprobs = new(rows), new(rows), new(rows), torch.empty_like(partials.target_logit)
     entropy = new(rows) if want_entropy else None
@@ -307,7 +307,7 @@ def finish(
     return ForwardResult(logprobs, lse, partials.target_logit, maximum, log_sum, entropy, None)
 
 
-# --- what can be compiled -------------------------------------------------------------------------------------
+# --- builds for static checks ---------------------------------------------------------------------------------
 
 NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 STRIDES = ("hidden_stride", "weight_stride", "low_hidden_stride", "low_weight_stride")

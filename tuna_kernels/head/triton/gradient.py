@@ -1,9 +1,9 @@
-"""dL/dlogits of hidden rows under an LM head, a slab of the vocabulary at a time, in the type the products want.
+"""dL/dlogits of hidden rows under an LM head, a slab of the vocabulary at a time, in the dtype of the products.
 
-Grid: blocks of rows x tiles of the slab, one axis. A program computes one tile of logits again, turns it into its
+Grid: blocks of rows x tiles of the slab, one axis. A program recomputes one tile of logits, turns it into its
 gradient in float32 (p − onehot, weighted by each slot's gradient, with the terms of log-sum-exp and entropy and the
-slope of the softcap) and rounds it once into ``slab`` [R, columns]. cuBLAS does the rest (``launches.py``). With a bias
-or a filter it also writes each column's sum, or largest absolute value, over its rows: one partial a row block.
+slope of the softcap) and rounds it once into `slab` [R, columns]. cuBLAS does the rest (`launches.py`). With a bias
+or a filter it also writes each column's sum, or largest absolute value, over its rows: one partial per row block.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ def launch_gradient(
     want_sums: bool,
     want_peaks: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fill ``slab`` [R, C] with dL/d(product) of vocabulary entries ``first … first + C``, times ``factor``.
+    """Fill `slab` [R, C] with dL/d(product) of vocabulary entries `first … first + C`, times `factor`.
 
-    ``gradient.log_sum`` is in base 2 here. Returns each column's (sum, largest absolute
-    value), [C] float32, of those wanted.
+    `gradient.log_sum` is in base 2 here. Returns each column's sum and largest absolute value, [C] float32; None if
+    not requested.
     """
     hidden, weight, low, low_weight = inputs.hidden, head.weight, inputs.low_rank, head.low_rank_weight
     rows, columns = slab.shape

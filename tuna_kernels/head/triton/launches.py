@@ -1,12 +1,12 @@
-"""The LM head on a GPU: which kernels and which cuBLAS products make log-probabilities and their gradients.
+"""The LM head on a GPU: log-probabilities and their gradients by kernels and cuBLAS products.
 
-Forward, 2·N·V·D flops: one kernel, tiles only (``forward.py``). Backward, 6·N·V·D: the vocabulary in slabs; for each
-a kernel computes the logits again and writes their gradient in the products' type (``gradient.py``), and cuBLAS adds
-``slab @ W`` into a float32 dX and writes ``slab^T @ X``, all rows at once, as the finished slab of dW.
+Forward, 2·N·V·D flops: one kernel, tiles only (`forward.py`). Backward, 6·N·V·D: the vocabulary in slabs; for each
+a kernel recomputes the logits and writes their gradient in the dtype of the products (`gradient.py`), and cuBLAS adds
+`slab @ W` to a float32 dX and writes `slab^T @ X`, all rows at once, as the finished slab of dW.
 
-With a block (a ranking loss within its logits budget) the logits come from cuBLAS once, in float32, and both ways
-read them there (``logits.py``): 6·N·V·D in all. With a frozen head the forward may keep the unit gradient of each
-row: 4·N·V·D in all, see ``unit_gradient_pays``.
+With a block (a ranking loss within its logits budget) cuBLAS computes the logits once, in float32, and forward and
+backward read them from the block (`logits.py`): 6·N·V·D in total. With a frozen head the forward may keep the unit
+gradient of each row: 4·N·V·D in total, see `unit_gradient_pays`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def forward(
     want_unit: bool = False,
     block: Tensor | None = None,
 ) -> ForwardResult:
-    """As ``tiled.forward``."""
+    """As `tiled.forward`."""
     rows = slots.rows.numel()
     if rows == 0:
         empty = inputs.hidden.new_empty(0, dtype=compute)
@@ -65,7 +65,7 @@ def forward(
 
 
 def _gathered(source: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
-    """The hidden rows of ``slots`` [R, D] in the products' type; a view where they are that already."""
+    """The hidden rows of `slots` [R, D] in the dtype of the products; a view if possible."""
     rows = source[: slots.rows.numel()] if slots.contiguous else source.index_select(0, slots.rows)
     return rows.to(dtype)
 
@@ -73,7 +73,7 @@ def _gathered(source: Tensor, slots: Slots, dtype: torch.dtype) -> Tensor:
 def _products(
     inputs: Inputs, head: LinearHead, slots: Slots, out: Tensor, first: int, last: int, hidden: Tensor
 ) -> None:
-    """``h W^T + h2 W2^T`` of vocabulary entries ``first … last`` into ``out``, float32, by cuBLAS."""
+    """`h W^T + h2 W2^T` of vocabulary entries `first … last` into `out`, float32, by cuBLAS."""
     multiply(out, hidden, head.weight[first:last].to(hidden.dtype).t(), add=False)
     if inputs.low_rank is not None and head.low_rank_weight is not None:
         low_type = product_type(inputs.low_rank.dtype, head.low_rank_weight.dtype)
@@ -93,7 +93,7 @@ def _forward_in_block(inputs: Inputs, head: LinearHead, slots: Slots, block: Ten
 
 
 def _forward_with_unit(inputs: Inputs, head: LinearHead, slots: Slots) -> ForwardResult:
-    """Slab by slab: logits by cuBLAS, their softmax, then exponentials against the running maximum times W."""
+    """Slab by slab: logits by cuBLAS, their softmax, then exponentials relative to the running maximum times W."""
     rows, width = slots.rows.numel(), head.weight.shape[1]
     device, new = inputs.hidden.device, torch.empty
     dtype = product_type(inputs.hidden.dtype, head.weight.dtype)
@@ -130,10 +130,10 @@ def _forward_with_unit(inputs: Inputs, head: LinearHead, slots: Slots) -> Forwar
 
 
 def _against_underflow(gradient: RowGradient, logit_scale: float, dtype: torch.dtype) -> Tensor | None:
-    """For float16 slabs a power of two that brings the largest coefficient to about 1, on the device; else None.
+    """For float16 slabs, a power of two that scales the largest coefficient to about 1, on the device; else None.
 
-    The mean over many tokens makes gradients of logits that float16 would flush to zero, a steep scale some that it
-    cannot hold; the products' float32 results are scaled back.
+    A mean over many tokens gives gradients of logits that float16 would flush to zero, and a steep scale gives some
+    that overflow it; the float32 results of the products are scaled back.
     """
     if dtype != torch.float16:
         return None
@@ -157,7 +157,7 @@ def backward(
     block: Tensor | None = None,
     block_rows: Tensor | None = None,
 ) -> None:
-    """As ``tiled.backward``."""
+    """As `tiled.backward`."""
     if not into.any:
         return
     rows, vocabulary = slots.rows.numel(), head.vocabulary
@@ -190,7 +190,7 @@ def backward(
 
 
 def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
-    """Columns of a slab that the filter keeps (NaN counts as large), None for all. Waits for the device."""
+    """Columns of a slab that the filter keeps (NaN counts as large), None for all. Synchronizes."""
     if peaks is None:
         return None
     kept = (~(peaks < filter_eps)).nonzero().squeeze(1)
@@ -198,7 +198,7 @@ def _kept(peaks: Tensor | None, filter_eps: float) -> Tensor | None:
 
 
 class SlabWriter:
-    """Multiplies slabs of gradients, all rows at once, into the gradients asked for."""
+    """Multiplies slabs of gradients, all rows at once, into the requested gradients."""
 
     def __init__(
         self, inputs: Inputs, head: LinearHead, slots: Slots, into: Gradients, dtype: torch.dtype, factor: Tensor | None
@@ -212,7 +212,7 @@ class SlabWriter:
         ]
 
     def add(self, slab: Tensor, sums: Tensor | None, first: int, last: int, kept: Tensor | None) -> None:
-        """``slab`` [R, last - first]; of its columns only ``kept`` are multiplied (None: all)."""
+        """Add the products of `slab` [R, last - first], using only its columns `kept` (None: all)."""
         into = self.into
 
         def columns(source: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class SlabWriter:
             bias.copy_(bias + sums if into.accumulate else sums)
 
     def _columns(self, out: Tensor, slab: Tensor, right: Tensor, kept: Tensor | None) -> None:
-        """``out (+)= slab^T right``, finished: rounded to the gradient's type once."""
+        """`out (+)= slab^T right`, rounded once to the gradient's dtype."""
         add = self.into.accumulate
         plain = self.unscale is None and kept is None
         if plain and (out.dtype == torch.float32 or (out.dtype == slab.dtype == right.dtype and not add)):
@@ -256,7 +256,7 @@ class SlabWriter:
 def selective_forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, compute: torch.dtype
 ) -> SelectiveResult:
-    """As ``tiled_selective.forward``."""
+    """As `tiled_selective.forward`."""
     rows, targets = logits.shape[0], targets.contiguous()
     if rows == 0:
         empty = logits.new_empty(0, dtype=compute)
@@ -279,7 +279,7 @@ def selective_backward(
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """As ``tiled_selective.backward``."""
+    """As `tiled_selective.backward`."""
     if logits.shape[0] == 0:
         return
     head = LinearHead(logits, None, None, 1.0 / temperature, None)

@@ -1,9 +1,9 @@
-"""Softmax and gradient of logits that are already in memory: each way one read of them, and one write of the gradient.
+"""Softmax and gradient of existing logits: one read in each direction, and one write of the gradient.
 
-Used by ``selective_logprobs``, by a ranking loss that keeps a block of logits, and by the unit gradient of a frozen
+Used by `selective_logprobs`, by a ranking loss that keeps a block of logits, and by the unit gradient of a frozen
 head. Grid: blocks of rows x splits (forward) or tiles (gradient) of the columns, one axis. The forward's partials are
-those of ``forward.py`` and finished by the same kernel; columns are split by their number only, so a row's bits depend
-on nothing else in the batch. The gradient may overwrite the logits: each element is read and written by one thread.
+those of `forward.py`, merged by the same kernel; the splits depend on the number of columns only, so a row's bits do
+not depend on the batch. The gradient may overwrite the logits: each element is read and written by one thread.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TILES_PER_SPLIT = 8
 def logits_forward_kernel(
     logits,  # [·, columns]
     bias,  # [V] or None
-    offsets,  # [R + 1] int64, or None: row r has slot r, and those of target ignore_index are left out
+    offsets,  # [R + 1] int64, or None: row r has slot r, ignored if its target is ignore_index
     targets,  # [S] int64
     maximum,  # [splits, R] float32 out, of v
     total,  # [splits, R] out
@@ -146,8 +146,8 @@ def logits_gradient_kernel(
         tl.store(column_sums + block * column_count + first + column, tl.sum(d, 0), mask=inside)
 
 
-# Bandwidth is the bound: 8 elements a thread, in few enough registers for half of all threads and more to be resident.
-# The gradient takes several rows a program, as its column sums are one partial a row block.
+# Bandwidth is the bottleneck: 8 elements per thread, in few enough registers for at least half of all threads to be
+# resident. The gradient uses several rows per program, as its column sums are one partial per row block.
 _INTERPRETED = Config({"BLOCK_M": 16, "BLOCK_N": 32})
 FORWARD: launch.Table = {
     launch.INTERPRETER: (_INTERPRETED,),
@@ -164,7 +164,7 @@ def _config(table: launch.Table, logits: Tensor) -> Config:
 
 
 def splits_of(logits: Tensor) -> int:
-    """Partials a row has in `launch_logits_forward`."""
+    """Number of partials per row in `launch_logits_forward`."""
     return int(triton.cdiv(logits.shape[1], _config(FORWARD, logits).blocks["BLOCK_N"] * TILES_PER_SPLIT))
 
 
@@ -181,9 +181,9 @@ def launch_logits_forward(
     first: int = 0,
     ignore_index: int = -1,
 ) -> None:
-    """Partials [splits, R] of ``logits`` [R, C], which are vocabulary entries ``first … first + C``.
+    """Partials [splits, R] of `logits` [R, C], which are vocabulary entries `first … first + C`.
 
-    ``offsets`` None: row r has slot r, unless its target is ``ignore_index``.
+    `offsets` None: row r has slot r, unless its target is `ignore_index`.
     """
     config, (rows, columns) = _config(FORWARD, logits), logits.shape
     logits_forward_kernel[(triton.cdiv(rows, config.blocks["BLOCK_M"]) * splits_of(logits),)](
@@ -224,9 +224,9 @@ def launch_logits_gradient(
     factor: Tensor | None = None,
     want_sums: bool = False,
 ) -> Tensor | None:
-    """Write dL/d(product) times ``factor`` to ``out`` [R, C]; returns each column's sum if wanted.
+    """Write dL/d(product) times `factor` to `out` [R, C]; returns each column's sum if requested.
 
-    ``gradient.log_sum`` is in base 2 here. ``rows`` [R]: the row of ``logits`` each row of ``out`` is made from.
+    `gradient.log_sum` is in base 2 here. `rows` [R]: the row of `logits` for each row of `out`.
     """
     config, (count, columns) = _config(GRADIENT, logits), out.shape
     blocks = triton.cdiv(count, config.blocks["BLOCK_M"])

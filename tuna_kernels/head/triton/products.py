@@ -1,4 +1,4 @@
-"""How matrices are multiplied: types for the products inside kernels, and cuBLAS for those outside."""
+"""Matrix products: dtypes of those inside kernels, and cuBLAS for those outside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 class Products(NamedTuple):
-    """Constants of a kernel: to what both factors are converted, and how float32 is multiplied."""
+    """Constants of a kernel: the dtype both factors are converted to, and how float32 is multiplied."""
 
     TYPE: Any  # for hidden and weight
     LOW_TYPE: Any  # for the low-rank pair
@@ -25,12 +25,12 @@ class Products(NamedTuple):
 
 
 def product_type(left: torch.dtype, right: torch.dtype) -> torch.dtype:
-    """The type both factors are converted to: their own if it is one, else float32."""
+    """The dtype both factors are converted to: their own if it is the same, else float32."""
     return left if left == right else torch.float32
 
 
 def in_kernel(inputs: Inputs, head: LinearHead) -> Products:
-    """For ``h W^T`` and the low-rank addition."""
+    """Constants for `h W^T` and the low-rank term."""
 
     def common(left: Tensor, right: Tensor) -> Any:
         return TYPES[product_type(left.dtype, right.dtype)]
@@ -43,10 +43,10 @@ def in_kernel(inputs: Inputs, head: LinearHead) -> Products:
 
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """``out = left @ right`` or, with ``add``, ``out += left @ right``; accumulated in float32 and rounded once.
+    """`out = left @ right` or, with `add`, `out += left @ right`; accumulated in float32 and rounded once.
 
-    ``left`` is half precision or float32; a float32 ``right`` beside a half-precision ``left`` is taken as two
-    half-precision parts, so that the product stays on tensor cores and ``left`` is not converted.
+    `left` is half precision or float32; with a half-precision `left` a float32 `right` is split into two
+    half-precision parts, so that the product stays on tensor cores and `left` is not converted.
     """
     if left.dtype in HALF and right.dtype == torch.float32:
         high = right.to(torch.bfloat16 if left.dtype == torch.bfloat16 else left.dtype)

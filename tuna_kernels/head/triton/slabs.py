@@ -1,4 +1,4 @@
-"""How many columns of logits are in memory at a time, and when a frozen head keeps unit gradients instead."""
+"""Size of a slab of logits, and when a frozen head keeps unit gradients instead."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ MIN_COLUMNS = 512
 
 
 def slab_columns(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Vocabulary entries of a slab of at most ``SLAB_BYTES``, in multiples of 512; all rows go in one product."""
+    """Vocabulary entries in a slab of at most `SLAB_BYTES`, a multiple of 512; all rows are in one product."""
     fitting = SLAB_BYTES // max(1, rows * itemsize) // MIN_COLUMNS * MIN_COLUMNS
     return min(vocabulary, max(MIN_COLUMNS, fitting))
 
 
 def workspace_bytes(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Forward: partials of at most 264 splits a row. Backward: a slab, float32 dX, gathered rows, for float16 a dW slab
-    in float32. With unit gradients the forward takes a float32 slab and its exponentials instead."""
+    """Peak bytes. Forward: partials of at most 264 splits per row. Backward: a slab, float32 dX, gathered rows, for
+    float16 a dW slab in float32. With unit gradients the forward needs a float32 slab and its exponentials instead."""
     columns = slab_columns(rows, vocabulary, dtype.itemsize)
     unscaled = columns * width * 4 if dtype == torch.float16 else 0
     backward = rows * columns * dtype.itemsize + rows * width * (4 + dtype.itemsize) + unscaled
@@ -25,12 +25,12 @@ def workspace_bytes(rows: int, width: int, vocabulary: int, dtype: torch.dtype) 
 
 
 def unit_gradient_pays(width: int, *dtypes: torch.dtype) -> bool:
-    """Whether a frozen head's forward should keep unit gradients rather than recompute logits in the backward.
+    """Whether a frozen head's forward should keep unit gradients instead of recomputing logits in the backward.
 
-    It saves one product of three, 2·D flops a logit, and costs traffic: logits are written and read twice in float32
-    and once in half precision, 16 bytes a logit, where recomputing writes and reads 4. It pays where
+    It saves one product of three, 2·D flops per logit, and costs traffic: logits are written and read twice in float32
+    and once in half precision, 16 bytes per logit, while recomputing writes and reads 4. It pays if
     2·D / peak > 12 / bandwidth, D > 6 peak/bandwidth: 918 on A100 (312 Tflop/s, 2.04 TB/s), 1772 on H100 (990, 3.35),
-    1690 on B200 (2250, 8.0). In float32 a product costs six times as much or more, and it always pays.
+    1690 on B200 (2250, 8.0). In float32 a product costs at least six times as much, and it always pays.
     """
     half = len(set(dtypes)) == 1 and dtypes[0] in (torch.bfloat16, torch.float16)
     return not half or width >= 2048

@@ -1,8 +1,8 @@
-"""What kernels do to one tile: the product, the way from product to logits, the softmax, the gradient.
+"""Operations of the kernels on one tile: the product, from product to logits, the softmax, the gradient.
 
-Rows keep v, where a logit is ``z = factor * v`` (``tiled.LinearHead``), and take differences of it before they multiply
-by ``rate = log2(e) * factor``: ``e^(z - m) = 2^(rate (v - v_m))`` is one instruction, and neither the rounding of a
-large z nor a fused multiply-add comes between. Nothing here calls libdevice, which the interpreter does not have.
+Statistics are in terms of v, where a logit is `z = factor * v` (`tiled.LinearHead`), and differences of v are taken
+before multiplying by `rate = log2(e) * factor`: `e^(z - m) = 2^(rate (v - v_m))` is one instruction, unaffected by
+the rounding of a large z or a fused multiply-add. Nothing here calls libdevice, which the interpreter does not have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tuna_kernels.gpu.device_math import LN_2, LOG2_E, dot, tanh
 
 @triton.jit
 def program_tile(row_count, column_blocks, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """(block of rows, block of columns) of a program of a 1-D grid: GROUP_M row blocks walk along together, so that
+    """(block of rows, block of columns) of a program in a 1-D grid: GROUP_M row blocks advance together, so that
     a weight tile is read from DRAM once for all of them and their hidden rows stay in L2."""
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(row_count, BLOCK_M)
@@ -41,7 +41,7 @@ def add_product(
     TYPE: tl.constexpr,  # both are converted to this
     PRECISION: tl.constexpr,  # how float32 is multiplied
 ):
-    """``acc + left[left_rows] @ right[right_rows]^T``."""
+    """`acc + left[left_rows] @ right[right_rows]^T`."""
     depth = tl.arange(0, BLOCK_K)
     a_at = left + left_rows[:, None] * left_stride + depth[None, :]
     b_at = right + right_rows[None, :] * right_stride + depth[:, None]
@@ -70,9 +70,9 @@ def rate_of(scale, CAPPED: tl.constexpr):
 
 @triton.jit
 def to_v(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
-    """v of products ``x`` [BLOCK_M, BLOCK_N] of vocabulary entries ``first + column``.
+    """v of products `x` [BLOCK_M, BLOCK_N] of vocabulary entries `first + column`.
 
-    ``column`` is int32 within the tile, to spare registers; from ``count`` on they lie past the vocabulary: −inf.
+    `column` is int32 within the tile, to save registers; columns from `count` on are beyond the vocabulary: −inf.
     """
     inside = column < count
     if bias is not None:
@@ -86,16 +86,16 @@ def to_v(x, bias, first, column, count, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def merge_softmax(v, maximum, total, weighted, rate, WEIGHTED: tl.constexpr):
-    """Merge a tile into the running (max v, sum 2^y, sum 2^y y) of each row, ``y = rate (v - max v)``."""
+    """Merge a tile into the running (max v, sum 2^y, sum 2^y y) of each row, `y = rate (v - max v)`."""
     larger = tl.maximum(maximum, tl.max(v, 1))
-    reference = tl.where(larger == float("-inf"), 0.0, larger)  # nothing but -inf so far: sums stay 0, not NaN
+    reference = tl.where(larger == float("-inf"), 0.0, larger)  # only -inf so far: sums stay 0, not NaN
     fall = (maximum - reference) * rate
     rescale = tl.exp2(fall)
     below = (v - reference[:, None]) * rate
     exponentials = tl.exp2(below)
     if WEIGHTED:
         moved = total * tl.maximum(fall, -1e4)
-        # Where 2^below is 0, below may be −inf: bounded, their product is 0.
+        # If 2^below is 0, below may be −inf; bounding it makes their product 0.
         weighted = (weighted + moved) * rescale + tl.sum(exponentials * tl.maximum(below, -1e4), 1)
     total = total * rescale + tl.sum(exponentials, 1)
     return larger, total, weighted
@@ -103,7 +103,7 @@ def merge_softmax(v, maximum, total, weighted, rate, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def row_slots(offsets, rows, row_count):
-    """(first slot, number of slots) of each row, int64, and the largest number. No offsets: row r has slot r."""
+    """(first slot, number of slots) of each row, int64, and the largest number. Without offsets row r has slot r."""
     live = rows < row_count
     if offsets is None:
         first = rows
@@ -116,16 +116,16 @@ def row_slots(offsets, rows, row_count):
 
 @triton.jit
 def target_column(targets, first_slot, slots, j, first, count):
-    """Column within the tile, int32, of the target of each row's slot ``j``; −1 where it is not in this tile."""
+    """Column within the tile, int32, of the target of each row's slot `j`; −1 if it is not in this tile."""
     target = tl.load(targets + first_slot + j, mask=j < slots, other=-1) - first
     return tl.where((target >= 0) & (target < count), target, -1).to(tl.int32)
 
 
 @triton.jit
 def store_target_logit(v, first, column, count, target_logit, targets, first_slot, slots, most_slots):
-    """Write v of each slot whose target is in the tile: one tile holds it, so there is one writer.
+    """Write v of each slot whose target is in the tile: only one tile contains it, so there is one writer.
 
-    ``first_slot``, ``slots``, ``most_slots``: from `row_slots`.
+    `first_slot`, `slots`, `most_slots`: from `row_slots`.
     """
     for j in range(0, most_slots):
         target = target_column(targets, first_slot, slots, j, first, count)
@@ -141,7 +141,7 @@ def to_gradient(
     column,
     count,  # as in to_v
     maximum,  # [BLOCK_M] of v
-    log_sum,  # [BLOCK_M] log2 of the sum against it
+    log_sum,  # [BLOCK_M] log2 of the sum relative to it
     softmax_weight,  # [BLOCK_M]
     entropy_weight,  # [BLOCK_M], read if WEIGHTED
     entropy,  # [BLOCK_M]
@@ -155,7 +155,7 @@ def to_gradient(
     CAPPED: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """dL/d(product) in float32: the one-hot part is added before anything is rounded."""
+    """dL/d(product) in float32: the one-hot part is added before rounding."""
     log2_p = (v - maximum[:, None]) * rate_of(scale, CAPPED) - log_sum[:, None]
     p = tl.exp2(log2_p)
     if WEIGHTED:

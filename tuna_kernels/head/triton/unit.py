@@ -1,7 +1,7 @@
 """Gradient of hidden rows from their unit gradients: no logits, one row of the head for each slot.
 
 Grid: rows x blocks of the width, one axis. A program owns one block of one row's gradient,
-``softmax_weight * unit + sum over the row's slots of slot_gradient * w_target``, added in the order of the slots.
+`softmax_weight * unit + sum over the row's slots of slot_gradient * w_target`, added in the order of the slots.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def unit_kernel(
     stop = tl.load(offsets + row + 1)
     row_weight = tl.load(softmax_weight + row)
     sum = tl.load(unit + tl.load(places + row) * unit_stride + at, mask=inside, other=0.0)
-    sum = tl.where(row_weight == 0, 0.0, sum * row_weight)  # the unit of no probability at all is NaN
+    sum = tl.where(row_weight == 0, 0.0, sum * row_weight)  # without any probability the unit gradient is NaN
     for slot in range(start, stop):
         target = tl.load(targets + slot)
         known = (target >= 0) & (target < vocabulary)
@@ -54,7 +54,7 @@ CONFIG = Config({"BLOCK": 1024}, num_warps=4)
 
 
 def unit_rows(weight: Tensor, slots: Slots, unit: Tensor, places: Tensor, gradient: RowGradient) -> Tensor:
-    """[R, D] float32; as ``tiled.unit_rows``."""
+    """As `tiled.unit_rows`: [R, D] float32."""
     rows, (vocabulary, width) = slots.rows.numel(), weight.shape
     out = torch.empty(rows, width, dtype=unit.dtype, device=unit.device)
     if rows:

@@ -1,4 +1,4 @@
-"""Causal language models of transformers on packed trees. Start at `prepare_model` and `model_ranking_loss`."""
+"""Causal language models of transformers on packed trees. Start with `prepare_model` and `model_ranking_loss`."""
 
 from tuna_kernels.integrations.transformers.models import model_ranking_loss, prepare_model, score_groups
 from tuna_kernels.integrations.transformers.ranking_model import RankingModel

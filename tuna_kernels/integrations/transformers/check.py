@@ -1,8 +1,8 @@
-"""What must hold before a tree's numbers can be trusted: positions within range, and a check of each model once.
+"""Checks that a model is correct on a tree: positions within range, and one numerical check per model.
 
-The check compares a tiny tree with the model's own forward on separate sequences: six sequences and a tree, some 100
-tokens in all. It looks at what the model does, not at its name: a subclass, a hook, a head that is more than linear, an
-adapter, remote code all show in the numbers. It runs once for a model object, and again when a forward or a hook
+The numerical check compares a tiny tree with the model's own forward on separate sequences: six sequences and a tree,
+some 100 tokens in total. It depends on what the model computes, not on its name: a subclass, a hook, a nonlinear head,
+an adapter or remote code all show in the numbers. It runs once per model object, and again when a forward or a hook
 anywhere in it has changed (`signature`).
 """
 
@@ -22,30 +22,30 @@ from tuna_kernels.integrations.transformers.row_numbers import CORRECTED, RowNum
 from tuna_kernels.tree import Group, PackedTree, pack_groups
 
 DRAWS = 3
-"""Token draws of which one has to agree: in a mixture of experts rounding may send a token to another expert."""
+"""Random token draws, one of which must agree: in a mixture of experts rounding may route a token to another expert."""
 
 IN_FLOAT32 = 1 << 30
-"""Bytes of half-precision weights up to which the check computes in float32, on a copy for as long as it lasts."""
+"""Bytes of half-precision weights up to which the check computes in float32, on a temporary copy."""
 
 _BETWEEN_ROWS = {
     "Mamba|DeltaNet|DeltaAttention|ShortConv|Rwkv|RWKV|xLSTM|RecurrentBlock|LightningAttention|LinearAttention": (
-        "is recurrent: its state runs along the packed row, from one branch into the next, where only attention can "
-        "follow a tree"
+        "is recurrent: its state would carry over from one branch to the next in the packed row, and only attention "
+        "can follow a tree"
     ),
-    "Compressor": "makes one key of a block of neighbouring rows, which in a tree are of several sequences",
-    "Indexer": "attends to the keys that score highest among all rows before, which in a tree are of several sequences",
+    "Compressor": "builds one key from a block of neighbouring rows, which in a tree belong to several sequences",
+    "Indexer": "selects the highest-scoring keys among all previous rows, which in a tree belong to several sequences",
 }
-"""Layers that mix tokens other than by attention, by class name, and why a tree cannot reach them."""
+"""Layers, by class name, that mix tokens other than by attention, and why they cannot follow a tree."""
 
 _ENGINES = ("deepspeed", "accelerate", "torch.distributed")
 
 
 def check_positions(model: PreTrainedModel, longest: Callable[[], int]) -> None:
-    """Refuse sequences for which the position code depends on the whole batch, or has no entry.
+    """Reject sequences whose positional encoding depends on the whole batch, or does not exist.
 
     Args:
         model: the causal LM.
-        longest: gives the tokens of the longest sequence (asked only where it matters: it synchronises).
+        longest: returns the number of tokens of the longest sequence (called only if needed: it synchronizes).
 
     Raises:
         ValueError: a rotary frequency that would depend on the batch's longest sequence ("dynamic",
@@ -56,7 +56,7 @@ def check_positions(model: PreTrainedModel, longest: Callable[[], int]) -> None:
 
 
 def _position_limit(model: PreTrainedModel) -> tuple[int, str] | None:
-    """The most tokens of a sequence, and what is wrong with more."""
+    """The maximum length of a sequence, and the message for a longer one."""
     rotary = False
     found: list[tuple[int, str]] = []
     for module in model.modules():
@@ -86,10 +86,10 @@ def _original_length(module: nn.Module, layer: str | None, kind: str) -> int:
 
 
 def check_embedding_noise(model: PreTrainedModel) -> None:
-    """Refuse NEFTune in training mode: the law of its noise would be that of the packed row.
+    """Reject NEFTune in training mode: its noise would be scaled for the packed row.
 
     Raises:
-        ValueError: the hook of transformers' or another library's NEFTune is on the input embeddings.
+        ValueError: the input embeddings have a NEFTune hook, of transformers or another library.
     """
     embeddings = model.get_input_embeddings()
     if embeddings.training and any("neftune" in _name(hook) for hook in embeddings._forward_hooks.values()):
@@ -104,7 +104,7 @@ def _name(function: Any) -> str:
 
 
 def why_not(model: nn.Module) -> str:
-    """What in the model mixes tokens in a way that no tree can follow; "" if nothing does, as far as names tell."""
+    """Which layer mixes tokens in a way that cannot follow a tree, judged by class names; "" if none."""
     for module in model.modules():
         for pattern, reason in () if isinstance(module, PreTrainedModel) else _BETWEEN_ROWS.items():
             if re.search(pattern, type(module).__name__):
@@ -113,16 +113,18 @@ def why_not(model: nn.Module) -> str:
 
 
 def convolution(model: nn.Module) -> str:
-    """As `why_not`, for a model that has failed the check: a tower for images or sound may convolve, too."""
+    """As `why_not`, for a model that has failed the check (an image or audio encoder may convolve, too)."""
     for module in model.modules():
         for part in module.children():
             if isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1:
-                return f"{type(module).__name__} convolves neighbouring rows, which in a tree are of several sequences"
+                return (
+                    f"{type(module).__name__} convolves neighbouring rows, which in a tree belong to several sequences"
+                )
     return ""
 
 
 def before_head(model: nn.Module, base: PreTrainedModel, backbone: nn.Module) -> str:
-    """As `convolution`: whether the head gets something else than the backbone's last hidden states."""
+    """As `convolution`: whether the head's input differs from the backbone's last hidden states."""
     seen: dict[str, Tensor] = {}
     head: nn.Module = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     hooks = (
@@ -135,12 +137,12 @@ def before_head(model: nn.Module, base: PreTrainedModel, backbone: nn.Module) ->
         for hook in hooks:
             hook.remove()
     if len(seen) == 2 and not torch.equal(seen["to_head"], seen["out"]):
-        return "its head is more than a linear layer: others stand between the last hidden states and it"
+        return "its head is more than a linear layer: there are other layers between it and the last hidden states"
     return ""
 
 
 def can_run(model: nn.Module) -> bool:
-    """Whether weights hold values: none is on the meta device or simulated, and ZeRO-3's hooks gather its shards."""
+    """Whether the weights have values: none is on the meta device or fake, and hooks gather ZeRO-3 shards."""
     sharded = False
     for p in model.parameters():
         if p.device.type == "meta" or isinstance(p, FakeTensor):
@@ -151,10 +153,10 @@ def can_run(model: nn.Module) -> bool:
 
 
 def signature(*modules: nn.Module) -> tuple[Any, ...]:
-    """What decides what these modules compute: classes and their forwards, forwards put on objects, hooks.
+    """Everything that determines what these modules compute: classes, their forwards, instance forwards, hooks.
 
-    Left out are hooks of engines that move weights about, and the one of transformers that makes embeddings require
-    gradients, as checkpointing and adapters need. A hook's key is never given to another.
+    Excluded are hooks of engines that move weights, and the one by which transformers makes embeddings require
+    gradients (for checkpointing and adapters). Hook keys are never reused.
     """
     return tuple(
         (
@@ -182,13 +184,13 @@ def _of_engine(function: Any) -> bool:
 
 
 def small_groups(model: PreTrainedModel, draw: int = 0) -> list[Group]:
-    """Two groups that exercise every case of the rule: a second group, deeper sharing, a candidate within another."""
+    """Two groups covering every case of the rule: a second group, deeper sharing, a candidate that prefixes another."""
     config = model.config.get_text_config()
     special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
     usable = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special])
     t = usable[torch.randint(len(usable), (40,), generator=torch.Generator().manual_seed(draw))].tolist()
     long = 13 if (limit := _position_limit(model)) is None else limit[0]
-    prompts, responses = (6, 7) if long >= 13 else (long // 2, long - long // 2)  # positions of a toy may be fewer
+    prompts, responses = (6, 7) if long >= 13 else (long // 2, long - long // 2)  # a toy model may have fewer positions
     return [
         Group(t[:prompts], [y[:responses] for y in (t[6:12], [*t[6:8], *t[12:17]], t[6:9], t[17:19])]),
         Group(t[20:24][:prompts], [y[:responses] for y in (t[24:31], t[31:36])]),
@@ -196,7 +198,7 @@ def small_groups(model: PreTrainedModel, draw: int = 0) -> list[Group]:
 
 
 def sequences(groups: list[Group]) -> list[tuple[list[int], int]]:
-    """(prompt + response, length of the prompt) of every candidate in order."""
+    """(prompt + response, length of the prompt) of every candidate, in order."""
     return [
         ([*map(int, group.prompt), *map(int, response)], len(group.prompt))
         for group in groups
@@ -205,9 +207,9 @@ def sequences(groups: list[Group]) -> list[tuple[list[int], int]]:
 
 
 def stock_logprobs(model: nn.Module, groups: list[Group]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M] by the model's own forward: sequence by sequence, and all in one padded batch.
+    """Log-probabilities [M] from the model's own forward: sequence by sequence, and in one padded batch.
 
-    Their difference is what rounding alone does to this model in its dtype.
+    Their difference shows the effect of rounding alone on this model in its dtype.
     """
     whole = sequences(groups)
     device = next(model.parameters()).device
@@ -229,13 +231,12 @@ Score = Callable[[PackedTree], Tensor]
 
 
 def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor, Tensor]], score: Score) -> None:
-    """Refuse the model unless ``score`` of a small tree agrees with its own forward up to rounding.
+    """Reject the model unless `score` of a small tree agrees with its own forward up to rounding.
 
-    The bound is four times the root mean square by which the model's own forward changes between single
-    sequences and a padded batch, plus a floor for the dtype: 1e-4 in float32 and in float64, where families take
-    norms or softmaxes in float32. A wrong mask shows as 0.01 to 0.4 on models with trained weights; in half
-    precision, where the weights are too large for a copy (`in_float32`), the bound is of that order too, so the check
-    is then coarse.
+    The bound is four times the root mean square difference of the model's own forward between single
+    sequences and a padded batch, plus a floor for the dtype: 1e-4 in float32, and in float64, where families compute
+    norms or softmaxes in float32. A wrong mask causes differences of 0.01 to 0.4 on models with trained weights; in
+    half precision with weights too large for a copy (`in_float32`) the bound is of that order too: the check is coarse.
 
     Args:
         model: the causal LM.
@@ -243,7 +244,7 @@ def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor,
         score: log-probabilities [M] of a tree.
 
     Raises:
-        ValueError: they differ, or the model counts rows.
+        ValueError: they differ, or the model counts the rows of its input.
     """
     dtype = next(model.parameters()).dtype
     half = dtype in (torch.float16, torch.bfloat16)
@@ -253,7 +254,7 @@ def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor,
         alone, together = stock(groups)
         if not alone.isfinite().all():
             raise ValueError(f"{type(model).__name__} cannot be checked: its own forward gives {alone.sum().item()}")
-        together = torch.where(together.isfinite(), together, alone)  # eager attention in float64 makes NaN of padding
+        together = torch.where(together.isfinite(), together, alone)  # padding is NaN in eager float64 attention
         got = score(pack_groups(groups)).to(alone)
         noise = max(noise, (alone - together).square().mean().sqrt().item())
         floor = (4 * torch.finfo(dtype).eps if half else 1e-4) * max(1.0, alone.abs().mean().item())
@@ -268,7 +269,7 @@ def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor,
             f"on separate sequences: log-probabilities differ by {error:.2g} (root mean square, limit {bound:.2g}); "
             + (
                 _rows_counted(small_groups(model), score)
-                or "it does something between tokens or with its logits that tuna_tree does not know"
+                or "it mixes tokens or transforms its logits in a way that tuna_tree does not support"
             )
         )
     if counted := _rows_counted(groups, score):
@@ -276,9 +277,9 @@ def compare(model: PreTrainedModel, stock: Callable[[list[Group]], tuple[Tensor,
 
 
 def _rows_counted(groups: list[Group], score: Score) -> str:
-    """Which layer computes with the numbers of rows, or "".
+    """Which layer computes with row numbers, or "".
 
-    Seen in two trees of different size: another dimension may be as large as one of them.
+    Two trees of different sizes are compared, since another dimension may happen to equal one of the sizes.
     """
     found: set[tuple[str, str]] | None = None
     for some in (groups, groups[:1]):
@@ -291,20 +292,20 @@ def _rows_counted(groups: list[Group], score: Score) -> str:
         return ""
     layer, operation = counted[0]
     return (
-        f"{layer} counts the rows of its input ({operation} of their numbers) instead of taking position_ids, and rows "
-        "of a tree are no positions"
+        f"{layer} counts the rows of its input ({operation} of row numbers) instead of using position_ids, and row "
+        "numbers of a tree are not positions"
     )
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or autocast (also accelerate's); every module's own mode is restored."""
+    """Evaluation mode without gradients or autocast (accelerate's included); restores the mode of every module."""
     training = {module: module.training for module in model.modules()}
     wrapped = {m: vars(m).pop("forward") for m in training if {"forward", "_original_forward"} <= vars(m).keys()}
     model.eval()
     try:
         device = next(model.parameters()).device.type
-        # no compiled layers: their graphs would be of the check's dtype and mode
+        # eager: compiled graphs would be specialized to the check's dtype and mode
         with torch.no_grad(), torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -316,7 +317,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Half-precision weights as float32 ones for a while, where they are few enough (`IN_FLOAT32`)."""
+    """Temporarily convert half-precision weights to float32, if they are small enough (`IN_FLOAT32`)."""
     half = [
         tensor
         for tensor in [*model.parameters(), *model.buffers()]

@@ -1,15 +1,15 @@
-"""Models whose attention is their own and not in transformers' registry (GPT-J, GPT-Neo, Falcon, BLOOM, MPT, …).
+"""Models with their own attention, not in transformers' registry (GPT-J, GPT-Neo, Falcon, BLOOM, MPT, …).
 
-They take their mask from transformers' mask functions all the same, so the tree reaches them as a mask of T x T
-numbers: the same scores and gradients, each shared token computed once, at T**2 numbers of memory and the speed of the
-model's own eager attention. Two phases are not served: the keys and values stay inside the layers.
+They still use transformers' mask functions, so they get the tree as a mask of T x T numbers: the same scores and
+gradients, each shared token computed once, with T**2 numbers of memory and at the speed of the model's own eager
+attention. Two phases are not supported: the keys and values stay inside the layers.
 
-What such layers measure in rows is put right or bounded here:
+What such layers count in rows is corrected or limited here:
 
-* linear position biases (ALiBi) arrive at a layer as a table by row, which a forward pre-hook of the layer exchanges
-  for the table by depth;
-* causal masks that a layer keeps as a buffer (GPT-Neo's local layers) say up to how many rows they leave the tree
-  alone.
+* linear position biases (ALiBi) reach a layer as a table by row; a forward pre-hook of the layer replaces it
+  by the table by depth;
+* causal masks that a layer keeps as a buffer (GPT-Neo's local layers) limit the number of rows to those for which they
+  are plain causal.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tuna_kernels.integrations.transformers.attention_hook import current_pass
 _BIASES = ("alibi", "position_bias")
 
 _by_depth: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""From the bias by row that a layer was given to the one by depth, for when checkpointing computes the layer again."""
+"""The bias by depth for each bias by row seen, for layers that checkpointing recomputes."""
 
 _most_rows: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def hook_biases(backbone: nn.Module) -> None:
-    """Let the backbone's layers see position biases by depth. Safe to repeat; calls without a tree are as before."""
+    """Give the backbone's layers position biases by depth. Safe to repeat; calls without a tree are unchanged."""
     for layers in backbone.modules():
         if isinstance(layers, nn.ModuleList):
             for layer in layers:
@@ -64,7 +64,7 @@ def _exchanged(given: Tensor) -> Tensor | None:
     length, longest = given.shape[-1], tree.longest
     if length < longest:
         raise ValueError(f"a sequence of {longest} tokens exceeds the model's {length} positions")
-    # Only differences count in a softmax. Tables begin at 0 (BLOOM) or end there (MPT); keep near it, for precision.
+    # Only differences matter in a softmax. Tables begin at 0 (BLOOM) or end there (MPT); stay near 0 for precision.
     begins = bool((given[..., 0] == 0).all())
     depth = tree.position_ids.to(given.device)
     found: Tensor = given[..., depth if begins else depth + (length - longest)]
@@ -73,15 +73,15 @@ def _exchanged(given: Tensor) -> Tensor | None:
 
 
 def check_rows(base: nn.Module, rows: int) -> None:
-    """Refuse more packed rows than the masks in the model's buffers leave to the tree."""
+    """Reject more packed rows than those for which the masks in the model's buffers are plain causal."""
     if base not in _most_rows:
         found = [_plain_rows(buffer) for buffer in base.buffers() if _is_mask(buffer)]
         _most_rows[base] = min(found, default=None)
     most = _most_rows[base]
     if most is not None and rows > most:
         raise ValueError(
-            f"{rows} packed rows exceed {most}: {type(base).__name__} keeps masks that count rows (a local window, or "
-            "the longest input), which are causal up to there only; pack fewer tokens into a row"
+            f"{rows} packed rows exceed {most}: {type(base).__name__} has masks by row (a local window, or the longest "
+            "input), which are plain causal only up to there; pack fewer tokens into a row"
         )
 
 
@@ -90,7 +90,7 @@ def _is_mask(buffer: Tensor) -> bool:
 
 
 def _plain_rows(mask: Tensor) -> int:
-    """Rows from the first on in which the mask is just causal."""
+    """Number of leading rows in which the mask is plain causal."""
     plain = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     same = (mask.bool() == plain).flatten(0, -3).all(0).all(-1) if mask.ndim > 2 else (mask.bool() == plain).all(-1)
     return int(same.long().cumprod(0).sum())

@@ -1,10 +1,10 @@
-"""What stands between a model's last hidden states and its logits, read from the model.
+"""The head of a model: what lies between its last hidden states and its logits.
 
     logits = softcap(scale * (h Wᵀ + bias + lora_scale * (h Aᵀ) Bᵀ))
 
-Which configuration value scales the logits, and whether it multiplies or divides, differs between families
-that even share its name; the table below is from reading transformers 5.23. A family that does something else
-with its logits is caught by the self-check (`check`).
+Which configuration value scales the logits, and whether it multiplies or divides, differs between families,
+even under the same name; the table below is taken from the source of transformers 5.23. A family that transforms its
+logits differently fails the model check (`check`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOGIT_SCALES = {
     "granite": ("logits_scaling", -1),
     "minicpm3": ("logits_scaling", -1),
 }
-"""What multiplies (1) or divides (-1) the logits, by what the model type begins with (``granitemoehybrid`` …)."""
+"""The value that multiplies (1) or divides (-1) the logits, by prefix of the model type (`granitemoehybrid` …)."""
 
 
 class HeadOptions(TypedDict):
@@ -46,7 +46,7 @@ class ModelHead:
     softcap: float | None
 
     def options(self) -> HeadOptions:
-        """All but the weight."""
+        """All fields except the weight."""
         return {
             "bias": self.bias,
             "lora": self.lora,
@@ -56,11 +56,11 @@ class ModelHead:
 
 
 def read_head(model: PreTrainedModel, *, ahead: bool = False) -> ModelHead:
-    """The head of a causal LM, with what peft has put on it.
+    """The head of a causal LM, including peft's adapter.
 
     Args:
         model: the causal LM.
-        ahead: looked at before the pass that uses it, when ZeRO-3 may still hold the weights in shards.
+        ahead: read before the pass that uses it, when ZeRO-3 may still hold the weights in shards.
 
     Raises:
         ValueError: no head, a head that is more than a linear layer, a sharded or missing weight, or an
@@ -68,15 +68,15 @@ def read_head(model: PreTrainedModel, *, ahead: bool = False) -> ModelHead:
     """
     module: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if module is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: a causal LM with a head is needed")
+        raise ValueError(f"{type(model).__name__} has no output embeddings: a causal LM with a head is required")
     linear, lora = _without_peft(module)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ValueError(f"the head of {type(model).__name__} is {type(linear).__name__}, not a linear layer")
     for hook in linear._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils"):  # weight_norm, spectral_norm
             raise ValueError(
-                f"the head's weight is made by a hook of its forward ({type(hook).__name__}), which the loss does not "
-                "call: use torch.nn.utils.parametrizations instead"
+                f"the head's weight is computed by a hook of its forward ({type(hook).__name__}), which the loss does "
+                "not call: use torch.nn.utils.parametrizations instead"
             )
     for name, weight in (("weight", linear.weight), ("bias", linear.bias)):
         if weight is not None:
@@ -90,7 +90,7 @@ def read_head(model: PreTrainedModel, *, ahead: bool = False) -> ModelHead:
 def _logit_scale(model: PreTrainedModel, config: Any) -> float:
     for family, (name, power) in _LOGIT_SCALES.items():
         if config.model_type.startswith(family):
-            # Models that multiply read their own copy of it; Granite's keep one, and read the configuration.
+            # Models that multiply use their own copy of the value; Granite models have one but use the configuration.
             value = getattr(model, name, None) if power == 1 else None
             value = getattr(config, name, None) if value is None else value
             return 1.0 if value is None else float(value) ** power
@@ -103,9 +103,9 @@ def _softcap(config: Any) -> float | None:
 
 
 def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
-    """Refuse a tensor that another library keeps elsewhere: its values here would be nothing, or a part.
+    """Reject a tensor that another library holds elsewhere: here it would be empty or a part.
 
-    ``ahead``: let ZeRO-3's shards pass, which its hooks will have gathered by the time they are used.
+    `ahead`: accept ZeRO-3 shards, which its hooks will have gathered when they are used.
     """
     if ahead and hasattr(tensor, "ds_id"):
         return
@@ -115,7 +115,7 @@ def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
         if isinstance(tensor, DTensor):
             raise ValueError(f"the head's {name} is a DTensor (FSDP2, tensor parallel), sharded over ranks: {_REMEDY}")
     if tensor.numel() == 0 or tuple(tensor.shape) != tuple(getattr(tensor, "ds_shape", tensor.shape)):
-        raise ValueError(f"the head's {name} is empty here (ZeRO-3 or FSDP holds it in shards): {_REMEDY}")
+        raise ValueError(f"the head's {name} is empty (ZeRO-3 or FSDP holds it in shards): {_REMEDY}")
     if tensor.device.type == "meta":
         raise ValueError(f"the head's {name} is on the meta device (offloaded or not loaded): {_REMEDY}")
     if not tensor.is_floating_point():
@@ -123,14 +123,14 @@ def _check_whole(name: str, tensor: Tensor, ahead: bool) -> None:
 
 
 _REMEDY = (
-    "no hook gathers a weight that is read outside the forward of the wrapped module; give FSDP or DeepSpeed "
-    "tuna_kernels.integrations.transformers.RankingModel(model) to wrap, with the head in the outermost unit, and pass "
-    "the wrapper instead of the model"
+    "no hook gathers a weight that is read outside the forward of the wrapped module; wrap "
+    "tuna_kernels.integrations.transformers.RankingModel(model) with FSDP or DeepSpeed, with the head in the outermost "
+    "unit, and pass the wrapper instead of the model"
 )
 
 
 def _without_peft(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
-    """The plain layer inside peft's wrappers, and the LoRA factors that count now."""
+    """The plain layer inside peft's wrappers, and the active LoRA factors."""
     if "peft" not in sys.modules:
         return module, None
     from peft.tuners.lora import LoraLayer
@@ -145,26 +145,26 @@ def _without_peft(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, f
         return module.get_base_layer(), _lora_factors(module)
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ValueError(
-            f"the head carries a peft {type(module).__name__}; only LoRA and modules_to_save are served on the head"
+            f"the head has a peft {type(module).__name__}; only LoRA and modules_to_save are supported on the head"
         )
     return module, None
 
 
 def _lora_factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, D], B [V, r], scale) of a peft LoRA layer, None where its adapters do not count now."""
+    """(A [r, D], B [V, r], scale) of a peft LoRA layer, None if it has no active adapter."""
     if layer.disable_adapters:
         if layer.merged:
             raise ValueError(
-                f"adapters {layer.merged_adapters} are merged into the head and disabled at once: unmerge them first"
+                f"adapters {layer.merged_adapters} are both merged into the head and disabled: unmerge them first"
             )
         return None
-    if layer.merged:  # the base weight holds them; as in peft itself, A and B then get no gradient
+    if layer.merged:  # part of the base weight; as in peft, A and B then get no gradient
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if not active:
         return None
     if len(active) > 1:
-        raise ValueError(f"{len(active)} LoRA adapters are active on the head ({active}); one is served")
+        raise ValueError(f"{len(active)} LoRA adapters are active on the head ({active}); only one is supported")
     name = active[0]
     if name in layer.lora_variant or getattr(layer, "use_dora", {}).get(name):
         variant = type(layer.lora_variant.get(name)).__name__
@@ -172,20 +172,20 @@ def _lora_factors(layer: Any) -> tuple[Tensor, Tensor, float] | None:
     dropout = getattr(layer.lora_dropout[name], "p", 0.0)
     if dropout > 0 and layer.training:
         raise ValueError(
-            f"lora_dropout = {dropout} on the head in training mode: a row serves several candidates, so it would be "
-            "drawn once where separate sequences draw it once each; set it to 0"
+            f"lora_dropout = {dropout} on the head in training mode: it would be drawn once for a row that several "
+            "candidates share, but once per separate sequence; set it to 0"
         )
     a, b = layer.lora_A[name], layer.lora_B[name]
     if a.bias is not None or b.bias is not None:
-        raise ValueError(f"adapter {name!r} on the head has a LoRA bias (lora_bias=True), which is not served")
+        raise ValueError(f"adapter {name!r} on the head has a LoRA bias (lora_bias=True), which is not supported")
     return a.weight, b.weight, float(layer.scaling[name])
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside, with peft's wrapper taken off.
+    """The transformers model inside peft's wrapper.
 
     Raises:
-        TypeError: no transformers model (also one wrapped by DDP, FSDP or DeepSpeed).
+        TypeError: not a transformers model (or one wrapped by DDP, FSDP or DeepSpeed).
         ValueError: an adapter that works outside the layers (prompt or prefix tuning, activated LoRA).
     """
     if isinstance(model, PreTrainedModel):
@@ -204,11 +204,11 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
             if isinstance(inner, PreTrainedModel):
                 return inner
     raise TypeError(
-        f"model is {type(model).__name__}, not a transformers or peft model; where a wrapper such as DDP, FSDP or "
-        "DeepSpeed must see the forward, let it wrap tuna_kernels.integrations.transformers.RankingModel(model)"
+        f"model is {type(model).__name__}, not a transformers or peft model; a wrapper such as DDP, FSDP or DeepSpeed "
+        "must wrap tuna_kernels.integrations.transformers.RankingModel(model)"
     )
 
 
 def compute_device(model: PreTrainedModel) -> torch.device:
-    """Where the token ids go: the device of the input embeddings."""
+    """The device of the input embeddings, where token ids go."""
     return next(model.get_input_embeddings().parameters()).device

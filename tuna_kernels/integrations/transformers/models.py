@@ -4,18 +4,17 @@
     tree = pack_groups(groups)
     loss = model_ranking_loss(model, tree).loss
 
-Only public seams are used: the two attention registries and the keywords of ``forward``; no class or module
-is patched. The backbone runs to its last hidden states, its LM head is never called: log-probabilities come
-from `linear_logprobs` with the head's weight, bias, scale, softcap and LoRA adapter, and no logits are held.
+Only public interfaces are used: the two attention registries and the keywords of `forward`; no class or module
+is patched. The backbone runs up to its last hidden states and the LM head is never called: log-probabilities come
+from `linear_logprobs` with the head's weight, bias, scale, softcap and LoRA adapter, without full logits.
 
-Dropout outside attention (residual, LoRA in the trunk) stays as the model has it, and is drawn once for a
-shared token. Mixture-of-experts routers see every shared token once, so their auxiliary losses, which are not
+Dropout outside attention (residual, LoRA in the trunk) is left unchanged and is drawn once per shared
+token. Mixture-of-experts routers see every shared token once, so their auxiliary losses, which are not
 part of these scores, would count it once too.
 
-How far a score depends on what else is packed: the attention of a group comes out in the same bits, but the
-matrix products of the trunk take all T rows at once, and BLAS may choose another order of summation for
-another T. So the same group alone and in company agrees to rounding (about 1e-6 relative in float32), not to
-the bit.
+Dependence on the batch: a group's attention is reproducible bit for bit, but the trunk's matrix products take
+all T rows at once, and the BLAS may sum in another order for another T. So a group alone and batched agrees up to
+rounding (about 1e-6 relative in float32), not bit for bit.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ class GroupScores:
     """Differentiable scores of a tree's candidates.
 
     Attributes:
-        scores: [C] ``sum(logprobs) / length ** length_penalty``, float32 (float64 for float64 models).
+        scores: [C] `sum(logprobs) / length ** length_penalty`, float32 (float64 for float64 models).
         logprobs: [M] log-probability of every response token.
-        entropy: [M] entropy of the distribution each token was drawn from, or None where not asked for.
+        entropy: [M] entropy of the distribution at each response token, or None if not requested.
     """
 
     scores: Tensor
@@ -65,25 +64,25 @@ class GroupScores:
 
 
 def prepare_model(model: Model, *, attention: str | None = None) -> Model:
-    """Let a causal LM's attention take trees, for good, and return the same model.
+    """Switch a causal LM's attention to trees, permanently, and return the same model.
 
-    It stays switched on because activation checkpointing computes layers again during backward, when a switch
-    that is turned back would silently compute something else. Calls without a tree go to the attention the model
-    came with, so forward and ``generate`` work as before. Calling it twice does nothing.
+    It stays switched because activation checkpointing recomputes layers during backward, and would silently compute
+    something else if it were switched back. Calls without a tree use the model's original attention, so forward and
+    `generate` work as before. Repeated calls have no effect.
 
     The model is checked once, and again when a forward or a hook anywhere in it has changed: a tiny tree against
     separate sequences through the model's own forward, about ten short forwards (docs/families.md).
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
-        attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None: the one chosen
-            before, at first `"auto"`.
+        attention: the backend of `tree_attention` (docs/attention.md) for this model from now on; None keeps the
+            previous choice, initially `"auto"`.
 
     Raises:
         TypeError: not a transformers or peft model.
-        ValueError: an unknown ``attention``; a model this cannot serve: recurrent layers, chunked or bidirectional
-            masks, positions counted in rows, a head that is more than scaled, capped linear, a sharded head, or a
-            failed check. The model then has the attention it came with.
+        ValueError: an unknown `attention`; an unsupported model: recurrent layers, chunked or bidirectional
+            masks, positions counted by row, a head that is not linear up to scale and softcap, a sharded head, or a
+            failed check. The model's attention is then left unchanged.
     """
     attention_hook.register()
     base = base_causal_lm(model)
@@ -102,7 +101,7 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
         raise ValueError(f"{type(base).__name__} cannot run on a tree: {reason}")
     before = _implementations(base)
     try:
-        if not check.can_run(base):  # ZeRO-3 gathers weights in a wrapped call alone: it checks there
+        if not check.can_run(base):  # ZeRO-3 gathers weights only in a wrapped call, so the check runs there
             _switch(base)
             return
         with check.quiet(model), check.in_float32(model):
@@ -112,9 +111,10 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
             config._attn_implementation = name
         if isinstance(error, ValueError):
             raise
-        why = "it takes its attention mask apart, where the tree is" if "TreeMask" in str(error) else error
+        masked = "it computes with its attention mask, which on a tree is not a tensor"
+        why = masked if "TreeMask" in str(error) else error
         raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
-    _checked[base] = check.signature(model, *base.modules())  # with the hooks that a first forward installs
+    _checked[base] = check.signature(model, *base.modules())  # includes hooks installed by the first forward
 
 
 def _check(model: nn.Module, base: PreTrainedModel) -> None:
@@ -127,7 +127,7 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
         try:
             return check.stock_logprobs(model, groups)
         except Exception as error:
-            raise ValueError(f"{type(base).__name__} cannot be checked, for its own forward fails: {error}") from error
+            raise ValueError(f"{type(base).__name__} cannot be checked: its own forward fails: {error}") from error
         finally:
             _switch(base)
 
@@ -143,7 +143,7 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The loss and its kernels, as in `linear_ranking_loss`."""
+    """Options of the loss and its kernels, as in `linear_ranking_loss`."""
 
     kind: Kind = "tuna"
     preset: Preset = "paper"
@@ -157,7 +157,7 @@ class LossOptions:
 
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """`score_groups` as a request: (scores, logprobs) or (scores, logprobs, entropy)."""
+    """`score_groups` as a request; returns (scores, logprobs) or (scores, logprobs, entropy)."""
 
     tree: PackedTree
     length_penalty: float
@@ -173,7 +173,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, eq=False)
 class LossRequest:
-    """`model_ranking_loss` as a request: the fields of `RankingLossOutput`."""
+    """`model_ranking_loss` as a request; returns the fields of `RankingLossOutput`."""
 
     tree: PackedTree
     settings: LossOptions
@@ -182,7 +182,7 @@ class LossRequest:
         prepare_model(model)
         base = base_causal_lm(model)
         hidden, tree = _hidden_states(base, self.tree, self.settings.backend)
-        head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
+        head = read_head(base)  # after the trunk: ZeRO-3 partitions a tied embedding again when its layer is done
         found = linear_ranking_loss(hidden, head.weight, tree, **vars(self.settings), **head.options())
         return found.loss, found.ranking, found.mle, found.scores, found.logprobs, found.active
 
@@ -195,18 +195,18 @@ def score_groups(
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> GroupScores:
-    """Scores of all candidates of a packed tree under a causal LM, in one pass, differentiable.
+    """Differentiable scores of all candidates of a packed tree under a causal LM, in one pass.
 
     Args:
         model: a transformers causal LM or one wrapped by peft, prepared by `prepare_model` if it is not yet; or a
             `RankingModel`, or a wrapper (DDP, FSDP, DeepSpeed) around one.
-        tree: from `pack_groups`; moved to the model's device where it is elsewhere.
-        length_penalty: exponent of the length that a candidate's log-probability is divided by.
-        return_entropy: also the entropy at every response token.
-        backend: of the head (and `"reference"` of the attention too, unless `prepare_model` chose one).
+        tree: from `pack_groups`; moved to the model's device if needed.
+        length_penalty: exponent of the length by which a candidate's log-probability is divided.
+        return_entropy: also return the entropy at every response token.
+        backend: backend of the head (`"reference"` also sets the attention, unless `prepare_model` chose one).
 
     Raises:
-        ValueError: an empty tree, or a model or setting that cannot be served (see `prepare_model`):
+        ValueError: an empty tree, or an unsupported model or setting (see `prepare_model`):
             attention dropout in training mode, positions beyond the model's range.
         IndexError: a token outside the vocabulary.
     """
@@ -227,7 +227,7 @@ def model_ranking_loss(
     logits_budget: int | None = None,
     backend: str = "auto",
 ) -> RankingLossOutput:
-    """The ranking loss of a packed tree under a causal LM: backbone, then `linear_ranking_loss` on its head.
+    """Ranking loss of a packed tree under a causal LM: the backbone, then `linear_ranking_loss` on its head.
 
     Args:
         model: as in `score_groups`.
@@ -256,7 +256,7 @@ def _score(
     backend: str,
 ) -> GroupScores:
     hidden, tree = _hidden_states(base, tree, backend)
-    head = read_head(base)  # after the trunk: under ZeRO-3 a tied embedding is put away when its layer is done
+    head = read_head(base)  # after the trunk: ZeRO-3 partitions a tied embedding again when its layer is done
     found = linear_logprobs(
         hidden,
         head.weight,
@@ -274,7 +274,7 @@ def _score(
 def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tuple[Tensor, PackedTree]:
     """Last hidden states [T, D] of the packed rows, and the tree on their device."""
     if tree.num_tokens == 0:
-        raise ValueError("tree holds no groups: there is nothing to run the model on")
+        raise ValueError("tree holds no groups")
     device = compute_device(base)
     if tree.input_ids.device != device:
         tree = tree.to(device)
@@ -284,13 +284,13 @@ def _hidden_states(base: PreTrainedModel, tree: PackedTree, backend: str) -> tup
 
 
 def attention_backend(base: PreTrainedModel, backend: str) -> str:
-    """The model's choice of tree attention; where it made none, the oracle goes with the oracle of the head."""
+    """The backend chosen for the model's tree attention; if none, `"reference"` when the head's is `"reference"`."""
     chosen = _chosen_attention.get(base, "auto")
     return "reference" if chosen == "auto" and backend == "reference" else chosen
 
 
 def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: attention_hook.TreePass) -> Tensor:
-    """Last hidden states [Tq, D] of the pass's rows, with tokens ``input_ids`` [Tq]."""
+    """Last hidden states [Tq, D] of the pass's rows, with tokens `input_ids` [Tq]."""
     check.check_positions(base, lambda: tree_pass.longest)
     check.check_embedding_noise(base)
     rows = tree_pass.query_rows
@@ -300,19 +300,19 @@ def run_backbone(base: PreTrainedModel, input_ids: Tensor, tree_pass: attention_
     backbone = _backbone(base)
     keywords = {"position_ids": positions.unsqueeze(0)} if _takes_positions(backbone) else {}
     with tree_pass.under_way():
-        # A mask of ones keeps transformers from guessing packed documents from positions that start again.
+        # A mask of ones keeps transformers from inferring packed documents from restarting positions.
         output = backbone(
             input_ids=input_ids.unsqueeze(0),
             attention_mask=torch.ones_like(input_ids).unsqueeze(0),
             use_cache=False,
             **keywords,
         )
-    hidden: Tensor = output[0].squeeze(0)  # the last hidden state, in tuples and in model outputs alike
+    hidden: Tensor = output[0].squeeze(0)  # the last hidden state, in tuples and in model outputs
     return hidden
 
 
 def _takes_positions(backbone: nn.Module) -> bool:
-    """Not where positions are biases of the attention (BLOOM, MPT)."""
+    """False if positions are attention biases (BLOOM, MPT)."""
     parameters = inspect.signature(backbone.forward).parameters
     return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -320,15 +320,15 @@ def _takes_positions(backbone: nn.Module) -> bool:
 def _backbone(base: PreTrainedModel) -> nn.Module:
     """The model below its head."""
     found = base.base_model
-    if found is base:  # a few families name another prefix than the attribute that holds their backbone
+    if found is base:  # in a few families base_model_prefix is not the attribute that holds the backbone
         found = getattr(base, "model", base)
     if found is base:
-        raise ValueError(f"{type(base).__name__} has no backbone apart from its head")
+        raise ValueError(f"{type(base).__name__} has no backbone separate from its head")
     return found
 
 
 def _implementations(base: PreTrainedModel) -> list[tuple[Any, str]]:
-    """The configurations of a model and its parts, and what each says of attention."""
+    """The configurations of a model and its parts, each with its attention implementation."""
     found: dict[int, Any] = {}
     waiting = [module.config for module in base.modules() if isinstance(module, PreTrainedModel)]
     while waiting:
@@ -340,12 +340,12 @@ def _implementations(base: PreTrainedModel) -> list[tuple[Any, str]]:
 
 
 def _stock(config: Any, name: str) -> str:
-    """What a model's own numbers come from: SDPA has no soft cap, and some releases of transformers leave it out."""
+    """The attention of the model's own forward: SDPA has no softcap, and some transformers releases ignore it."""
     return "eager" if name == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None else name
 
 
 def _switch(base: PreTrainedModel) -> None:
-    """Let the model's attention, and that of its parts, take trees."""
+    """Switch the attention of the model and its parts to trees."""
     dense = not _takes_attention_from_registry(base)
     for config, name in _implementations(base):
         if dense:

@@ -1,9 +1,9 @@
-"""Models that count the rows of their input, where a packed tree has its tokens' depths in `position_ids`.
+"""Detects models that count the rows of their input instead of using `position_ids`, the depths in a packed tree.
 
-A small tree shows most of that in its numbers. A model that looks at row numbers only beyond some length (Llama 4
-scales its queries from row 8192 on) hides it from any small tree: `RowNumbers` follows what is made of
-``torch.arange`` over the rows (or of a running sum of ones) while the backbone runs, and notes where it becomes an
-amount instead of an index.
+A small tree reveals most cases numerically. A model that uses row numbers only beyond some length (Llama 4
+scales its queries from row 8192 on) computes any small tree correctly. So `RowNumbers` traces what is derived from
+`torch.arange` over the rows (or from a running sum of ones) while the backbone runs, and records where it is used as a
+value instead of an index.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _INDEXING = frozenset(
         *("scatter_add_", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_"),
     }
 )
-"""What takes a row's number for its place, as experts do to find their tokens."""
+"""Operations that use a row number as an index, as experts do to find their tokens."""
 
 
 @contextmanager
 def ours() -> Iterator[None]:
-    """Our own code, which may count rows."""
+    """Context of our own code, which may count rows."""
     token = _ours.set(True)
     try:
         yield
@@ -43,10 +43,10 @@ def ours() -> Iterator[None]:
 
 
 class RowNumbers(TorchFunctionMode):
-    """Notes in ``found`` the layers that compute with the numbers 0 … rows - 1 (class and operation).
+    """Records in `found` the layers that compute with the numbers 0 … rows - 1 (class and operation).
 
     Args:
-        rows: of the input.
+        rows: number of rows of the input.
     """
 
     def __init__(self, rows: int) -> None:
@@ -77,7 +77,7 @@ class RowNumbers(TorchFunctionMode):
         return out
 
     def _counts_rows(self, out: Tensor) -> bool:
-        """From 0 or from 1."""
+        """Whether `out` counts the rows, from 0 or from 1."""
         if out.numel() != self._rows:
             return False
         from_zero = out.flatten() - out.flatten()[0]
@@ -98,10 +98,10 @@ def _layer() -> str:
 
 
 def corrected(module: nn.Module, query: Tensor, depth: Tensor, query_rows: Tensor | None) -> Tensor:
-    """The queries [B, Hq, Tq, d] as if the layer had scaled them by depth, where it did by row.
+    """The queries [B, Hq, Tq, d] rescaled as if the layer had scaled them by depth instead of by row.
 
-    Llama 4's layers without rotary positions multiply a query by a temperature that grows with its position, for
-    which they count rows.
+    Llama 4's layers without rotary positions multiply a query by a temperature that grows with its position, which
+    they count in rows.
     """
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
@@ -120,4 +120,4 @@ def _temperature(module: Any, positions: Tensor) -> Tensor:
 
 
 CORRECTED = frozenset({"Llama4TextAttention", "BloomModel", "MptModel"})
-"""Modules that count rows, for which `corrected` or `dense_mask` makes up."""
+"""Modules that count rows, which `corrected` or `dense_mask` corrects."""

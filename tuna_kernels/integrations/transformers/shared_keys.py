@@ -1,14 +1,14 @@
 """Keys and values of a prompt that several passes share, by attention layer.
 
-Shared keys travel in the tree's own keyword object (`_attention.TreePass`), not in a transformers ``Cache``:
-transformers drops caches where layers are checkpointed. A pass has one of three roles:
+Shared keys are passed in `attention_hook.TreePass`, not in a transformers `Cache`: transformers drops caches
+when layers are checkpointed. A pass has one of three roles:
 
     KeepPrompts     scores without a graph and keeps the prompt rows' keys and values of every group
-    AttendToPrompt  the pass holds responses alone, whose keys and values are put behind the kept ones
-    CollectRoots    the pass holds the prompt alone; its keys and values are where the backward starts
+    AttendToPrompt  computes responses only, whose keys and values are appended to the kept ones
+    CollectRoots    computes the prompt only, whose keys and values are where the backward starts
 
-`AttendToPrompt` makes the kept tensors leaves wherever the layer's own keys (or values) need a gradient, so a
-trunk that is frozen below its adapters makes no leaves there. Their gradients are summed over the passes in
+`AttendToPrompt` turns the kept tensors into leaves if the layer's own keys (or values) need a gradient, so
+layers that are frozen below the adapters get no leaves. Their gradients are summed over the passes in
 float32 (float64 for float64 keys), since k half-precision additions would lose bits.
 """
 
@@ -29,7 +29,7 @@ class KeyRole(Protocol):
     """What a pass does with the keys and values [1, Hkv, rows, d] of an attention layer before it attends."""
 
     def __call__(self, layer: nn.Module, key: Tensor, value: Tensor, first_run: bool) -> Pair:
-        """Keys and values to attend to. ``first_run`` is False where a checkpointed layer is computed again."""
+        """Keys and values to attend to. `first_run` is False when a checkpointed layer is recomputed."""
         ...
 
 
@@ -39,14 +39,14 @@ class PromptKeys:
 
     Attributes:
         kept: per layer keys and values [1, Hkv, shared rows, d].
-        sums: per layer the gradients' sums, None where no pass has given any.
+        sums: per layer the sums of the gradients, None if there are none yet.
     """
 
     kept: dict[nn.Module, Pair] = field(default_factory=dict)
     sums: dict[nn.Module, list[Tensor | None]] = field(default_factory=dict)
 
     def add_gradient(self, layer: nn.Module, which: int, gradient: Tensor) -> None:
-        """Add to the sum of a layer's keys (0) or values (1)."""
+        """Add to the sum for a layer's keys (0) or values (1)."""
         sums = self.sums.setdefault(layer, [None, None])
         if (total := sums[which]) is None:
             sums[which] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
@@ -54,13 +54,13 @@ class PromptKeys:
             total.add_(gradient)
 
     def nbytes(self) -> int:
-        """Bytes of keys, values and sums held now."""
+        """Current bytes of keys, values and sums."""
         held = [tensor for pair in (*self.kept.values(), *self.sums.values()) for tensor in pair if tensor is not None]
         return sum(tensor.nbytes for tensor in held)
 
 
 class KeepPrompts:
-    """Keeps ``key[:, :, start:stop]`` and the same of the values for every group; no graph."""
+    """Keeps `key[:, :, start:stop]` and `value[:, :, start:stop]` of every group, without a graph."""
 
     def __init__(self, bounds: list[tuple[int, int]]) -> None:
         self._bounds = bounds
@@ -83,7 +83,7 @@ class KeepPrompts:
 
 
 class AttendToPrompt:
-    """Puts the prompt's keys and values before the pass's own."""
+    """Prepends the prompt's keys and values to the pass's own."""
 
     def __init__(self, prompt: PromptKeys) -> None:
         self._prompt = prompt
@@ -111,7 +111,7 @@ class AttendToPrompt:
         def collect(leaf: Tensor) -> None:
             assert leaf.grad is not None
             prompt.add_gradient(layer, which, leaf.grad)
-            leaf.grad = None  # added up at once: a layer's gradient lives no longer than its backward
+            leaf.grad = None  # added to the sum at once: a layer's gradient lives no longer than its backward
 
         leaf.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return leaf

@@ -1,1 +1,1 @@
-"""The ranking loss in two passes: memory of one candidate at a time."""
+"""The ranking loss in two phases: a few candidates in memory at a time."""

@@ -2,15 +2,15 @@
 
     1. Score all candidates without a graph. The gradient of the loss with respect to every log-probability is a
        closed form of the scores (`losses.preset_loss`); the keys and values of each prompt are kept.
-    2. Forward and backward ``candidates_per_pass`` candidates at a time, whose rows attend to the kept keys and
-       values as constants; their gradients are summed in float32. Then once forward through the prompt, and
+    2. Run forward and backward on `candidates_per_pass` candidates at a time, whose rows attend to the kept keys and
+       values as constants, and sum the gradients of those in float32. Then run forward once through the prompt, and
        backward from that sum.
 
-The chain rule in another order: exact up to rounding. At no time is the graph of more than one pass alive. The
-price is one more forward, and the last prompt token once a pass (`passes`).
+This is the chain rule in another order: exact up to rounding. The graph of at most one pass is alive at a time. The
+cost is one more forward, and the last prompt token once per pass (`passes`).
 
-Scoring takes one forward while that is no more than `SCORING_ROWS` times the rows of the largest gradient pass, else
-several (`schedule.Scoring`), or it would be what grows with k.
+Scoring takes one forward if that has at most `SCORING_ROWS` times the rows of the largest gradient pass, else
+several (`schedule.Scoring`); otherwise its memory would grow with k.
 
 Separable losses have been trained on shared prompts in this order (arXiv 2606.01143, arXiv 2602.00482); scoring
 first, for a loss that couples its candidates, is gradient caching (arXiv 2101.06983).
@@ -39,27 +39,28 @@ __all__ = ["Backward", "TwoPhaseOutput", "largest_over_ranks", "two_phase_rankin
 
 
 SCORING_ROWS = 4
-"""Rows scored at once, in those of the largest gradient pass. Without a graph a row holds one layer's temporaries, some
-10 hidden states in a Llama; forward and backward hold 22 and one for each layer, with checkpointing."""
+"""Most rows scored at once, as a multiple of the rows of the largest gradient pass. Without a graph a row holds one
+layer's temporaries, some 10 hidden states in a Llama; forward and backward with checkpointing hold 22, plus one per
+layer."""
 
 
 class Backward(Protocol):
-    """How a pass goes backward."""
+    """Runs the backward of a pass."""
 
     def __call__(self, loss: Tensor, last: bool) -> None:
-        """Go backward from the scalar ``loss``; ``last``: no pass of this call comes after it."""
+        """Run backward from the scalar `loss`; `last`: this is the last pass of the call."""
         ...
 
 
 @dataclass(frozen=True)
 class TwoPhaseOutput(RankingLossOutput):
-    """As `RankingLossOutput`, all of it detached: the gradient is in the parameters already.
+    """As `RankingLossOutput`, but detached: the gradient is already in the parameters.
 
     Attributes:
-        passes: forward and backward passes made, those that only keep ranks in step included.
-        skipped: candidates left out since no slot of theirs has a gradient.
-        rows_alive: packed rows of the largest pass: what `rows` of the one-pass graph are to be compared with.
-        shared_bytes: keys and values of prompts, and the sums of their gradients, at their most.
+        passes: forward and backward passes, including those that only keep ranks in step.
+        skipped: candidates skipped because none of their slots has a gradient.
+        rows_alive: packed rows of the largest pass, to compare with the `rows` of the one-pass graph.
+        shared_bytes: peak bytes of the prompts' keys and values and the sums of their gradients.
     """
 
     passes: int
@@ -90,13 +91,13 @@ def two_phase_ranking_loss(
 ) -> TwoPhaseOutput:
     """`model_ranking_loss` and its backward in one call, a few candidates at a time.
 
-    The gradients are added to the parameters' ``.grad`` (or go wherever ``backward`` takes them); do not call
-    ``loss.backward()``. Sharing beyond the prompt holds within a pass, however the tree was packed.
+    The gradients are added to the parameters' `.grad` (or handled by `backward`); do not call
+    `loss.backward()`. Prefixes beyond the prompt are shared within a pass only, whatever the tree shares.
 
-    What an engine has to know: ``backward(loss, last)`` is called several times, each time on a scalar whose forward
-    just ran. It may multiply ``loss`` by any constant (loss scaling, accumulation), the same for all passes of
-    a call; gradients have to add up, and may be reduced over ranks where ``last`` says so. The value of ``loss`` is
-    not that of the ranking loss. Under DeepSpeed::
+    Requirements on an engine: `backward(loss, last)` is called several times, each time with a scalar whose forward
+    just ran. It may multiply `loss` by any constant (loss scaling, accumulation), the same for all passes of
+    a call; gradients must accumulate, and may be reduced over ranks when `last` is true. The value of `loss` is
+    not that of the ranking loss. With DeepSpeed::
 
         def backward(loss, last):
             engine.set_gradient_accumulation_boundary(last and this_is_the_last_micro_batch)
@@ -112,33 +113,33 @@ def two_phase_ranking_loss(
         mle_weight: as in `model_ranking_loss`.
         counts: as in `model_ranking_loss`.
         backend: as in `model_ranking_loss`.
-        logits_budget: not used, here so that both losses take the same settings: passes keep no logits.
+        logits_budget: ignored, since passes keep no logits; accepted so that both losses take the same settings.
         candidates_per_pass: candidates whose graph is alive at once, at least 1.
-        skip_inactive: leave out candidates none of whose log-probabilities has a gradient. Exact. Under the preset
-            ``released`` with an MLE term there are none.
-        scale: factor on the gradients, not on the loss returned; 0 makes only a pass that keeps ranks in step.
-        backward: default ``loss.backward()``.
-        pass_context: given whether a pass is the last, a context around its forward and backward. Under DDP:
-            ``lambda last: nullcontext() if last else model.no_sync()``.
-        before_backward: called once with the loss and its parts, before any gradient is made.
-        most_passes: given this rank's number of passes, the largest of all ranks that step together; ranks with
-            fewer make up for it by passes of one token that weigh nothing. Called for the scoring passes, then for
-            the gradient passes. Default: `largest_over_ranks` where ``model`` is wrapped and torch.distributed is
-            initialised, else the number itself.
+        skip_inactive: skip candidates none of whose log-probabilities has a gradient. Exact. Under the preset
+            `released` with an MLE term there are none.
+        scale: factor on the gradients, not on the loss returned; 0 runs only a pass that keeps ranks in step.
+        backward: default `loss.backward()`.
+        pass_context: maps whether a pass is the last to a context for its forward and backward. Under DDP:
+            `lambda last: nullcontext() if last else model.no_sync()`.
+        before_backward: called once with the loss and its parts, before any gradient is computed.
+        most_passes: maps this rank's number of passes to the largest over all ranks that step together; ranks with
+            fewer run additional passes of one token with weight 0. Called for the scoring passes, then for
+            the gradient passes. Default: `largest_over_ranks` if `model` is wrapped and torch.distributed is
+            initialized, else the number itself.
 
     Raises:
-        ValueError: ``candidates_per_pass`` below 1; dropout in training mode (the phases would draw it apart);
-            reentrant activation checkpointing (its layers are no part of a graph); layers that share keys; or as
-            `model_ranking_loss`.
-        RuntimeError: gradients are switched off; or a second or forward-mode derivative, a transform of torch.func.
+        ValueError: `candidates_per_pass` below 1; dropout in training mode (the two phases would draw different
+            masks); reentrant activation checkpointing (its layers are not part of a graph); layers that share keys;
+            or as `model_ranking_loss`.
+        RuntimeError: gradients are disabled; or a second or forward-mode derivative, or a transform of torch.func.
     """
     check_choices(kind, preset)
     if candidates_per_pass < 1:
         raise ValueError(f"candidates_per_pass = {candidates_per_pass} must be at least 1")
     if not torch.is_grad_enabled():
-        raise RuntimeError("two_phase_ranking_loss goes backward itself, and gradients are switched off here")
+        raise RuntimeError("two_phase_ranking_loss runs the backward itself, but gradients are disabled")
     if tree.num_tokens == 0:
-        raise ValueError("tree holds no groups: there is nothing to run the model on")
+        raise ValueError("tree holds no groups")
     carry = carrier(model)
     groups = TreeGroups(tree)
     if most_passes is None:
@@ -149,8 +150,8 @@ def two_phase_ranking_loss(
     dual = forward_ad.unpack_dual(logprobs)  # type: ignore[no-untyped-call]
     if torch._C._are_functorch_transforms_active() or dual.tangent is not None:
         raise RuntimeError(
-            "two_phase_ranking_loss goes backward itself: no forward mode and no transform of torch.func; use "
-            'model_ranking_loss, for forward mode with backend="reference"'
+            "two_phase_ranking_loss runs the backward itself and supports neither forward mode nor transforms of "
+            'torch.func; use model_ranking_loss, for forward mode with backend="reference"'
         )
     tree = tree.to(logprobs.device)
     settings = PresetSettings(preset, margin, length_penalty, mle_weight)
@@ -187,7 +188,7 @@ def two_phase_ranking_loss(
 
 
 def largest_over_ranks(number: int) -> int:
-    """The largest ``number`` of all ranks of the default process group; itself where there is none."""
+    """The largest `number` over all ranks of the default process group; `number` itself without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return number
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -201,7 +202,7 @@ def _plain_backward(loss: Tensor, last: bool) -> None:
 
 
 class _nothing_random:
-    """Refuses a scoring pass that drew random numbers: the gradient passes would draw others."""
+    """Rejects a scoring pass that drew random numbers: the gradient passes would draw others."""
 
     def __init__(self, tree: PackedTree) -> None:
         self._device = tree.input_ids.device
@@ -217,6 +218,6 @@ class _nothing_random:
         if kind is None and not all(map(torch.equal, self._before, self._states())):
             raise ValueError(
                 "the model draws random numbers in its forward (dropout, layer drop or router noise in training "
-                "mode): scores and gradients would draw them apart; switch it off (model.eval() where a model draws at "
-                "rates of 0 too) or use the one-pass loss"
+                "mode): scores and gradients would use different ones; switch it off (model.eval() if the model draws "
+                "even at rate 0) or use the one-pass loss"
             )

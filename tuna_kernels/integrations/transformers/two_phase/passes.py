@@ -1,15 +1,15 @@
-"""The passes of the two-phase schedule, cut out of a packed tree. Integers on the host; no model.
+"""The passes of the two-phase schedule, cut from a packed tree. Integers on the host; no model.
 
-A group's rows are cut before the *last* prompt token: what stands above it is shared by all passes, and every pass
-computes the last prompt token again, on top of its own responses::
+A group's rows are cut before the *last* prompt token: the rows before it are shared by all passes, and every pass
+recomputes the last prompt token, followed by its own responses::
 
     tree     a b c | d e f     three prompt tokens, responses d e and f
     prompt   a b               its keys and values are shared
     pass 1       c   d e       rows of c and d predict d and e
     pass 2       c   f         the row of c predicts f
 
-So the row that predicts a response's first token lies in the pass of that response, and no slot hangs on the
-prompt. That costs one row a pass.
+So the row that predicts a response's first token is in the pass of that response, and the prompt has no slots.
+This costs one row per pass.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Layout:
         query_rows: [Tq] the rows computed: T - Tq, …, T - 1; None: all.
         rows: [m] which of the Tq rows predicts each slot.
         targets: [m] the slots' tokens.
-        slots: [m] where the slots stand in the whole tree.
+        slots: [m] indices of the slots in the whole tree.
     """
 
     input_ids: Tensor
@@ -49,13 +49,13 @@ class Layout:
     slots: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        """The same on ``device``."""
+        """A copy on `device`."""
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 class TreeGroups:
-    """The groups of a packed tree as tokens again, whatever it shares."""
+    """The groups of a packed tree as tokens, whatever the tree shares."""
 
     def __init__(self, tree: PackedTree) -> None:
         self._tree = tree
@@ -67,31 +67,31 @@ class TreeGroups:
         self.prompt_rows: list[tuple[int, int]] = [
             (start, start + length) for start, length in zip(starts.tolist(), (depth + 1).tolist(), strict=True)
         ]
-        """Packed rows ``start:stop`` of each group's prompt."""
+        """Packed rows `start:stop` of each group's prompt."""
 
     def __len__(self) -> int:
         return len(self.prompt_rows)
 
     def candidates(self, group: int) -> range:
-        """Numbers of the group's candidates in the tree."""
+        """Indices of the group's candidates in the tree."""
         return range(int(self._groups[group]), int(self._groups[group + 1]))
 
     def prompt(self, group: int) -> Tensor:
-        """Its tokens."""
+        """Tokens of the group's prompt."""
         return self._ids[slice(*self.prompt_rows[group])]
 
     def response(self, candidate: int) -> Tensor:
-        """Its tokens."""
+        """Tokens of the candidate's response."""
         return self._targets[slice(*self._offsets[candidate : candidate + 2].tolist())]
 
     def whole(self) -> Layout:
-        """The pass of the whole tree, as it was packed."""
+        """The pass of the whole tree, as packed."""
         tree = self._tree
         slots = torch.arange(tree.num_slots)
         return Layout(tree.input_ids, tree.position_ids, tree.subtree_end, None, tree.rows, tree.targets, slots)
 
     def largest_pass(self, candidates_per_pass: int) -> int:
-        """Rows of the largest pass of so many candidates of a group, or of a prompt, at most."""
+        """Upper bound on the rows of a pass over `candidates_per_pass` candidates of a group, or over a prompt."""
         largest = 0
         for g in range(len(self)):
             longest = sorted(map(self._length, self.candidates(g)))[-candidates_per_pass:]
@@ -99,7 +99,7 @@ class TreeGroups:
         return largest
 
     def chunks(self, group: int, most_rows: int) -> list[list[int]]:
-        """The group's candidates in order, as many together as have ``most_rows`` rows, and one at least."""
+        """The group's candidates in order, as many together as have `most_rows` rows, and one at least."""
         found: list[list[int]] = []
         rows = most_rows
         for c in self.candidates(group):
@@ -114,7 +114,7 @@ class TreeGroups:
         return int(self._offsets[candidate + 1] - self._offsets[candidate])
 
     def branches(self, group: int, candidates: Sequence[int]) -> Layout:
-        """The pass of some candidates of a group; common beginnings among them are shared."""
+        """The pass of some candidates of a group; their common prefixes are shared."""
         prompt = self.prompt(group)
         tree = pack_groups([Group(prompt, [self.response(c) for c in candidates])])
         slots = [torch.arange(*self._offsets[c : c + 2].tolist()) for c in candidates]
@@ -122,17 +122,17 @@ class TreeGroups:
 
 
 def prompt_layout(prompt: Tensor) -> Layout:
-    """The pass of the shared prompt rows. Its one slot has no place in the tree and weighs nothing."""
+    """The pass of the shared prompt rows. Its single slot is not in the tree and has weight 0."""
     return _cut(pack_groups([Group(prompt[:-1], [prompt[-1:]])]), 0, torch.empty(0, dtype=torch.int64), stop=-1)
 
 
 def dummy_layout(prompt: Tensor, response: Tensor) -> Layout:
-    """The smallest pass there is: one row, one slot that weighs nothing."""
+    """The smallest possible pass: one row, one slot with weight 0."""
     return prompt_layout(torch.cat([prompt[-1:], response[:1]]))
 
 
 def _cut(tree: PackedTree, shared: int, slots: Tensor, stop: int | None = None) -> Layout:
-    """The rows of a tree from ``shared`` on, without the last ``-stop``."""
+    """The rows of a tree from `shared` to `stop`."""
     total = len(tree.input_ids[:stop])
     return Layout(
         input_ids=tree.input_ids[shared:stop],

@@ -1,8 +1,8 @@
-"""What the two-phase schedule asks a causal LM for: its passes, each a `ModelRequest`.
+"""The passes of the two-phase schedule, each a `ModelRequest` to a causal LM.
 
-KeepPass     scores a layout without a graph and keeps the keys and values of the prompts in it
-BranchPass   some candidates on top of a kept prompt, to score them or to go backward
-PromptPass   the prompt alone, to go backward from the gradients of its keys and values
+KeepPass     scores a layout without a graph and keeps the keys and values of its prompts
+BranchPass   some candidates on top of a kept prompt, to score them or for the backward
+PromptPass   the prompt only, for the backward from the gradients of its keys and values
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["BranchPass", "KeepPass", "PromptPass", "why_not_two_phase"]
 
 @dataclass(eq=False)
 class KeepPass:
-    """Rows with whole prompts, without a graph: (logprobs [m],). Leaves the prompts' keys in ``prompts``.
+    """Rows with whole prompts, without a graph: returns (logprobs [m],) and stores the prompts' keys in `prompts`.
 
     Attributes:
         layout: the rows.
-        bounds: ``start:stop`` of the shared rows of each prompt among them.
+        bounds: `start:stop` of the shared rows of each prompt in the layout.
         backend: as in `model_ranking_loss`.
-        prompts: one a bound, filled by the call.
+        prompts: one per bound, filled by the call.
     """
 
     layout: Layout
@@ -59,9 +59,9 @@ class KeepPass:
 
 @dataclass(frozen=True, eq=False)
 class BranchPass:
-    """Some candidates of a group on top of its prompt: (sum of ``grad_logprobs`` [m] times log-probability,).
+    """Some candidates of a group on top of its prompt: returns (sum of `grad_logprobs` [m] times log-probability,).
 
-    Without ``grad_logprobs`` the log-probabilities themselves: (logprobs [m],).
+    Without `grad_logprobs` it returns the log-probabilities: (logprobs [m],).
     """
 
     layout: Layout
@@ -80,10 +80,10 @@ class BranchPass:
 
 @dataclass(frozen=True, eq=False)
 class PromptPass:
-    """The shared prompt rows: (a scalar whose backward starts at their keys and values,).
+    """The shared prompt rows: returns (a scalar whose backward starts at their keys and values,).
 
-    It goes on to the head, with weight 0, so that every parameter takes part as in any other pass: that is what
-    the hooks of DDP, FSDP and ZeRO wait for.
+    It also runs the head, with weight 0, so that every parameter takes part as in any other pass, which the hooks of
+    DDP, FSDP and ZeRO expect.
     """
 
     layout: Layout
@@ -101,7 +101,7 @@ class PromptPass:
         return (nothing + _KnownGradients.apply(gradients, *roots),)  # type: ignore[no-untyped-call]
 
     def _known(self, role: CollectRoots) -> tuple[list[Tensor], list[Tensor]]:
-        """Roots and their gradients, which are taken from ``prompt.sums``."""
+        """Roots and their gradients, which are removed from `prompt.sums`."""
         roots: list[Tensor] = []
         gradients: list[Tensor] = []
         for layer, sums in self.prompt.sums.items():
@@ -120,10 +120,10 @@ class PromptPass:
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A scalar 0 whose backward hands each root the gradient that is known for it.
+    """A scalar 0 whose backward passes each root its known gradient.
 
-    The gradient that arrives is not multiplied in: the known ones come from backwards of the same call, which had it
-    in them already (loss scaling, accumulation).
+    The upstream gradient is not multiplied in: the known gradients come from backwards of the same call and
+    already include it (loss scaling, accumulation).
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ def _logprobs(base: PreTrainedModel, hidden: Tensor, rows: Tensor, targets: Tens
 
 
 def why_not_two_phase(model: nn.Module) -> str:
-    """The reason why a model as it is now cannot be trained in two phases; "" if it can, as far as can be seen."""
+    """Why a model in its current state cannot be trained in two phases; "" if nothing is known against it."""
     for name, module in model.named_modules():
         if getattr(getattr(module, "config", None), "_attn_implementation", None) == DENSE:
             return OWN_ATTENTION
@@ -171,10 +171,10 @@ def why_not_two_phase(model: nn.Module) -> str:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return (
-                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would draw it apart; set it "
-                "to 0 (also lora_dropout) or use the one-pass loss"
+                f"dropout = {module.p} in {name!r} in training mode: scores and gradients would use different masks; "
+                "set it to 0 (also lora_dropout) or use the one-pass loss"
             )
-        # transformers leaves the checkpointing function on every module that checkpoints
+        # transformers stores the checkpointing function on every module that uses it
         checkpointing = getattr(module, "_gradient_checkpointing_func", None)
         in_use = checkpointing is not None and getattr(module, "gradient_checkpointing", False)
         if in_use and getattr(checkpointing, "keywords", {}).get("use_reentrant", True):

@@ -1,4 +1,4 @@
-"""The passes of the two-phase loss, in order: what is scored together, then what goes backward together."""
+"""The passes of the two-phase loss, in order: which candidates are scored together, then which share a backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Schedule", "Scoring"]
 
 
 class Scoring:
-    """The passes without a graph: in one where the tree has at most ``most_rows`` rows, else group by group the
+    """The passes without a graph: a single one if the tree has at most `most_rows` rows, else group by group the
     prompt, then as many candidates at a time as fit."""
 
     def __init__(self, tree: PackedTree, groups: TreeGroups, backend: str, most_rows: int) -> None:
@@ -29,22 +29,22 @@ class Scoring:
             self.passes = sum(len(chunks) + (len(groups.prompt(g)) > 1) for g, chunks in enumerate(self._chunks))
 
     def run(self, carry: Carrier, passes: int) -> Tensor:
-        """The log-probabilities [M] of all slots; leaves the prompts' keys in ``prompts``."""
+        """The log-probabilities [M] of all slots; stores the prompts' keys in `prompts`."""
         logprobs: Tensor | None = None
         for request in self.requests(passes):
             (found,) = carry(request)
             if logprobs is None:
                 logprobs = found.new_empty(self._slots)
             slots = request.layout.slots.to(found.device)
-            logprobs[slots] = found[: len(slots)]  # the slot of a prompt alone has no place
+            logprobs[slots] = found[: len(slots)]  # the slot of a prompt pass is not in the tree
         assert logprobs is not None
         return logprobs
 
     def requests(self, passes: int) -> Iterator[KeepPass | BranchPass]:
-        """All passes in order, made up to ``passes`` by dummies. Each has to run before the next is asked for."""
+        """All passes in order, padded to `passes` with dummies. Each must run before the next is requested."""
         groups = self._groups
         if not self._chunks:
-            # the last prompt token is computed again by every pass: its keys are not shared
+            # every pass recomputes the last prompt token: its keys are not shared
             bounds = [(start, stop - 1) for start, stop in groups.prompt_rows]
             yield (whole := KeepPass(groups.whole(), bounds, self._backend))
             self.prompts = whole.prompts
@@ -76,7 +76,7 @@ class Schedule:
     def requests(
         self, prompts: list[PromptKeys], grad_logprobs: Tensor, backend: str, passes: int
     ) -> Iterator[ModelRequest]:
-        """All passes in order, made up to ``passes`` by dummies; a group's shared keys are let go after its own."""
+        """All passes in order, padded to `passes` with dummies; a group's shared keys are freed after its passes."""
         self._count(prompts)
         for g, chunks in enumerate(self._chunks):
             keys = prompts[g]
