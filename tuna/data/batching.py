@@ -1,13 +1,13 @@
 """Batches of groups: which groups stand in which micro-batch of which rank, and how a batch is packed.
 
 All ranks make the same plan of an epoch from the seed and take turns on it: micro-batch m of rank r is number
-``m * world_size + r``. So every rank has the same number of micro-batches, no rank talks to another, and an
+`m * world_size + r`. So every rank has the same number of micro-batches, no rank talks to another, and an
 epoch can be resumed by skipping the first n batches. The rules:
 
 - Every group stands in exactly one micro-batch of an epoch; none is repeated and none is dropped.
-- By groups: ``groups_per_batch`` groups in shuffled order; the groups left over at the end of an epoch are
+- By groups: `groups_per_batch` groups in shuffled order; the groups left over at the end of an epoch are
   spread evenly over the ranks.
-- By tokens: micro-batches of at most ``tokens_per_batch`` tree tokens, planned once over windows of shuffled
+- By tokens: micro-batches of at most `tokens_per_batch` tree tokens, planned once over windows of shuffled
   groups; each epoch shuffles the micro-batches. (Planning anew would change their number, which the stock
   trainer takes to be fixed.)
 - Ranks wait for each other every round, so a round's micro-batches should be alike. By groups: those of a round
@@ -15,7 +15,7 @@ epoch can be resumed by skipping the first n batches. The rules:
   `ALIKE` micro-batches of like size follow each other. Neither depends on the number of ranks beyond that, so a run
   that goes on with twice the ranks and half the accumulation has the same groups in every step.
 - Where the last round has fewer micro-batches than there are ranks, the others get an empty one. The collator
-  puts the smallest group there, marked ``counted = False``: it keeps collectives in step, and its loss is
+  puts the smallest group there, marked `counted = False`: it keeps collectives in step, and its loss is
   multiplied by 0.
 """
 
@@ -48,9 +48,9 @@ BLOCK = 64
 class Batch(TypedDict):
     """One micro-batch as the trainer takes it.
 
-    ``input_ids`` is the tree's own tensor, where the stock trainer counts tokens and FLOPs; ``padded_tokens``
-    is what the same groups take as k padded copies; ``counted`` is False for a batch that only keeps ranks in
-    step; ``ids`` are those of its records; ``two_phase`` is how the trainer decided to run it.
+    `input_ids` is the tree's own tensor, where the stock trainer counts tokens and FLOPs; `padded_tokens`
+    is what the same groups take as k padded copies; `counted` is False for a batch that only keeps ranks in
+    step; `ids` are those of its records; `two_phase` is how the trainer decided to run it.
     """
 
     input_ids: torch.Tensor
@@ -66,16 +66,16 @@ class GroupBatchSampler(Sampler[list[int]]):
 
     Args:
         groups: all groups of the dataset, the same on every rank.
-        groups_per_batch: groups of a micro-batch and rank; exactly one of this and ``tokens_per_batch``.
-        tokens_per_batch: tree tokens (under ``share``) that a micro-batch of a rank holds at most.
-        shuffle: in an order of ``seed`` and epoch, else as given (by groups) or as planned (by tokens).
+        groups_per_batch: groups of a micro-batch and rank; exactly one of this and `tokens_per_batch`.
+        tokens_per_batch: tree tokens (under `share`) that a micro-batch of a rank holds at most.
+        shuffle: in an order of `seed` and epoch, else as given (by groups) or as planned (by tokens).
         share: as in `tuna_kernels.pack_groups`; decides what a group takes.
-        lone_groups: a group that alone takes more than ``tokens_per_batch`` gets a micro-batch of its own instead
+        lone_groups: a group that alone takes more than `tokens_per_batch` gets a micro-batch of its own instead
             of an error.
 
     Raises:
         ValueError: no groups, both or none of the batch sizes, one below 1, a rank outside the world, or a
-            group that alone takes more than ``tokens_per_batch``.
+            group that alone takes more than `tokens_per_batch`.
 
     Examples:
         >>> groups = [Group([1], [[2]])] * 5
@@ -200,7 +200,7 @@ class GroupBatchSampler(Sampler[list[int]]):
 
 
 class GroupCollator:
-    """Packs the tokenised groups of a micro-batch; an empty micro-batch gets ``filler``, not counted."""
+    """Packs the tokenised groups of a micro-batch; an empty micro-batch gets `filler`, not counted."""
 
     def __init__(self, filler: Group, *, share: Share = "tree") -> None:
         self.filler, self.share = filler, share
@@ -219,7 +219,7 @@ class GroupCollator:
 
 
 class GroupLoader(DataLoader[TokenizedGroup]):
-    """A `DataLoader` over `GroupBatchSampler` that hands ``set_epoch`` on, as the stock trainer calls it.
+    """A `DataLoader` over `GroupBatchSampler` that hands `set_epoch` on, as the stock trainer calls it.
 
     While a batch is computed, a thread packs the next one.
     """
@@ -245,7 +245,7 @@ def group_loader(
     share: Share = "tree",
     num_workers: int = 0,
 ) -> GroupLoader:
-    """The loader of ``dataset`` in the batches of ``sampler``, packed on the host."""
+    """The loader of `dataset` in the batches of `sampler`, packed on the host."""
     groups = [item.group for item in dataset]
     filler = groups[int(tree_tokens(groups, share=share).argmin())]
     return GroupLoader(

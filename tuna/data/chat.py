@@ -29,7 +29,7 @@ Turns = Sequence[Mapping[str, str]]
 class Answer:
     """A response as it follows the prompt: what the template writes before its text, the text, and what comes after.
 
-    ``ended`` says that ``after`` closes with the end token, printed by the template; else the end of sequence follows.
+    `ended` says that `after` closes with the end token, printed by the template; else the end of sequence follows.
     """
 
     before: str
@@ -44,7 +44,7 @@ class Answer:
 
 
 def special_text(tokenizer: PreTrainedTokenizerBase, *, added: bool = False) -> re.Pattern[str]:
-    """Matches text that spells a special token; with ``added`` any token that was added to the vocabulary."""
+    """Matches text that spells a special token; with `added` any token that was added to the vocabulary."""
     found = set(tokenizer.all_special_tokens)
     found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special or added}
     longest_first = sorted(filter(None, found), key=len, reverse=True)
@@ -63,7 +63,7 @@ class ChatTemplate:
         self._shown: set[tuple[str, ...]] = set()  # orders of roles that are rendered whole
 
     def prompt(self, turns: Turns, name: str) -> str:
-        """The conversation up to where the assistant's turn begins; ``name`` is that of the record, for errors."""
+        """The conversation up to where the assistant's turn begins; `name` is that of the record, for errors."""
         text = self._render(turns, name, generation=True)
         shown = _squeezed(text)
         for place, turn in enumerate(turns):
@@ -73,7 +73,7 @@ class ChatTemplate:
         return text
 
     def answers(self, turns: Turns, prompt: str, responses: Sequence[str], name: str) -> list[Answer]:
-        """Each response as the template writes it after ``prompt``, up to and including the end token."""
+        """Each response as the template writes it after `prompt`, up to and including the end token."""
         frame = self._usual
         found = []
         for number, response in enumerate(responses):
@@ -221,7 +221,7 @@ def _fits(rest: str, frame: tuple[str, str]) -> bool:
 
 
 def _split(prompt: str, whole: str, name: str) -> str:
-    """``whole`` without the prompt it begins with."""
+    """`whole` without the prompt it begins with."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     at = len(_common(prompt, whole))

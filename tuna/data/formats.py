@@ -127,7 +127,7 @@ def _from_preference(row: Row) -> Fields:
 
 
 def _asked(row: Row, context: list[Fields]) -> Fields:
-    """The prompt of a pair whose answers follow the turns of ``context``, which may be none or all of it."""
+    """The prompt of a pair whose answers follow the turns of `context`, which may be none or all of it."""
     keys = ("prompt", "question", "instruction")
     if not context:
         if not any(key in row for key in (*keys, "messages")):

@@ -75,11 +75,11 @@ def read_instructions(
     Those without an id are named after file and place; an id seen before is a problem of the later one.
 
     Returns:
-        The instructions in order, and the problems of those left out (with ``on_bad="skip"``).
+        The instructions in order, and the problems of those left out (with `on_bad="skip"`).
 
     Raises:
         FileNotFoundError: no such file.
-        BadRecords: with ``on_bad="fail"``, some cannot be used.
+        BadRecords: with `on_bad="fail"`, some cannot be used.
         ValueError: unknown kind of file.
     """
     return read_items(source, Instruction, instruction_fields, on_bad)
@@ -88,7 +88,7 @@ def read_instructions(
 def read_items(
     source: Any, kind: type[Item], fields_of: Callable[[Any], dict[str, Any]], on_bad: OnBad
 ) -> tuple[list[Item], list[Problem]]:
-    """Rows of a file as items of ``kind``, an `Instruction`, whose fields ``fields_of`` makes of a row."""
+    """Rows of a file as items of `kind`, an `Instruction`, whose fields `fields_of` makes of a row."""
 
     def parse(row: Any, made_id: str) -> Item:
         return row if isinstance(row, kind) else kind.model_validate({"id": made_id, **fields_of(row)})

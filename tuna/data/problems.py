@@ -86,7 +86,7 @@ def problem_lines(problems: Sequence[Problem] | Sequence[str]) -> list[str]:
 
 
 def read_rows(rows: Rows, parse: Callable[[Any, str], T], on_bad: OnBad, unnamed: str) -> tuple[list[T], list[Problem]]:
-    """Rows as items, and the problems of those left out (with ``on_bad="skip"``).
+    """Rows as items, and the problems of those left out (with `on_bad="skip"`).
 
     Args:
         rows: what to read.
@@ -97,7 +97,7 @@ def read_rows(rows: Rows, parse: Callable[[Any, str], T], on_bad: OnBad, unnamed
     An id seen before is a problem of the later row.
 
     Raises:
-        BadRecords: with ``on_bad="fail"``, some row cannot be used.
+        BadRecords: with `on_bad="fail"`, some row cannot be used.
     """
     settle_problems((), on_bad)
     stem = Path(rows.name).stem or unnamed

@@ -250,7 +250,7 @@ def joined(content: Any) -> Any:
 
 
 def _says(prompt: Any, other: Any) -> bool:
-    """Whether ``other`` says nothing that ``prompt`` does not say too."""
+    """Whether `other` says nothing that `prompt` does not say too."""
     if is_empty(other) or other == prompt:
         return True
     turns = prompt if isinstance(prompt, list) else []

@@ -28,10 +28,10 @@ SEED = 42
 
 
 def hold_out(prompts: Collection[str], fraction: float, seed: int = SEED) -> set[str]:
-    """The prompts to hold out: ``fraction`` of the different ones (one at least, and never all), chosen by their hash.
+    """The prompts to hold out: `fraction` of the different ones (one at least, and never all), chosen by their hash.
 
     Raises:
-        ValueError: ``fraction`` not between 0 and 1, or fewer than two different prompts.
+        ValueError: `fraction` not between 0 and 1, or fewer than two different prompts.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction = {fraction} must be between 0 and 1")
@@ -43,7 +43,7 @@ def hold_out(prompts: Collection[str], fraction: float, seed: int = SEED) -> set
 
 
 def split_records(records: Sequence[Record], fraction: float, seed: int = SEED) -> tuple[list[Record], list[Record]]:
-    """Records to train on, and those held out with ``fraction`` of the prompts, both in the order given.
+    """Records to train on, and those held out with `fraction` of the prompts, both in the order given.
 
     Raises:
         ValueError: as `hold_out`.

@@ -116,7 +116,7 @@ class Renderer:
         return text.replace(PLACE, record.prompt)
 
     def answers(self, record: Record, prompt: str) -> list[Answer]:
-        """The responses as they follow ``prompt``: under "chat" with what the template writes around them.
+        """The responses as they follow `prompt`: under "chat" with what the template writes around them.
 
         Raises:
             ValueError: a chat template that changes the prompt when an answer follows, or leaves out a part of one.
@@ -162,7 +162,7 @@ def end_generation_at(model: nn.Module, tokenizer: PreTrainedTokenizerBase, temp
 
 
 def unused_chat_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """A warning where the model has a chat template and ``template`` is another one, else None."""
+    """A warning where the model has a chat template and `template` is another one, else None."""
     if template == "chat" or tokenizer is None or tokenizer.chat_template is None:
         return None
     return (

@@ -192,7 +192,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, template: str = DEFAULT
 ) -> list[list[int]]:
-    """Token ids of prompts rendered with ``template``: text that spells a special token is that token.
+    """Token ids of prompts rendered with `template`: text that spells a special token is that token.
 
     A chat template prints the beginning of sequence itself, or means none; other prompts get the tokenizer's own.
     """
@@ -207,7 +207,7 @@ def own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _with_bos(ids: list[int], bos: int | None, *, give: bool) -> list[int]:
-    """`ids` with one beginning-of-sequence token in front, however many were printed; none printed, one if ``give``."""
+    """`ids` with one beginning-of-sequence token in front, however many were printed; none printed, one if `give`."""
     if bos is None or (not give and ids[:1] != [bos]):
         return ids
     start = next((i for i, token in enumerate(ids) if token != bos), len(ids))

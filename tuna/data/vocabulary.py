@@ -49,7 +49,7 @@ def check_vocabulary(
 
 
 def check_tokens(model: nn.Module, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
-    """The same of one text, which ``name`` names in the error."""
+    """The same of one text, which `name` names in the error."""
     size = vocabulary_of(model)
     if ids and max(ids) >= size:
         raise ValueError(f"{_beyond(size, max(ids), tokenizer)}; used by {name}")

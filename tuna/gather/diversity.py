@@ -52,11 +52,11 @@ def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[s
     """How diverse the responses of each instruction are, over all instructions, as plain JSON values.
 
     Returns:
-        - ``instructions``, ``responses``: their numbers.
-        - ``rouge_mean``, ``rouge_worst_mean``: mean over the instructions of the mean and of the worst pair.
-        - ``alike``: instructions whose worst pair is at ``limit`` or above.
-        - ``equal``: responses that another one of their instruction equals.
-        - ``cut``: responses that were cut (by a limit or a filter).
+        - `instructions`, `responses`: their numbers.
+        - `rouge_mean`, `rouge_worst_mean`: mean over the instructions of the mean and of the worst pair.
+        - `alike`: instructions whose worst pair is at `limit` or above.
+        - `equal`: responses that another one of their instruction equals.
+        - `cut`: responses that were cut (by a limit or a filter).
     """
     pairs = [pair_rouge([response.text for response in item.responses]) for item in sets]
     judged = [values for values in pairs if values]

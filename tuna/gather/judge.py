@@ -1,7 +1,7 @@
 """Contextual ranking: a judge behind a chat endpoint orders the candidates of each prompt.
 
 Candidates whose texts are equal are judged once. The others are shown in a random order that depends on the record's
-id and the seed alone, so a rerun shows the same; the order is recorded and undone. With ``orders = 2`` they are shown
+id and the seed alone, so a rerun shows the same; the order is recorded and undone. With `orders = 2` they are shown
 once more in reverse and the two rankings averaged. A candidate's score is the share of the others that it beats (a tie
 counts half), averaged over the orders as exact fractions: 1 for a sole winner, 0 for a sole loser.
 """
@@ -114,7 +114,7 @@ class JudgeSettings:
         return min(MOST_REFERENCE, self.max_tokens)
 
     def parameters(self) -> dict[str, Any]:
-        """Fields that decide what an answer means, as JSON values for a manifest; more ``tries`` may be given later."""
+        """Fields that decide what an answer means, as JSON values for a manifest; more `tries` may be given later."""
         values = {**asdict(self), "extra": dict(self.extra)}
         return {name: value for name, value in values.items() if name not in ("tries", "response_format")}
 
@@ -168,7 +168,7 @@ class Judge:
         return len(distinct) > 1 or self.settings.reference_candidate
 
     def _orders(self, name: str, distinct: Sequence[Sequence[int]]) -> list[list[int]]:
-        """For each order the indices into ``distinct`` as they are shown."""
+        """For each order the indices into `distinct` as they are shown."""
         shown = list(range(len(distinct)))
         random.Random(f"{self.settings.seed} {name}").shuffle(shown)
         return [shown, shown[::-1]][: self.settings.orders if len(shown) > 1 else 1]
@@ -247,7 +247,7 @@ class Judge:
 
 
 def _tagged(tag: str, text: str) -> str:
-    """``text`` between a tag with its attributes and the one that closes it."""
+    """`text` between a tag with its attributes and the one that closes it."""
     return f"<{tag}>\n{text}\n</{tag.split()[0]}>"
 
 
@@ -261,9 +261,9 @@ def _response_format(form: Format, count: int, length: int) -> dict[str, Any]:
 
 
 def _schema(count: int, length: int = MOST_REFERENCE) -> dict[str, Any]:
-    """Of a judgement of ``count`` candidates. Everything in it ends: a small model repeats what has no bound.
+    """Of a judgement of `count` candidates. Everything in it ends: a small model repeats what has no bound.
 
-    ``length``: most characters of the reference.
+    `length`: most characters of the reference.
     """
     number = {"type": "integer", "enum": list(range(1, count + 1))}
     marks = {aspect: {"type": "integer", "enum": list(range(MOST + 1))} for aspect in ASPECTS}

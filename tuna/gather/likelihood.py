@@ -1,16 +1,16 @@
 """Probabilistic ranking: responses in the order of the length-normalised log-probability their teacher gave them.
 
-The score of a response is ``logprob_sum / tokens ** length_penalty``. The rules, in the order they are applied:
+The score of a response is `logprob_sum / tokens ** length_penalty`. The rules, in the order they are applied:
 
 1. The reference response of the dataset, where there is one, has rank 0 alone: it is the best by decree.
-2. A response without text, or of fewer than ``min_tokens`` tokens, is left out ("empty", "short").
+2. A response without text, or of fewer than `min_tokens` tokens, is left out ("empty", "short").
 3. Responses of the same text (white space aside) are one: the reference if it is among them, else the one of the
    highest score ("duplicate").
 4. A truncated response (whose finish reason is no end: "length", "content_filter", …) is left out, ranked below all
    whole ones, or kept like any other: `truncated` = "drop", "last", "keep". The default drops it: training would teach
    to end where it was cut.
-5. The others follow by score, higher first. Scores within ``tie`` of the best of their level are tied.
-6. A record of fewer than ``min_responses`` responses is left out.
+5. The others follow by score, higher first. Scores within `tie` of the best of their level are tied.
+6. A record of fewer than `min_responses` responses is left out.
 """
 
 from __future__ import annotations

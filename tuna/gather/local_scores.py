@@ -33,7 +33,7 @@ def score_responses(
 
     Args:
         sets: what to score.
-        model, tokenizer: of `tuna.models.loading.load_model`; ``name`` is noted in `scored_by`.
+        model, tokenizer: of `tuna.models.loading.load_model`; `name` is noted in `scored_by`.
         template: how the prompt is shown to the model; see `tuna.data.templates`.
         max_length: most tokens of prompt and response; what is beyond is not scored.
         tokens_per_batch, backend, on_batch: as in `tuna.score.scoring.score_dataset`.

@@ -85,7 +85,7 @@ class ResponseSet(Instruction):
 def read_responses(
     source: str | os.PathLike[str] | Iterable[Any], *, on_bad: OnBad = "fail"
 ) -> tuple[list[ResponseSet], list[Problem]]:
-    """Read what `write_responses` wrote; ``responses`` may also be plain texts. Raises as `read_instructions`."""
+    """Read what `write_responses` wrote; `responses` may also be plain texts. Raises as `read_instructions`."""
     return read_items(source, ResponseSet, _response_fields, on_bad)
 
 

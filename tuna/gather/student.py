@@ -64,7 +64,7 @@ class Diversity:
         return len(tries) >= self.tries or (bool(tries) and tries[-1].worst < self.alike)
 
     def temperature(self, first: float, number: int) -> float:
-        """Of try ``number``, from 0."""
+        """Of try `number`, from 0."""
         return round(first + self.step * number, 6)
 
 
@@ -136,7 +136,7 @@ class LocalSampling:
 async def diverse(
     draw: Callable[[float, int], Awaitable[list[Response]]], temperature: float, diversity: Diversity
 ) -> tuple[Try, int]:
-    """The best try of ``draw(temperature, number of the try)``, and how many there were."""
+    """The best try of `draw(temperature, number of the try)`, and how many there were."""
     tries: list[Try] = []
     while not diversity.settled(tries):
         now = diversity.temperature(temperature, len(tries))
@@ -147,7 +147,7 @@ async def diverse(
 async def sample_from_endpoint(
     calls: PaidCalls, sampling: EndpointSampling, instruction: Instruction, diversity: Diversity
 ) -> ResponseSet:
-    """The same from a student behind an endpoint; every answer is in the journal of ``calls``.
+    """The same from a student behind an endpoint; every answer is in the journal of `calls`.
 
     Raises:
         CallFailed, BudgetSpent: as `tuna.gather.teacher.generate_responses`.
@@ -198,14 +198,14 @@ def sample_locally(
         sampling: how.
         journal: where each instruction's responses are kept as soon as they are settled.
         name: of the model, in what is written.
-        batch: instructions at once: ``batch * k`` rows.
+        batch: instructions at once: `batch * k` rows.
         on_done: called for every settled instruction with the tokens drawn for it (0: it was in the journal).
 
     Returns:
         The sets, in the order of the instructions, and why some have none (a prompt beyond the model's length).
 
     Raises:
-        ValueError: ``batch`` below 1; a prompt that cannot be rendered.
+        ValueError: `batch` below 1; a prompt that cannot be rendered.
     """
     if batch < 1:
         raise ValueError(f"batch = {batch} must be at least 1")

@@ -43,10 +43,10 @@ class Sampling:
         temperature, top_p: how they are drawn.
         seed: passed on, plus the number of the draw where one request was not enough; None: not sent.
         stop: texts that end a response.
-        template: for "completions": none, alpaca or a text with ``{prompt}``; see `tuna.data.templates`.
+        template: for "completions": none, alpaca or a text with `{prompt}`; see `tuna.data.templates`.
         system: for "chat": a system message before the others.
         logprobs: whether to ask for the log-probabilities of the tokens, and to insist on them.
-        extra: further fields of the request, such as ``{"top_k": 40}``; they win, and None takes a field away.
+        extra: further fields of the request, such as `{"top_k": 40}`; they win, and None takes a field away.
 
     Raises:
         ValueError: a value outside its range.
@@ -85,7 +85,7 @@ class Sampling:
         return {**asdict(self), "stop": list(self.stop), "extra": dict(self.extra)}
 
     def request(self, instruction: Instruction, n: int | None = None, draw: int = 0) -> Request:
-        """The request for ``n`` (default: all) responses; ``draw`` counts the requests for this instruction.
+        """The request for `n` (default: all) responses; `draw` counts the requests for this instruction.
 
         Raises:
             ValueError: the instruction cannot be rendered with the template.
@@ -144,7 +144,7 @@ def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, A
 async def generate_responses(
     calls: PaidCalls, sampling: Sampling, instruction: Instruction, *, keep_logprobs: bool = False
 ) -> ResponseSet:
-    """``sampling.n`` responses to an instruction; an endpoint that gives fewer is asked again for the rest.
+    """`sampling.n` responses to an instruction; an endpoint that gives fewer is asked again for the rest.
 
     One that refuses more than one choice a request is asked for one at a time, from then on.
 
@@ -167,7 +167,7 @@ async def generate_responses(
 
 
 async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, n: int, draw: int) -> dict[str, Any]:
-    """An answer of up to ``n`` choices."""
+    """An answer of up to `n` choices."""
 
     async def ask(choices: int) -> dict[str, Any]:
         request = sampling.request(instruction, choices, draw)

@@ -12,10 +12,10 @@ __all__ = ["merged"]
 
 
 def merged(adapted: nn.Module) -> nn.Module:
-    """The plain model that computes what the `peft` model does; ``adapted`` is used up.
+    """The plain model that computes what the `peft` model does; `adapted` is used up.
 
     Head and embeddings of a tied model are one matrix with an adapter each, or on one of them alone, so what they add
-    up to is two matrices: such a model comes out untied, with ``tie_word_embeddings`` false in its configuration. It
+    up to is two matrices: such a model comes out untied, with `tie_word_embeddings` false in its configuration. It
     stays tied where both come out the same.
     """
     wrapped: Any = adapted

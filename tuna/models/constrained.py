@@ -33,7 +33,7 @@ class Constraint:
         return mask
 
     def accept(self, token: int) -> None:
-        """Go on with ``token``, one that is allowed."""
+        """Go on with `token`, one that is allowed."""
         self._matcher.consume_token(token)
 
 

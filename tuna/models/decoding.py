@@ -175,7 +175,7 @@ def prompt_logprobs(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> frozenset[int]:
-    """Tokens that end an answer: the model's and the tokenizer's ends of text, under ``chat`` the end of turn too."""
+    """Tokens that end an answer: the model's and the tokenizer's ends of text, under `chat` the end of turn too."""
     given = getattr(model.generation_config, "eos_token_id", None)
     ends = {given} if isinstance(given, int) else set(given or ())
     for template in ("none", "chat") if chat else ("none",):
@@ -244,7 +244,7 @@ def _extend(
     tokenizer: PreTrainedTokenizerBase,
     on_token: Callable[[Row], bool],
 ) -> None:
-    """Draw the next token of every row from ``logits`` [rows, V], and end those that end."""
+    """Draw the next token of every row from `logits` [rows, V], and end those that end."""
     found = _log_softmax(logits)
     chosen = _draw(_constrained(logits, rows), rows)
     values = found.gather(1, chosen[:, None])[:, 0].tolist()
@@ -278,7 +278,7 @@ def _settle(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, count: int | None = None) -> str:
-    """The text of a row's first ``count`` tokens (default: all), without special tokens."""
+    """The text of a row's first `count` tokens (default: all), without special tokens."""
     tail = list(row.prompt[-TAIL:])
     ids = row.ids[:count]
     before, both = (_decode(tokenizer, tokens) for tokens in (tail, tail + ids))
@@ -294,7 +294,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> list[TopTokens]:
-    """The ``counts[i]`` likeliest tokens of row i of ``logprobs`` [rows, V], best first."""
+    """The `counts[i]` likeliest tokens of row i of `logprobs` [rows, V], best first."""
     most = min(max(counts, default=0), logprobs.shape[-1])
     if most == 0:
         return [[] for _ in counts]
@@ -303,7 +303,7 @@ def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> list[TopTokens]:
 
 
 def _constrained(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """``logits`` [rows, V] without the tokens that a row's constraint rules out."""
+    """`logits` [rows, V] without the tokens that a row's constraint rules out."""
     held = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
     if not held:
         return logits

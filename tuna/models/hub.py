@@ -18,7 +18,7 @@ def hub_model(name: str, known: Sequence[str]) -> str:
     """What transformers takes for a name on the hub: the name, or where the hub is out of reach, the copy kept here.
 
     Args:
-        name: ``owner/model``.
+        name: `owner/model`.
         known: names that need no hub, for the error.
 
     Raises:

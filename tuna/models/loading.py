@@ -68,9 +68,9 @@ def load_model(
 
     Args:
         name_or_path: "smollm2-135m", "tiny", a local folder, or a name on the Hugging Face hub.
-        dtype: of the weights; with ``load_in_4bit`` of what they are multiplied in.
+        dtype: of the weights; with `load_in_4bit` of what they are multiplied in.
         load_in_4bit: the trunk's linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv
-            2305.14314), the head and the embeddings in ``dtype``. Train an adapter on it.
+            2305.14314), the head and the embeddings in `dtype`. Train an adapter on it.
         kwargs: go to `AutoModelForCausalLM.from_pretrained` (for "tiny" to `tiny_model`).
 
     Raises:

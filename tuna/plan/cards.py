@@ -2,8 +2,8 @@
 
 Memory is what the driver reports (`nvidia-smi`, with ECC on where that is the default), which is less than the
 round number on the box: a "24 GB" card has 24 GiB, an "80 GB" A100 has 80 GiB less 0.7 that ECC and page tables
-take, a "192 GB" B200 has 179 GiB. Products are dense (no sparsity), with float32 accumulation. ``link`` is one
-direction between two GPUs of a node: NVLink where the card has it, else the PCIe slot. ``pcie`` is one direction
+take, a "192 GB" B200 has 179 GiB. Products are dense (no sparsity), with float32 accumulation. `link` is one
+direction between two GPUs of a node: NVLink where the card has it, else the PCIe slot. `pcie` is one direction
 between host and card.
 
 Sources (NVIDIA): V100 data sheet (2020); A100 data sheet (2021); H100 SXM data sheet; DGX B200 data sheet (per

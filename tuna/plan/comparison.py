@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
         plan: at the request's own micro-batch and sharding.
-        largest: the largest micro-batch that fits there, looked for up to ``most_groups``, or None.
+        largest: the largest micro-batch that fits there, looked for up to `most_groups`, or None.
         fewest, fewest_offload: the fewest GPUs that hold the micro-batch, without and with offload, or None.
     """
 
@@ -47,7 +47,7 @@ def compare(
     on_method: Callable[[Method], None] = lambda method: None,
     most_groups: int = LARGEST,
 ) -> list[Row]:
-    """A row for each method; ``on_method`` hears which one is at work."""
+    """A row for each method; `on_method` hears which one is at work."""
     rows = []
     for method in methods:
         on_method(method)

@@ -99,7 +99,7 @@ class Plan:
         return ""
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part at the peak; they add up to ``peak``."""
+        """Bytes by part at the peak; they add up to `peak`."""
         states, step = self.states, self.step
         parts = {
             "weights": states.weights,
@@ -148,7 +148,7 @@ class Planner:
         self.simulator = simulator
 
     def plan(self, request: Request) -> Plan:
-        """What ``request`` takes, whether it fits or not.
+        """What `request` takes, whether it fits or not.
 
         Raises:
             ValueError: settings that contradict each other.
@@ -210,7 +210,7 @@ class Planner:
 def shardings(
     like: Sharding, gpus: int, offloads: tuple[Offload, ...] = ("none", "optimizer", "all")
 ) -> Iterator[Sharding]:
-    """Every stage and offload on ``gpus`` GPUs, the quickest first: no offload before offload, low stages first."""
+    """Every stage and offload on `gpus` GPUs, the quickest first: no offload before offload, low stages first."""
     for offload in offloads:
         for stage in (0, 1, 2, 3):
             useless = gpus == 1 and stage > 0 and offload == "none"
@@ -230,7 +230,7 @@ def fewest_gpus(planner: Planner, request: Request, offloads: tuple[Offload, ...
 
 
 def largest_batch(planner: Planner, request: Request, limit: int = LARGEST) -> Plan | None:
-    """The plan with the most groups in a micro-batch that fits, at most ``limit``; None if not even one does.
+    """The plan with the most groups in a micro-batch that fits, at most `limit`; None if not even one does.
 
     Memory grows with the batch, so the largest is found by doubling and halving; each size is simulated.
     """

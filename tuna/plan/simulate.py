@@ -44,11 +44,11 @@ class StepMemory:
     """Bytes of one micro-batch beyond model states, and its products.
 
     Attributes:
-        peak: the most at any moment; ``peak_at`` names it.
+        peak: the most at any moment; `peak_at` names it.
         saved: of which so much was there when the head of that pass began: what the trunk keeps for its backward,
             and in two-phase the shared keys, values and their gradients.
         flops: floating-point operations of the matrix products of forward and backward, recomputation included.
-        tokens: tokens that the trunk sees; ``unshared_tokens``: without padding and sharing.
+        tokens: tokens that the trunk sees; `unshared_tokens`: without padding and sharing.
         moments: bytes at each moment, the most of all passes.
     """
 
@@ -80,7 +80,7 @@ class Simulator:
         return int(self.config.get_text_config().num_hidden_layers)
 
     def step(self, workload: Workload, groups: int, settings: StepSettings) -> StepMemory:
-        """One micro-batch of ``groups`` groups."""
+        """One micro-batch of `groups` groups."""
         key = (workload, groups, settings)
         if key not in self._known:
             batch = workload.batch(groups, settings.method)
@@ -195,7 +195,7 @@ def _slope(found: list[tuple[int, dict[str, int]]], name: str) -> int:
 
 
 def _line(points: list[tuple[int, int]], at: int) -> int:
-    """The value at ``at`` of the line through one (constant) or two points."""
+    """The value at `at` of the line through one (constant) or two points."""
     if len(points) == 1:
         return points[0][1]
     (a, low), (b, high) = points

@@ -51,7 +51,7 @@ _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 
 
 def model_config(name_or_path: str | os.PathLike[str]) -> PretrainedConfig:
-    """The transformers configuration of a built-in size, a name on the hub, a model folder or a ``config.json``.
+    """The transformers configuration of a built-in size, a name on the hub, a model folder or a `config.json`.
 
     Raises:
         FileNotFoundError: neither a built-in size, nor a path, nor a model on the hub.

@@ -40,7 +40,7 @@ SUB_GROUP = 10**9
 """DeepSpeed's default of zero_optimization.sub_group_size, in parameters."""
 BUCKET, BUCKET_STAGE_3, MAX_LIVE = 200_000_000, 50_000_000, 500_000_000
 """Parameters of reduce_bucket_size in stages 1 and 2 and in stage 3, and of stage3_max_live_parameters, as in the
-configurations that come with this project (``configs/deepspeed``)."""
+configurations that come with this project (`configs/deepspeed`)."""
 HOST_FACTOR = 1.5
 """Host memory of offloaded states over the states themselves, as DeepSpeed's estimators have it."""
 
@@ -84,9 +84,9 @@ class Sharding:
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes on each GPU, except ``host`` (of one node).
+    """Bytes on each GPU, except `host` (of one node).
 
-    ``gradient_copy`` is there at the optimizer step alone; ``buffers`` are communication buckets and, in stage 3,
+    `gradient_copy` is there at the optimizer step alone; `buffers` are communication buckets and, in stage 3,
     the gathered weights in use.
     """
 

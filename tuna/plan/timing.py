@@ -33,7 +33,7 @@ HOST_ADAM_BYTES = 40e9
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step of one micro-batch, by part; ``total`` after overlap."""
+    """Seconds of one optimizer step of one micro-batch, by part; `total` after overlap."""
 
     compute: float
     update: float

@@ -1,7 +1,7 @@
 """Peak memory and FLOPs of a simulated step, moment by moment.
 
 `MemTracker` of torch follows every storage that an operation makes until it is freed. It sees an op of
-``tuna_kernels`` from outside: its results are counted, what it takes in between is not. That is what
+`tuna_kernels` from outside: its results are counted, what it takes in between is not. That is what
 `tuna_kernels.workspace_bytes` states, and it is added here for as long as the op runs.
 
 A step is cut into moments, so that each grows linearly with the number of layers (`tuna.plan.simulate`):
@@ -84,7 +84,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
                 hook.remove()
 
     def wanted(self, kind: tuple[int, ...], differ: int) -> bool:
-        """Whether a pass of this kind has to run: after the first ``differ`` they count as the last that ran."""
+        """Whether a pass of this kind has to run: after the first `differ` they count as the last that ran."""
         if self._pass is not None:
             known, before = self._pass
             self._flops_of[known] = self.flops - before

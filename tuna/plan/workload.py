@@ -43,10 +43,10 @@ class Workload:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
 
     def batch(self, count: int, method: Method) -> list[Group]:
-        """The heaviest micro-batch of ``count`` groups: of an epoch's batches, the one that takes most memory.
+        """The heaviest micro-batch of `count` groups: of an epoch's batches, the one that takes most memory.
 
         Raises:
-            ValueError: fewer real groups than ``count``.
+            ValueError: fewer real groups than `count`.
         """
         if count < 1:
             raise ValueError(f"groups = {count} must be at least 1")

@@ -27,7 +27,7 @@ METRICS = (("rank/accuracy", "pairs right"), ("rank/top1", "top-1"), ("rank/kend
 
 
 def write_report(recipe: Recipe, steps: Steps, folder: Path) -> Path:
-    """Write ``report.md`` and its pictures into ``folder``; the path of the former.
+    """Write `report.md` and its pictures into `folder`; the path of the former.
 
     Args:
         recipe: the recipe.

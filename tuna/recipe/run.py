@@ -49,7 +49,7 @@ def run_steps(
     Args:
         steps: of `tuna.recipe.steps.plan`.
         on_start: called with a step before it runs.
-        on_line: called with each line that a step prints; all stand in ``log.txt`` in its folder.
+        on_line: called with each line that a step prints; all stand in `log.txt` in its folder.
         on_done: called with a step, whether it ran now, and its seconds.
 
     Raises:

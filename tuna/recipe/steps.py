@@ -185,7 +185,7 @@ def read_recipe(path: Path, variables: Mapping[str, Any] | None = None) -> Recip
 
 
 def _filled(value: Any, variables: Mapping[str, Any]) -> Any:
-    """``value`` with variables in place; a value that is nothing but a variable keeps its kind."""
+    """`value` with variables in place; a value that is nothing but a variable keeps its kind."""
     if isinstance(value, Mapping):
         return {key: _filled(item, variables) for key, item in value.items()}
     if isinstance(value, list):
@@ -336,7 +336,7 @@ def _resolved(value: Any, known: Mapping[str, str], base: Path) -> Any:
 
 
 def _content(value: Any, base: Path) -> Any:
-    """``value`` with every file it names replaced by a hash of what is in it."""
+    """`value` with every file it names replaced by a hash of what is in it."""
     if isinstance(value, Mapping):
         return {str(key): _content(item, base) for key, item in value.items()}
     if isinstance(value, list):

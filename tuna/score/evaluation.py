@@ -16,7 +16,7 @@ from tuna_kernels import PackedTree, sequence_scores
 class PendingScores:
     """`ScoredGroups` whose numbers are still on the device; making one costs no host synchronisation.
 
-    ``scores`` and ``logprob_sums`` are [C] and carry no graph.
+    `scores` and `logprob_sums` are [C] and carry no graph.
     """
 
     scores: Tensor
@@ -27,7 +27,7 @@ class PendingScores:
 
     @classmethod
     def of(cls, tree: PackedTree, scores: Tensor, logprobs: Tensor) -> PendingScores:
-        """From ``scores`` [C] and ``logprobs`` [M] of a tree that is on their device."""
+        """From `scores` [C] and `logprobs` [M] of a tree that is on their device."""
         return cls(
             scores=scores.detach(),
             logprob_sums=sequence_scores(logprobs.detach(), tree.candidate_offsets, length_penalty=0.0),
@@ -48,6 +48,6 @@ class PendingScores:
 
 
 def in_dataset_order(parts: Sequence[ScoredGroups], plan: Sequence[Sequence[int]]) -> ScoredGroups:
-    """Join the results of micro-batches, ``plan[i]`` being the group indices of ``parts[i]``, by index."""
+    """Join the results of micro-batches, `plan[i]` being the group indices of `parts[i]`, by index."""
     indices = np.array([group for batch in plan for group in batch], dtype=np.int64)
     return ScoredGroups.concatenate(parts).select(np.argsort(indices, kind="stable"))

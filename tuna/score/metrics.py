@@ -45,7 +45,7 @@ class ScoredGroups:
 
     @classmethod
     def concatenate(cls, parts: Sequence[ScoredGroups]) -> ScoredGroups:
-        """All groups of ``parts``, in order. No parts give no groups."""
+        """All groups of `parts`, in order. No parts give no groups."""
         sizes = [np.diff(part.group_offsets) for part in parts]
         return cls(
             scores=np.concatenate([np.empty(0), *(part.scores for part in parts)]),
@@ -74,13 +74,13 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
     never count as right: a model that gives every candidate the same score has accuracy 0 and top-1 0, not
     one half.
 
-    * ``rank/accuracy``: share of all pairs whose better candidate has the strictly higher score.
-    * ``rank/top1``: share of ranked groups (those with a pair) in which some best candidate scores strictly above
+    * `rank/accuracy`: share of all pairs whose better candidate has the strictly higher score.
+    * `rank/top1`: share of ranked groups (those with a pair) in which some best candidate scores strictly above
       every candidate that is not best.
-    * ``rank/kendall``: mean over ranked groups of (pairs right - pairs wrong) / pairs; pairs of equal scores are
+    * `rank/kendall`: mean over ranked groups of (pairs right - pairs wrong) / pairs; pairs of equal scores are
       neither.
-    * ``margin/mean``: mean over all pairs of the better minus the worse score.
-    * ``logps/rank_r``: mean over the candidates of rank r of the mean token log-probability (nats).
+    * `margin/mean`: mean over all pairs of the better minus the worse score.
+    * `logps/rank_r`: mean over the candidates of rank r of the mean token log-probability (nats).
 
     Returns:
         The metrics by name; the first four are left out where there is no pair.
@@ -113,7 +113,7 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
 
 
 def greater_is_better(metric: str) -> bool:
-    """Whether a higher value of a metric is the better one, by its name (with or without ``eval_`` and a data set's).
+    """Whether a higher value of a metric is the better one, by its name (with or without `eval_` and a data set's).
 
     Raises:
         ValueError: a metric of which that is not known.
@@ -134,7 +134,7 @@ def greater_is_better(metric: str) -> bool:
 
 @dataclass(frozen=True)
 class LossParts:
-    """``loss = ranking + mle_weight * mle`` of some groups taken as one batch."""
+    """`loss = ranking + mle_weight * mle` of some groups taken as one batch."""
 
     loss: float
     ranking: float

@@ -27,8 +27,8 @@ from tuna_kernels.tree import Share
 class ScoreReport:
     """Scores of a dataset, in its order, and what they took.
 
-    ``tokens`` are the packed tokens that went through the model, ``unshared_tokens`` those of separate
-    sequences; ``seconds`` is wall time.
+    `tokens` are the packed tokens that went through the model, `unshared_tokens` those of separate
+    sequences; `seconds` is wall time.
     """
 
     scored: ScoredGroups
@@ -60,20 +60,20 @@ def score_dataset(
     on_batch: Callable[[int], None] = lambda tokens: None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ScoreReport:
-    """Score all responses of ``groups``, on the device the model is on, in evaluation mode.
+    """Score all responses of `groups`, on the device the model is on, in evaluation mode.
 
     Args:
         model: a causal language model of transformers, or one wrapped by peft.
         groups: what to score; responses need no ranks.
         tokens_per_batch: packed tokens a pass may hold; a group that alone takes more gets a pass of its own.
-        length_penalty: a score is ``sum(log p) / length ** length_penalty``.
+        length_penalty: a score is `sum(log p) / length ** length_penalty`.
         share: as in `tuna_kernels.pack_groups`.
         backend: of `tuna_kernels`.
         on_batch: called after each pass with the packed tokens it took.
         tokenizer: of the groups; named in errors.
 
     Raises:
-        ValueError: no groups, ``tokens_per_batch`` below 1, tokens that the model has no embedding for, or a model
+        ValueError: no groups, `tokens_per_batch` below 1, tokens that the model has no embedding for, or a model
             that cannot be served.
     """
     check_vocabulary(model, groups, tokenizer)
@@ -103,7 +103,7 @@ def score_dataset(
 def per_record(groups: Sequence[TokenizedGroup], scored: ScoredGroups) -> Iterator[dict[str, Any]]:
     """One row a record: its id, and in the order of its responses scores, mean log-probabilities, lengths, ranks.
 
-    ``accuracy`` is the share of the record's pairs ranked right, None where it has no pair; ``cut`` how many
+    `accuracy` is the share of the record's pairs ranked right, None where it has no pair; `cut` how many
     responses were cut to the length limit.
     """
     means = scored.logprob_sums / scored.lengths

@@ -34,9 +34,9 @@ NOTHING = Part("", [], [], [], [])
 
 
 def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sent: int = 0, shift: int = 0) -> Part:
-    """The tokens of ``row`` from number ``since``, ``sent`` characters of its text being out already.
+    """The tokens of `row` from number `since`, `sent` characters of its text being out already.
 
-    ``shift`` is added to the offsets: the length of an echoed prompt.
+    `shift` is added to the offsets: the length of an echoed prompt.
     """
     text = row.text if row.finish_reason is not None or row.sampling.stop else answer_text(row, tokenizer)
     offsets = [_end(answer_text(row, tokenizer, n), text) + shift for n in range(since, len(row.ids))]
@@ -44,7 +44,7 @@ def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sen
 
 
 def echo_part(model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, top: int | None) -> Part:
-    """An echoed prompt; its tokens and their log-probabilities where ``top`` is not None."""
+    """An echoed prompt; its tokens and their log-probabilities where `top` is not None."""
     if top is None:
         return Part(text, [], [], [], [])
     logprobs, likeliest = prompt_logprobs(model, ids, top)
@@ -128,12 +128,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _end(beginning: str, text: str) -> int:
-    """Where in ``text`` its first tokens end, of which ``beginning`` is all that is written: whole characters count."""
+    """Where in `text` its first tokens end, of which `beginning` is all that is written: whole characters count."""
     while beginning.endswith(REPLACEMENT) and not text.startswith(beginning):
         beginning = beginning[:-1]
     return min(len(beginning), len(text))
 
 
 def _overlap(text: str, stop: str) -> bool:
-    """Whether the end of ``text`` is a beginning of ``stop``."""
+    """Whether the end of `text` is a beginning of `stop`."""
     return any(text.endswith(stop[:n]) for n in range(1, len(stop)))

@@ -304,7 +304,7 @@ class _Handlers:
     def _tasks(
         self, ids: list[int], body: SamplingRequest, chat: bool, max_tokens: int, top: int, number: int
     ) -> list[RowTask]:
-        """The n rows of a prompt, the ``number``-th of its request."""
+        """The n rows of a prompt, the `number`-th of its request."""
         if self.limit is not None and len(ids) + max_tokens > self.limit:
             message = (
                 f"the prompt has {len(ids)} tokens, which with max_tokens = {max_tokens} goes beyond the "

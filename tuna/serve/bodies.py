@@ -31,7 +31,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The JSON text of a request, held only up to ``limit`` bytes, whatever its headers say.
+    """The JSON text of a request, held only up to `limit` bytes, whatever its headers say.
 
     Raises:
         ApiError: it is longer (413), of another type (415), too slow (408), or the client is gone.

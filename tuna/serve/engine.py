@@ -29,7 +29,7 @@ class RowTask:
     """A row in the engine's hands.
 
     Attributes:
-        row: what to draw; the engine's thread writes it until ``done``.
+        row: what to draw; the engine's thread writes it until `done`.
         on_token: called on the engine's thread after each token.
         done: resolves to the row when it is finished.
     """
@@ -49,8 +49,8 @@ class _Call:
 class Engine:
     """Runs a model for many callers.
 
-    Rows that wait are taken in order of arrival, together as long as they stay within ``max_rows`` and the
-    padded cache within ``max_tokens``; the next batch starts when the last row of this one has ended (a row
+    Rows that wait are taken in order of arrival, together as long as they stay within `max_rows` and the
+    padded cache within `max_tokens`; the next batch starts when the last row of this one has ended (a row
     that ends early is answered at once). A single row always runs. Other work on the model takes its turn.
 
     Args:
@@ -106,7 +106,7 @@ class Engine:
         """Cancel what waits and runs, and end the thread, which first ends the step it is at.
 
         Returns:
-            Whether it has ended within ``timeout`` seconds (None: it is waited for).
+            Whether it has ended within `timeout` seconds (None: it is waited for).
         """
         with self._changed:
             self._stopped = True

@@ -19,7 +19,7 @@ SHOWN = 80  # characters of a client's value that a message repeats
 
 
 class ApiError(Exception):
-    """An error the client is told of, in OpenAI's shape; ``close`` ends the connection with it."""
+    """An error the client is told of, in OpenAI's shape; `close` ends the connection with it."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, close: bool = False
@@ -28,7 +28,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.close = status, message, param, code, close
 
     def response(self) -> JSONResponse:
-        """``{"error": {message, type, param, code}}``."""
+        """`{"error": {message, type, param, code}}`."""
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else None
         body = {"message": self.message, "type": kind or "invalid_request_error"}
         more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status, {})
@@ -59,7 +59,7 @@ class Ending:
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Give every error of ``app`` OpenAI's shape: ours, bad fields, unknown routes, and what nobody foresaw."""
+    """Give every error of `app` OpenAI's shape: ours, bad fields, unknown routes, and what nobody foresaw."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -166,7 +166,7 @@ class ChatRequest(SamplingRequest):
 
 
 class RankRequest(BaseModel):
-    """`POST /v1/rank`: k responses to one prompt, scored by ``sum(log p) / tokens ** length_penalty``."""
+    """`POST /v1/rank`: k responses to one prompt, scored by `sum(log p) / tokens ** length_penalty`."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -27,7 +27,7 @@ class Scored:
 
 
 def parts_of(group: Group, max_tokens: int) -> Iterator[Group]:
-    """The group's responses in runs whose tokens, with the prompt, stay within ``max_tokens``; one always goes.
+    """The group's responses in runs whose tokens, with the prompt, stay within `max_tokens`; one always goes.
 
     What a response scores does not depend on its company.
     """

@@ -38,7 +38,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="tuna-worker")
 
     async def run(self, function: Callable[[PreTrainedTokenizerBase], T]) -> T:
-        """What ``function`` makes of a tokenizer.
+        """What `function` makes of a tokenizer.
 
         Raises:
             ApiError: too many jobs wait (429), or the server shuts down (503).

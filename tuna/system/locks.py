@@ -24,7 +24,7 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def hold(folder: Path) -> Iterator[int | None]:
-    """Hold ``folder`` (made where it does not exist) for this process; yields the descriptor of the lock.
+    """Hold `folder` (made where it does not exist) for this process; yields the descriptor of the lock.
 
     A child process that inherits the descriptor holds the folder too. None where this process holds it already, or
     where the file system has no locks.

@@ -24,7 +24,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[Path]) -> None:
-    """Write ``content`` and the list of ``files`` to ``folder / name``, atomically."""
+    """Write `content` and the list of `files` to `folder / name`, atomically."""
     paths = list(files)
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
@@ -62,7 +62,7 @@ def fault(
     apart: Callable[[str], bool] = lambda place: False,
     hashed: Callable[[str], bool] = lambda place: True,
 ) -> str | None:
-    """What is wrong with the files that ``folder / name`` lists, naming the first at fault; None if nothing is.
+    """What is wrong with the files that `folder / name` lists, naming the first at fault; None if nothing is.
 
     Args:
         folder: the folder.

@@ -15,7 +15,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 1e-5 without a dot is a number (as in YAML 1.2 and JSON), and no key is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; what a merge (``<<``) brings may be given again."""
+        """A mapping; what a merge (`<<`) brings may be given again."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -36,7 +36,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """What a YAML text holds.
 
     Raises:
-        ValueError: it is not valid; the message begins with ``where``.
+        ValueError: it is not valid; the message begins with `where`.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader

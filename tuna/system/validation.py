@@ -24,12 +24,12 @@ WANTED = {
 
 
 def place(location: Sequence[int | str]) -> str:
-    """``messages[0].role`` of ``("messages", 0, "role")``."""
+    """`messages[0].role` of `("messages", 0, "role")`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
 def reason(detail: Any) -> str:
-    """What is wrong with a value, as it follows its name: one of ``ValidationError.errors()`` in words."""
+    """What is wrong with a value, as it follows its name: one of `ValidationError.errors()` in words."""
     kind = detail["type"]
     if kind == "value_error":
         return str(detail["ctx"]["error"])

@@ -32,13 +32,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically; numbers that are not finite become null, which JSON can hold."""
+    """Write `content` as JSON, atomically; numbers that are not finite become null, which JSON can hold."""
     with replacing(path) as file:
         file.write((json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite replaced by None."""
+    """`value` with every number that is not finite replaced by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

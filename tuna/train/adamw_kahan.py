@@ -106,7 +106,7 @@ class AdamWKahan(torch.optim.Optimizer):
 
 
 def _store(target: Tensor, value: Tensor, step: int, place: int) -> None:
-    """``target`` = ``value``, rounded stochastically where ``target`` has fewer bits."""
+    """`target` = `value`, rounded stochastically where `target` has fewer bits."""
     lost = _LOST_BITS.get(target.dtype)
     if lost is None:
         target.copy_(value)

@@ -177,7 +177,7 @@ def begin_run(run: Path, *, clear: bool = False) -> str:
 
 
 def go_on(run: Path, checkpoint: Path) -> str:
-    """The name of the run that goes on from ``checkpoint`` in its folder ``run``.
+    """The name of the run that goes on from `checkpoint` in its folder `run`.
 
     What cannot be gone on from later is moved to `SET_ASIDE`: checkpoints of other runs and of later steps.
     """
@@ -224,7 +224,7 @@ def shape_of(checkpoint: Path) -> Shape | None:
 
 
 def check_shape(checkpoint: Path, now: Shape) -> bool:
-    """Whether ``checkpoint`` has to be converted for ``now``.
+    """Whether `checkpoint` has to be converted for `now`.
 
     Raises:
         CheckpointError: an optimizer step would have another number of micro-batches, or optimizer states of

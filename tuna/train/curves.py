@@ -12,7 +12,7 @@ Log = Sequence[Mapping[str, float]]
 
 
 def plot_log(path: Path, log: Log) -> None:
-    """Picture of a trainer's ``log_history``: the loss and its parts, and the rank accuracy, over steps."""
+    """Picture of a trainer's `log_history`: the loss and its parts, and the rank accuracy, over steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

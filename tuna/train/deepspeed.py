@@ -86,12 +86,12 @@ def stage_of(settings: Mapping[str, Any]) -> Any:
 
 
 def enabled(settings: Mapping[str, Any], precision: str) -> bool:
-    """Whether ``bf16`` or ``fp16`` is switched on outright ("auto" is the trainer's setting)."""
+    """Whether `bf16` or `fp16` is switched on outright ("auto" is the trainer's setting)."""
     return settings.get(precision, {}).get("enabled") is True
 
 
 def prepare(settings: Settings) -> Settings:
-    """Make DeepSpeed ready in this process, and ``settings`` complete; before anything imports DeepSpeed.
+    """Make DeepSpeed ready in this process, and `settings` complete; before anything imports DeepSpeed.
 
     Raises:
         ImportError: DeepSpeed is missing or too old.
@@ -139,7 +139,7 @@ def build_cpu_adam() -> None:
 
 @contextmanager
 def build_lock(root: Path, name: str) -> Iterator[None]:
-    """The right to compile the extension ``name`` under ``root``, for one process at a time.
+    """The right to compile the extension `name` under `root`, for one process at a time.
 
     The lock is the system's, so a killed process gives it back. Torch's own builder marks a build by a file that a
     killed process leaves behind, for which every later one waits; whoever holds our lock may remove it.
@@ -156,7 +156,7 @@ def build_lock(root: Path, name: str) -> Iterator[None]:
 
 
 def check_engine(wrapped: Any, world_size: int) -> None:
-    """Hold that ``wrapped`` is a DeepSpeed engine over ``world_size`` ranks.
+    """Hold that `wrapped` is a DeepSpeed engine over `world_size` ranks.
 
     Raises:
         RuntimeError: accelerate left DeepSpeed out, or they count ranks differently.
@@ -181,7 +181,7 @@ def on_nvme(settings: Mapping[str, Any]) -> bool:
 def mend_universal(engine: Any, checkpoint: str | os.PathLike[str]) -> None:
     """Set right what DeepSpeed's ZeRO-3 gets wrong when it loads a universal checkpoint (seen in 0.19.8).
 
-    It puts one and the same ``step`` tensor into the states of all sub-groups, so that each update counts as
+    It puts one and the same `step` tensor into the states of all sub-groups, so that each update counts as
     many steps as there are sub-groups, and gives the settings of the first parameter group (its weight decay)
     to all. Both change the steps that follow. Other stages are left as they are. Called under `trust.loading`.
     """

@@ -71,9 +71,9 @@ class DurableTrainer(Trainer):
     # Going on
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock trainer's; ``True`` goes on from the last complete checkpoint, or begins where there is none.
+        """As the stock trainer's; `True` goes on from the last complete checkpoint, or begins where there is none.
 
-        SIGTERM and SIGINT end the run after the running step, with a checkpoint (unless ``save_strategy`` is "no").
+        SIGTERM and SIGINT end the run after the running step, with a checkpoint (unless `save_strategy` is "no").
 
         Raises:
             CheckpointError: a checkpoint that this run cannot go on from.
@@ -183,7 +183,7 @@ class DurableTrainer(Trainer):
         return differences.names
 
     def _from_first(self, value: list[Any]) -> list[Any]:
-        """``value`` of the first process, on all."""
+        """`value` of the first process, on all."""
         return value if self.accelerator.num_processes == 1 else list(broadcast_object_list(value))
 
     @property

@@ -40,7 +40,7 @@ def export(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: ``output`` exists or lies in the checkpoint, a checkpoint without a model, or an adapter without
+        ValueError: `output` exists or lies in the checkpoint, a checkpoint without a model, or an adapter without
             its base.
         CheckpointError: the checkpoint is damaged, or holds code that is not trusted.
     """
@@ -93,7 +93,7 @@ def zero_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def filled(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """``model`` with these weights; a tied one may be given once.
+    """`model` with these weights; a tied one may be given once.
 
     Raises:
         ValueError: a weight is missing or unknown.

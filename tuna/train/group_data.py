@@ -24,7 +24,7 @@ GroupData = Sequence[TokenizedGroup] | Sequence[Record] | Sequence[Mapping[str, 
 
 
 def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[TokenizedGroup]:
-    """``dataset`` as tokenised groups; records, and rows of records, are tokenised by the settings in ``args``.
+    """`dataset` as tokenised groups; records, and rows of records, are tokenised by the settings in `args`.
 
     Raises:
         TypeError: elements of another kind.

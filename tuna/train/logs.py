@@ -22,7 +22,7 @@ def default_reports() -> list[str]:
 class JsonLines(TrainerCallback):
     """Appends every log entry, with its step and epoch, to a file; the first process writes.
 
-    A run that goes on from a checkpoint first drops the entries after it: they come again. A ``fresh`` one
+    A run that goes on from a checkpoint first drops the entries after it: they come again. A `fresh` one
     begins a new file.
     """
 

@@ -1,7 +1,7 @@
 """One pass or two phases: what each would hold in memory, and what is free.
 
 An estimate from the model's configuration, in bytes per packed token; `docs/memory.md` has the derivation and
-how far measurements are from it. It decides `TunaConfig.memory` = ``"auto"``, where the safe side costs a forward
+how far measurements are from it. It decides `TunaConfig.memory` = `"auto"`, where the safe side costs a forward
 and the other side the run, so it adds a margin.
 """
 
@@ -54,7 +54,7 @@ class ActivationModel:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, *, checkpointed: bool, logits_budget: int) -> ActivationModel:
-        """The model of a Llama-like decoder of this configuration, whose activations have ``dtype``."""
+        """The model of a Llama-like decoder of this configuration, whose activations have `dtype`."""
         config = config.get_text_config()
         width, heads = config.hidden_size, config.num_attention_heads
         size = getattr(config, "head_dim", None) or width // heads
@@ -76,7 +76,7 @@ class ActivationModel:
         )
 
     def graph(self, tokens: int, shared: int = 0) -> float:
-        """The graph of ``tokens`` rows that attend to ``shared`` kept ones besides; a layer joins their keys anew."""
+        """The graph of `tokens` rows that attend to `shared` kept ones besides; a layer joins their keys anew."""
         layer = tokens * self.inside + shared * self.keys
         if self.checkpointed:
             return self.layers * tokens * self.boundary + layer
@@ -108,7 +108,7 @@ class Schedule:
         args: the settings.
 
     Raises:
-        ValueError: ``memory="two_phase"`` and a model that cannot be trained so.
+        ValueError: `memory="two_phase"` and a model that cannot be trained so.
     """
 
     def __init__(self, model: nn.Module, args: TunaConfig) -> None:
@@ -177,10 +177,10 @@ class Schedule:
     def flush(self) -> dict[str, float]:
         """Figures of this rank since the last flush; none where everything ran in one pass.
 
-        - ``memory/two_phase``: micro-batches run in two phases, ``memory/passes``: their gradient passes.
-        - ``memory/rows_alive``: packed rows of the largest pass; ``memory/rows_one_pass``: those of one pass.
-        - ``memory/shared_bytes``: keys, values and sums of gradients of prompts, at most.
-        - ``memory/skipped``: candidates left out since they have no gradient.
+        - `memory/two_phase`: micro-batches run in two phases, `memory/passes`: their gradient passes.
+        - `memory/rows_alive`: packed rows of the largest pass; `memory/rows_one_pass`: those of one pass.
+        - `memory/shared_bytes`: keys, values and sums of gradients of prompts, at most.
+        - `memory/skipped`: candidates left out since they have no gradient.
         """
         window, self._window = self._window, []
         if not window:

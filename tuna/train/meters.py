@@ -53,13 +53,13 @@ class TrainingMeter:
     def flush(self) -> dict[str, float]:
         """Figures since the last flush, the same on all ranks; every rank has to call it. Empty if no step.
 
-        - ``loss/rank``, ``loss/mle``: parts of the loss, mean over optimizer steps.
-        - ``rank/…``, ``margin/mean``, ``logps/rank_r``: `tuna.score.metrics.ranking_metrics` of all groups, each
+        - `loss/rank`, `loss/mle`: parts of the loss, mean over optimizer steps.
+        - `rank/…`, `margin/mean`, `logps/rank_r`: `tuna.score.metrics.ranking_metrics` of all groups, each
           scored just before the step that it took part in.
-        - ``active_share``: share of candidates whose log-probabilities had a gradient.
-        - ``tokens/computed``: packed tokens through the model. ``tokens/saved``: how many more k separate
-          unpadded sequences take; ``tokens/padded``: what k padded copies take, the released code's way.
-        - ``tokens/s``: packed tokens per second of wall time, evaluation included.
+        - `active_share`: share of candidates whose log-probabilities had a gradient.
+        - `tokens/computed`: packed tokens through the model. `tokens/saved`: how many more k separate
+          unpadded sequences take; `tokens/padded`: what k padded copies take, the released code's way.
+        - `tokens/s`: packed tokens per second of wall time, evaluation included.
         """
         if self._steps == 0:
             return {}

@@ -23,7 +23,7 @@ OF_MODEL = (
 
 
 def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Hold that a run's folder may be where ``output`` says.
+    """Hold that a run's folder may be where `output` says.
 
     Args:
         output: the folder; need not exist.
@@ -51,7 +51,7 @@ def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def check_content(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Hold that a run may be written into the folder ``output``, as it is; to be asked by who holds it.
+    """Hold that a run may be written into the folder `output`, as it is; to be asked by who holds it.
 
     Args:
         output: the folder; need not exist.
@@ -111,7 +111,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def is_in(path: Path, place: Path) -> bool:
-    """Whether ``path`` is the file or folder ``place`` or lies in it, by whatever links or names."""
+    """Whether `path` is the file or folder `place` or lies in it, by whatever links or names."""
     if not place.exists():
         return False
     real = Path(os.path.realpath(path))

@@ -2,7 +2,7 @@
 
 Settings come in four kinds. A difference in `KIND` cannot be gone on with. One in `FIXED` would make a run that is
 neither the old one nor a new one (the place in the data is counted in its micro-batches), so it takes
-``allow_changes``. `UNTOLD` settings change nothing that is learned. All others are honoured from the next step on,
+`allow_changes`. `UNTOLD` settings change nothing that is learned. All others are honoured from the next step on,
 and told: the learning rate is one, for a run that stopped on a bad loss.
 """
 
@@ -58,7 +58,7 @@ class Differences:
 
     Attributes:
         kind: why the checkpoint cannot be gone on from.
-        fixed: what takes ``allow_changes``.
+        fixed: what takes `allow_changes`.
         told: what is honoured.
         names: of the settings that differ.
     """

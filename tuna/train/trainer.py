@@ -62,8 +62,8 @@ class TunaTrainer(DurableTrainer):
             (`tuna_kernels.integrations.transformers.models.prepare_model`) and keeps working as before otherwise.
         args: the settings.
         train_dataset: tokenised groups, or records (also as a `datasets.Dataset` or rows of any shape that
-            `read_records` knows), which are tokenised here by ``args.template``, ``args.max_length`` and
-            ``args.on_bad`` with ``processing_class``.
+            `read_records` knows), which are tokenised here by `args.template`, `args.max_length` and
+            `args.on_bad` with `processing_class`.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; saved with the model.
         callbacks: as for the stock trainer.
@@ -72,7 +72,7 @@ class TunaTrainer(DurableTrainer):
     Raises:
         ValueError: DataParallel (several GPUs in one process), an empty dataset, tokens that the model has no
             embedding for, a model or a setting that cannot be trained exactly on trees.
-        TypeError: ``args`` is no `TunaConfig`, or a dataset of something else.
+        TypeError: `args` is no `TunaConfig`, or a dataset of something else.
     """
 
     args: TunaConfig
@@ -302,7 +302,7 @@ class TunaTrainer(DurableTrainer):
         Args:
             eval_dataset: groups, records, the name of an evaluation set, or several by name; default: all.
             ignore_keys: not used.
-            metric_key_prefix: in front of every metric, as in ``eval_loss`` and ``eval_rank/accuracy``.
+            metric_key_prefix: in front of every metric, as in `eval_loss` and `eval_rank/accuracy`.
         """
         data = self._evaluation_set(eval_dataset)
         if isinstance(data, Mapping):
@@ -372,7 +372,7 @@ class TunaTrainer(DurableTrainer):
     # Logging
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock trainer's ``train``."""
+        """As the stock trainer's `train`."""
         self.meter = TrainingMeter()
         return super().train(*args, **kwargs)
 
@@ -385,9 +385,9 @@ class TunaTrainer(DurableTrainer):
 
 @contextmanager
 def _forward_replaced(module: nn.Module, function: Callable[[ModelRequest], Any]) -> Iterator[None]:
-    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call.
+    """Let the wrappers around `module` run `function` where they would run its forward, for one call.
 
-    While ``function`` runs the module has its own forward again.
+    While `function` runs the module has its own forward again.
     """
     own = module.__dict__.get("forward")
 

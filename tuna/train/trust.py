@@ -1,6 +1,6 @@
 """Loading files that somebody else may have written: tensors and plain values, never code.
 
-A pickle is a program. Transformers and peft load theirs with ``weights_only``; DeepSpeed does not, in its engine, in
+A pickle is a program. Transformers and peft load theirs with `weights_only`; DeepSpeed does not, in its engine, in
 its converters and in their worker processes alike. Torch has a switch for all of them, `FORCE`, and takes a list of
 the classes of DeepSpeed's that its checkpoints hold.
 """
@@ -49,7 +49,7 @@ def tensors_only(*, deepspeed: bool = False) -> Iterator[None]:
 
 @contextmanager
 def loading(source: Path, *, trust: bool, deepspeed: bool = False) -> Iterator[None]:
-    """Load a checkpoint within, without running code of its own unless ``trust`` is given.
+    """Load a checkpoint within, without running code of its own unless `trust` is given.
 
     Args:
         source: the checkpoint.

@@ -32,8 +32,8 @@ _SPECIAL = re.compile(rb"\s*(?:<[|/]?[\w\xef\xbd\x9c\xe2\x96\x81:-]{1,40}[|\xef\
 def parse_choices(api: Api, *, logprobs: bool, probe: bool = False) -> Callable[[Any], dict[str, Any]]:
     """A parser of answers, to be kept as JSON.
 
-    It returns ``{"model", "choices": [{"text", "finish_reason", "tokens", "logprobs"}]}``; a choice of a model that
-    thinks has ``reasoning`` too, one without log-probabilities may have ``missing`` (why), and ``left_out`` says of
+    It returns `{"model", "choices": [{"text", "finish_reason", "tokens", "logprobs"}]}`; a choice of a model that
+    thinks has `reasoning` too, one without log-probabilities may have `missing` (why), and `left_out` says of
     choices that could not be used why. It raises `UnusableAnswer` where none can.
 
     Args:
@@ -100,7 +100,7 @@ def _usable(
 
 
 def _choice(api: Api, choice: Mapping[str, Any], usage: Mapping[str, Any], probe: bool) -> dict[str, Any]:
-    """A choice as it is kept; ``usage`` is that of the answer if it has no other."""
+    """A choice as it is kept; `usage` is that of the answer if it has no other."""
     message = choice.get("message") if api == "chat" else choice
     if not isinstance(message, Mapping):
         raise UnusableAnswer("has no text")
@@ -183,7 +183,7 @@ def _no_text(message: Mapping[str, Any], reason: str | None, thinking: bool) -> 
 
 
 def _logprobs(given: Any, text: str, reasoned: bool, refused: bool) -> tuple[list[float] | None, str | None]:
-    """The log-probability of each token of ``text``, or None and why.
+    """The log-probability of each token of `text`, or None and why.
 
     Read are both shapes (`content[].logprob`, `token_logprobs`), whichever the API.
     """
@@ -238,7 +238,7 @@ def _first_of_text(pieces: list[bytes] | None, text: bytes, reasoned: bool) -> i
     """The index of the first token that the text is made of, or why there is no telling.
 
     Tokens before it are of reasoning that the endpoint has taken out of the text, or of a prompt that it repeats.
-    Names of tokens that do not spell the text (such as ``Ġfruit``) are passed over unless there was reasoning.
+    Names of tokens that do not spell the text (such as `Ġfruit`) are passed over unless there was reasoning.
     """
     mixed = "has log-probabilities of its reasoning too, and its own cannot be told apart"
     whole = text.strip()

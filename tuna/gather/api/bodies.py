@@ -35,7 +35,7 @@ class UnusableAnswer(ValueError):
 
 
 def clean_text(text: str) -> str:
-    """``text`` with halves of surrogate pairs and NUL, which no UTF-8 file can hold or should, as U+FFFD.
+    """`text` with halves of surrogate pairs and NUL, which no UTF-8 file can hold or should, as U+FFFD.
 
     Examples:
         >>> clean_text("half an emoji \\ud83d")
@@ -45,7 +45,7 @@ def clean_text(text: str) -> str:
 
 
 def short(text: str, most: int = 300) -> str:
-    """``text`` as one line of at most ``most`` characters, without control characters."""
+    """`text` as one line of at most `most` characters, without control characters."""
     text = " ".join(clean_text(text[: 20 * most]).split())
     text = "".join(char if char.isprintable() else "\ufffd" for char in text)
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -14,7 +14,7 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a call or of many: ``input`` (the prompt) and ``output`` (all its choices)."""
+    """Tokens of a call or of many: `input` (the prompt) and `output` (all its choices)."""
 
     input: int
     output: int
@@ -57,19 +57,19 @@ class Budget:
     """Calls and cost of a folder over all its runs, kept below their bounds.
 
     A call reserves its worst case (prompt as estimated, every choice of full length) before it is sent and is
-    charged what it used when it is back, so calls in flight together cannot overrun. ``max_calls`` counts calls
+    charged what it used when it is back, so calls in flight together cannot overrun. `max_calls` counts calls
     that are or may be billed: an answer of any quality, a cut connection, a timeout. A refusal (429, 500, …) is
     free.
 
     Args:
         max_calls: most calls, or None.
-        max_cost: most cost, in the currency of ``prices``, or None.
-        prices: per million tokens; needed for ``max_cost``.
+        max_cost: most cost, in the currency of `prices`, or None.
+        prices: per million tokens; needed for `max_cost`.
         calls: calls made by earlier runs.
         spent: their tokens.
 
     Raises:
-        ValueError: a bound below 0, or ``max_cost`` without a price.
+        ValueError: a bound below 0, or `max_cost` without a price.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Budget:
         self._open.append(worst)
 
     def settle(self, worst: Usage, used: Usage | None) -> None:
-        """A call that reserved ``worst`` is back: charge ``used``, or nothing where None."""
+        """A call that reserved `worst` is back: charge `used`, or nothing where None."""
         self._open.remove(worst)
         if used is not None:
             self.calls += 1

@@ -121,9 +121,9 @@ class PaidCalls:
             api: "completions" or "chat".
             body: the request; it decides the key.
             parse: makes a JSON value of the answer, to be kept, or raises `UnusableAnswer`.
-            stored: reads what ``parse`` made out of the journal, or raises `UnusableAnswer`: then it is asked again.
+            stored: reads what `parse` made out of the journal, or raises `UnusableAnswer`: then it is asked again.
             draw: which draw of the same request this is: a sampled answer may be wanted more than once.
-            omit: fields of ``body`` that do not change what is asked for (how to wrap the answer, say).
+            omit: fields of `body` that do not change what is asked for (how to wrap the answer, say).
             probe: the answer says what the endpoint can do, and is no part of a result.
 
         Raises:
@@ -203,14 +203,14 @@ async def run_jobs(
     concurrency: int,
     on_done: Callable[[], None] = lambda: None,
 ) -> Outcome[R]:
-    """Work through ``jobs``, at most ``concurrency`` side by side.
+    """Work through `jobs`, at most `concurrency` side by side.
 
     `CallFailed` and `Unfinished` set one job aside. `BudgetSpent`, `EndpointRefused`, the first Ctrl-C, and `DOWN` jobs
     in a row that failed for want of a working endpoint stop the handing out; jobs in flight are finished. Any other
     error is raised at once.
 
     Raises:
-        ValueError: ``concurrency`` below 1.
+        ValueError: `concurrency` below 1.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency} must be at least 1")
@@ -266,7 +266,7 @@ async def run_paid(
     prepare: Callable[[PaidCalls], Awaitable[None]] | None = None,
     on_done: Callable[[PaidCalls], None] = lambda calls: None,
 ) -> tuple[Outcome[R], PaidCalls]:
-    """`run_jobs` with an endpoint, a journal and a budget; ``prepare`` comes before the first job, and alone.
+    """`run_jobs` with an endpoint, a journal and a budget; `prepare` comes before the first job, and alone.
 
     Where the run ends early, the jobs left that the journal can answer are still done: an earlier run may have paid.
     """
@@ -304,7 +304,7 @@ def worst_case(requests: Iterable[Request], journal: Journal | None = None) -> t
 
 @contextmanager
 def _first_interrupt(handler: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls ``handler``, and the second is one as ever."""
+    """Within, the first Ctrl-C calls `handler`, and the second is one as ever."""
     loop = asyncio.get_running_loop()
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -61,7 +61,7 @@ MOST_ERROR = 2**16  # bytes that are read of an error
 
 
 class CallFailed(Exception):
-    """A call was given up; ``status`` is that of the last answer, None where there was none."""
+    """A call was given up; `status` is that of the last answer, None where there was none."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -97,7 +97,7 @@ class _Usable(Generic[T]):
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds that ``retry-after-ms`` or ``Retry-After`` (seconds or an HTTP date) ask for; None without one.
+    """Seconds that `retry-after-ms` or `Retry-After` (seconds or an HTTP date) ask for; None without one.
 
     More than a day is no time that an endpoint can mean: None.
 
@@ -173,7 +173,7 @@ class Endpoint:
         await self._client.aclose()
 
     def redact(self, text: str) -> str:
-        """``text`` without the key."""
+        """`text` without the key."""
         return self._redactor.text(text)
 
     async def call(

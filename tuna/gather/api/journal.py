@@ -129,7 +129,7 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> Any | None:
-        """The answer under ``key``, or None. Read from the file: a long run does not live in memory."""
+        """The answer under `key`, or None. Read from the file: a long run does not live in memory."""
         place = self._places.get(key)
         if place is None:
             return None

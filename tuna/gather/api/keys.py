@@ -22,7 +22,7 @@ def api_key(variable: str) -> str:
     """The key from the environment, or a placeholder for servers that need none.
 
     Raises:
-        ValueError: ``variable`` is no name of one, or what it holds cannot be a key. The message does not hold it.
+        ValueError: `variable` is no name of one, or what it holds cannot be a key. The message does not hold it.
     """
     if not _NAME.fullmatch(variable):
         raise ValueError("--api-key-env takes the name of the environment variable that holds the key, not the key")

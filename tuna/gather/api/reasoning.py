@@ -24,7 +24,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s?(\w{1,20})[^<]{0,100}(?:<\|constrain\|>\
 def split_reasoning(text: str, *, anywhere: bool = False) -> tuple[str, str]:
     """The reasoning and the answer of a text, in time that grows with its length.
 
-    Reasoning is what stands in ``<think>`` tags at the beginning (also unclosed: then there is no answer), or before a
+    Reasoning is what stands in `<think>` tags at the beginning (also unclosed: then there is no answer), or before a
     closing tag whose opening one was part of the prompt.
 
     Args:

@@ -15,8 +15,8 @@ class EndpointSettings:
     """Where and how patiently to ask.
 
     Attributes:
-        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``. Blanks around it, a
-            slash at its end and the path of a request (``/chat/completions``) are taken off.
+        base_url: with the version: `https://api.openai.com/v1`, `http://localhost:8000/v1`. Blanks around it, a
+            slash at its end and the path of a request (`/chat/completions`) are taken off.
         key_variable: environment variable that holds the key. The key itself is in no field, file or log.
         requests_per_minute: at most so many requests, evenly spaced; None: no limit of ours.
         request_timeout: seconds an attempt may take.

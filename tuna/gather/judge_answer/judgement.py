@@ -68,7 +68,7 @@ class Judgement:
 
 
 def parse_judgement(text: str, count: int) -> Judgement:
-    """Read a judge's answer about ``count`` candidates.
+    """Read a judge's answer about `count` candidates.
 
     Raises:
         Unparsable: it does not say plainly how they are ordered; the message says why.
@@ -122,7 +122,7 @@ def _answer(text: str) -> str:
 
 
 def _unwrapped(found: FoundObject) -> FoundObject:
-    """The object within ``{"judgement": {"ranking": …}}``."""
+    """The object within `{"judgement": {"ranking": …}}`."""
     inner = [value for value in found.value.values() if isinstance(value, dict) and FIELDS & set(value)]
     if not found.whole or FIELDS & set(found.value) or len(inner) != 1:
         return found
@@ -187,7 +187,7 @@ def _plain(tiers: Tiers) -> Tiers:
 
 
 def _ranking_values(value: Mapping[str, Any]) -> list[Any]:
-    """What the object gives as its ranking; a ``rank`` or ``order`` only where nothing else is one."""
+    """What the object gives as its ranking; a `rank` or `order` only where nothing else is one."""
     given = [value[name] for name in RANKINGS[:3] if value.get(name) not in (None, [], "")]
     return given or [value[name] for name in RANKINGS[3:] if value.get(name) not in (None, [], "")][:1]
 

@@ -93,9 +93,9 @@ def candidate_number(value: Any) -> int:
 def tiers_of(value: Any) -> Tiers:
     """An order given as a JSON value.
 
-    A list holds, from best to worst, candidates, lists of tied ones, or objects ``{candidate, rank}`` (sorted by
+    A list holds, from best to worst, candidates, lists of tied ones, or objects `{candidate, rank}` (sorted by
     rank where all have one). A text is an order as above. An object maps labelled candidates to ranks
-    (``{"Candidate 2": 1}``); one whose keys are bare numbers could mean either way and is refused.
+    (`{"Candidate 2": 1}`); one whose keys are bare numbers could mean either way and is refused.
 
     Raises:
         Unparsable: no order.
@@ -258,7 +258,7 @@ def _list_below(lines: list[str]) -> Tiers:
 
 
 def _item(text: str, place: int) -> list[int]:
-    """The candidates of an item of a list; ``place`` is the item's own."""
+    """The candidates of an item of a list; `place` is the item's own."""
     text = text[:MOST_LINE].strip(MARKS)
     try:
         return _tied(text)

@@ -1,6 +1,6 @@
 """What a judge quotes of the candidates, told apart from what it says itself: a quoted order is no verdict.
 
-A quotation is what stands between the tags of a candidate, a line that begins with ``>``, what a line such as
+A quotation is what stands between the tags of a candidate, a line that begins with `>`, what a line such as
 "Candidate 2 says:" introduces (the block below it or the rest of its paragraph), and an object inside a sentence that
 says whose it is. Code fences hold a judge's own words as often as quotations; they count where nothing outside of them
 does.
