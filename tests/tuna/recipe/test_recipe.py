@@ -269,7 +269,7 @@ def test_split_copies_rows_and_follows_another_file(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, [*base, str(tmp_path / "c")]).exit_code != 0
     source.write_text('{"id": 1}\n{"id": "1"}\n')
     twice = CliRunner().invoke(app, [*base, str(tmp_path / "c"), "--fraction", "0.5"])
-    assert "line 2: id '1' stands there already" in str(twice.exception)
+    assert "line 2: duplicate id '1'" in str(twice.exception)
 
 
 def test_content_is_hashed_by_bytes_and_names(tmp_path: Path) -> None:

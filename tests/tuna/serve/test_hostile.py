@@ -191,7 +191,7 @@ def test_half_a_surrogate_pair_is_the_clients_error(url: str, path: str, body: s
         ("completions", {**ASK, "stop": ["x" * 2000]}, "at most 1024"),
         ("completions", {**ASK, "prompt": "x" * 2_000_000}, "4096 positions"),
         ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
-         "a part that is no text"),
+         "a part that is not text"),
         ("chat/completions", {**CHAT, "messages": [{**TURNS[0], "tool_calls": [{"id": "call"}]}]}, "tool_calls"),
         ("rank", {"prompt": "a", "responses": ["b"], "length_penalty": 1e308}, "length_penalty"),
         ("rank", {"prompt": "a", "responses": ["x" * 2_000_000]}, "4096 positions"),
