@@ -80,7 +80,7 @@ def test_a_checkpoint_of_another_run_is_never_taken(tmp_path: Path, caplog: pyte
     shutil.copytree(tmp_path / SET_ASIDE / "checkpoint-16", tmp_path / "checkpoint-16")
     with caplog.at_level(logging.WARNING):
         assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoint-4", [])
-    assert "checkpoint-16 is of another run" in caplog.text
+    assert "checkpoint-16 belongs to another run" in caplog.text
 
 
 def test_what_is_not_gone_on_from_is_kept_apart(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_run_without_its_name_takes_that_of_its_checkpoints(tmp_path: Path) ->
     other = run_of(tmp_path / "other", 7)
     shutil.copytree(tmp_path / "other" / "checkpoint-7", tmp_path / "checkpoint-7")
     assert other != name
-    with pytest.raises(CheckpointError, match=r"run.json is missing and the checkpoints beside it are of 2 runs"):
+    with pytest.raises(CheckpointError, match=r"run.json is missing and the checkpoints in the folder belong to 2 runs"):
         checkpoints.newest(tmp_path)
     (tmp_path / RUN_FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"run.json is damaged"):

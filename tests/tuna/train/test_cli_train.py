@@ -73,7 +73,7 @@ def test_train_from_files_to_files(tmp_path: Path) -> None:
     for name, value in json.loads(report.read_text())["metrics"].items():
         assert metrics["after"][f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
     again = invoke(*arguments)
-    assert again.exit_code != 0 and "holds a run already" in str(again.exception)
+    assert again.exit_code != 0 and "already has a run" in str(again.exception)
 
 
 def test_score_equals_the_naive_scores(tmp_path: Path) -> None:
