@@ -159,7 +159,7 @@ STORED: list[tuple[Any, str | None]] = [
     ({"text": "<think>a</think>b", "tokens": 1, "logprobs": [-1.0]}, "reasoning"),
     ({"text": "a", "tokens": 1, "logprobs": None}, "no log-probabilities"),
     ({"text": 3}, "no text"),
-    ("a", "no object"),
+    ("a", "not an object"),
 ]
 
 

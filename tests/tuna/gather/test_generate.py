@@ -372,7 +372,7 @@ def test_dry_run_and_budget(tmp_path: Path) -> None:
         assert "answered by the journal" in invoke(*common, *priced, "--dry-run").output
         assert invoke(*common, *priced).exit_code == 0 and server.calls == 11
         mixed = invoke(*common, *priced, "--temperature", "0.5")
-        assert "temperature: 1.0 there, 0.5 now" in str(mixed.exception) and server.calls == 11
+        assert "temperature: 1.0 before, 0.5 now" in str(mixed.exception) and server.calls == 11
 
 
 def test_killed_once_it_ends_the_same(tmp_path: Path) -> None:

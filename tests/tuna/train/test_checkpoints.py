@@ -33,11 +33,11 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bit": (lambda at: flip(at / "global_step" / "rank0.bin"), "global_step/rank0.bin is damaged: its bytes"),
+    "bit": (lambda at: flip(at / "global_step" / "rank0.bin"), "global_step/rank0.bin is damaged: its content"),
     "cut": (lambda at: (at / "model.bin").write_text(""), "model.bin is damaged: 0 bytes instead of 1"),
     "missing": (lambda at: (at / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "folder": (lambda at: ((at / "model.bin").unlink(), (at / "model.bin").mkdir()), "model.bin is missing"),
-    "added": (lambda at: (at / "adapter_model.safetensors").write_text("x"), "adapter_model.safetensors is not in the"),
+    "added": (lambda at: (at / "adapter_model.safetensors").write_text("x"), "adapter_model.safetensors is not listed"),
     "swapped": (lambda at: shutil.copy(at.with_name("checkpoint-1") / "model.bin", at), "model.bin is damaged"),
     "list": (lambda at: flip(at / MARKER), "complete.json"),
     "no list": (lambda at: (at / MARKER).unlink(), "complete.json is missing"),
@@ -68,7 +68,7 @@ def test_a_renamed_checkpoint_is_not_one_of_another_step(tmp_path: Path) -> None
     run_of(tmp_path, 1, 2)
     (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-9")
     found, faults = checkpoints.newest(tmp_path)
-    assert found == tmp_path / "checkpoint-2" and "holds the checkpoint of step 1" in faults[0]
+    assert found == tmp_path / "checkpoint-2" and "is the checkpoint of step 1" in faults[0]
 
 
 def test_a_checkpoint_of_another_run_is_never_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

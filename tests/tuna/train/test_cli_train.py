@@ -155,7 +155,7 @@ def test_flags_win_over_yaml_and_numbers_are_numbers(tmp_path: Path) -> None:
         ("bf16: 3", "bf16 = 3 must be true or false"),
         ("eval_fraction: 1.5", "eval_fraction = 1.5"),
         ("eval_fraction: 0.1\neval_data: b.jsonl", "both given"),
-        ("- a\n- b", "holds a list"),
+        ("- a\n- b", "not a list"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -44,8 +44,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("link", "contains model|is inside model"),
         ("model/run", "is inside model"),
         ("link/new/deeper", "is inside model"),
-        ("data", "holds data"),
-        ("data/../data", "holds data"),
+        ("data", "contains data"),
+        ("data/../data", "contains data"),
         ("", "contains|give a separate folder for the run"),
         ("notes", r"not empty and has no run of tuna train \(thesis.tex\)"),
         ("nowhere", "a link to .*gone, which does not exist"),
@@ -91,7 +91,7 @@ def test_figures_do_not_take_the_place_of_a_model_or_of_each_other(place: Path) 
     for name in ("config.json", "model.safetensors"):
         with pytest.raises(ValueError, match=r"json = .* would overwrite model = "):
             check_files({"json": place / "model" / name}, {}, model=model)
-    with pytest.raises(ValueError, match=r"per_record = .* is json = .* too"):
+    with pytest.raises(ValueError, match=r"per_record = .* is the same file as json = "):
         check_files({"json": place / "a.jsonl", "per_record": place / "data" / ".." / "a.jsonl"}, {})
 
 

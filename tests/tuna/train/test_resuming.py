@@ -119,7 +119,7 @@ def test_what_makes_another_run_is_refused_by_its_old_and_new_value(
         go_on(copied, **changes)
     if "model" not in changes:
         go_on(copied, allow_changes=True, **changes)
-        assert "from step 5 on the new ones hold" in caplog.text
+        assert "the new ones apply from step 5 on" in caplog.text
 
 
 def lora(rank: int, **more: Any) -> Any:
@@ -137,7 +137,7 @@ def test_another_kind_of_run_is_refused(copied: Path, tmp_path: Path) -> None:
         (lora(4), "kind of run:\n  weights.*\n  adapter"),
         (tiny_llama(), "kind of run:\n"),
         (lora(2, lora_alpha=64), "lora_alpha: 8 before, 64 now"),
-        (lora(2, seed=1), "other weights under the adapter"),
+        (lora(2, seed=1), "different weights under the adapter"),
     ):
         with pytest.raises(CheckpointError, match=told):
             go_on(adapted, model=model)
@@ -153,7 +153,7 @@ def test_a_schedule_that_lives_on_what_it_saw_takes_no_other_rate(tmp_path: Path
 
 
 def test_fewer_steps_than_are_done_are_refused(copied: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"max_steps = 3, but .*checkpoint-4 is at step 4"):
+    with pytest.raises(CheckpointError, match=r"max_steps = 3, but .*checkpoint-4 is already at step 4"):
         go_on(copied, max_steps=3)
 
 

@@ -31,7 +31,7 @@ def config(**settings: Any) -> TunaConfig:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"fp16": True}, "fp16 = True would have no effect: the CPU"),
+        ({"fp16": True}, "fp16 = True would have no effect: training in float16"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches"),
         ({"accelerator_config": {"even_batches": False}}, "accelerator_config: even_batches"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
@@ -80,7 +80,7 @@ def config(**settings: Any) -> TunaConfig:
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         (
             {"lr_scheduler_kwargs": {"bogus": 1}},
-            "lr_scheduler_kwargs has 'bogus'; the schedule 'cosine' takes num_cycles",
+            "lr_scheduler_kwargs has 'bogus'; the schedule 'cosine' accepts num_cycles",
         ),
     ],
 )
