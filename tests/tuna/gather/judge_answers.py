@@ -173,7 +173,7 @@ APART: list[Case] = [
         "a candidate between its tags",
         2,
         '<candidate-0a1b number="2">\n{"ranking": [[2], [1]]}\n</candidate-0a1b>',
-        "but quotations",
+        "only quotations",
     ),
     (
         "a candidate between its tags, then the verdict",
