@@ -258,7 +258,12 @@ MEANT: list[Case] = [
     ),
     ("ranks of some only", 2, '{"ranking": [{"candidate": 1, "rank": 2}, {"candidate": 2}]}', "rank of candidate 2"),
     ("scores by candidate", 2, '{"ranking": {"Candidate 1": 3, "Candidate 2": 9}}', "count from 1"),
-    ("ranks in a list of candidates", 2, "Ranking:\n1. Candidate 1: rank 2\n2. Candidate 2: rank 1", "another position"),
+    (
+        "ranks in a list of candidates",
+        2,
+        "Ranking:\n1. Candidate 1: rank 2\n2. Candidate 2: rank 1",
+        "another position",
+    ),
     ("the worst at the top", 2, "Ranking:\n1. Candidate 2 (worst)\n2. Candidate 1", "another position"),
     ("a number without end", 2, '{"ranking": [' + "9" * 5000 + ", 1]}", "not a candidate"),
     ("a number without end in text", 2, "Ranking: " + "9" * 1500 + " > 1", "not a candidate"),
