@@ -98,9 +98,7 @@ def test_a_run_without_its_name_takes_that_of_its_checkpoints(tmp_path: Path) ->
     other = run_of(tmp_path / "other", 7)
     shutil.copytree(tmp_path / "other" / "checkpoint-7", tmp_path / "checkpoint-7")
     assert other != name
-    with pytest.raises(
-        CheckpointError, match=r"run.json is missing and the checkpoints .* belong to 2 runs"
-    ):
+    with pytest.raises(CheckpointError, match=r"run.json is missing and the checkpoints .* belong to 2 runs"):
         checkpoints.newest(tmp_path)
     (tmp_path / RUN_FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"run.json is damaged"):
