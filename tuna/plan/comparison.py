@@ -83,10 +83,10 @@ def plan_rows(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     """The comparison as lines of a table: a label, then one cell per method."""
     parts = list(dict.fromkeys(name for row in rows for name in row.plan.parts()))
     lines = [(name, [_gib(row.plan.parts().get(name)) for row in rows]) for name in parts]
-    lines.append(("peak of a GPU, GiB", [_gib(row.plan.peak) for row in rows]))
+    lines.append(("peak per GPU, GiB", [_gib(row.plan.peak) for row in rows]))
     lines.append(("peak during", [row.plan.peak_at for row in rows]))
     lines.append(("fits", ["yes" if row.plan.fits else "no" for row in rows]))
-    lines.append(("host memory of a node, GiB", [_gib(row.plan.states.host) for row in rows]))
+    lines.append(("host memory per node, GiB", [_gib(row.plan.states.host) for row in rows]))
     lines.append(("tokens through the trunk", [f"{row.plan.step.tokens:,}" for row in rows]))
     lines.append(("products, TFLOP", [f"{row.plan.step.flops / 1e12:.1f}" for row in rows]))
     lines.append(("predicted step, s", [f"{row.plan.time.total:.2f}" for row in rows]))

@@ -84,7 +84,7 @@ def _gathered(steps: Steps, folder: Path) -> str:
         )
     if not rows:
         return ""
-    heads = ["", "prompts", "responses", "mean tokens", "cut", "ROUGE-L mean", "of the worst pair", "alike", "calls"]
+    heads = ["", "prompts", "responses", "mean tokens", "cut", "mean ROUGE-L", "highest ROUGE-L", "alike", "calls"]
     parts = ["## Responses", _table(heads, rows)]
     if any(lengths.values()):
         parts.append(_picture(folder, "lengths.png", "Lengths of the responses", histogram_picture, lengths, "tokens"))

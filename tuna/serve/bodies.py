@@ -24,7 +24,7 @@ MAX_DEPTH = 64  # nesting of lists and objects; JSON schemas, the deepest reques
 MAX_PARTS = 50_000  # total lists and objects: Python parses them in one call that no other thread can interrupt
 DRAINED = 16  # too large bodies are read and discarded up to this multiple of the limit,
 DRAIN_SECONDS = 10  # since a client reads the answer only after sending its request
-BODY_SECONDS = 60.0  # for a body to arrive, plus its size divided by
+BODY_SECONDS = 60.0  # for a body to arrive, plus the size limit divided by
 SLOWEST = 1 << 20  # bytes per second
 
 M = TypeVar("M", bound=BaseModel)
