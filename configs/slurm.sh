@@ -1,6 +1,6 @@
 #!/bin/bash
-# Two nodes of eight GPUs. `sbatch configs/slurm.sh`; a job that ran out of time goes on where it was when it is
-# submitted again (or by itself: --requeue), from the last complete checkpoint.
+# Two nodes of eight GPUs. `sbatch configs/slurm.sh`; a job that ran out of time resumes from the last
+# complete checkpoint when it is submitted again (automatically with --requeue).
 #SBATCH --job-name=tuna
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,7 +15,7 @@ source .venv/bin/activate
 export OMP_NUM_THREADS=8
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# One launcher a node; torchrun starts a rank a GPU.
+# One launcher per node; torchrun starts one rank per GPU.
 srun torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc_per_node 8 \

@@ -1,6 +1,6 @@
 """Tuna: instruction tuning with ranked responses (arXiv 2310.13385), on the kernels of `tuna_kernels`.
 
-Importing this package is light: what it offers, and torch and transformers with it, is loaded at its first use.
+Importing it is cheap: torch, transformers and the names below are loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Ranked data: records, the shapes other people write them in, templates, tokens, batches."""
+"""Ranked data: records, other formats, templates, tokenisation, batches."""

@@ -1,21 +1,21 @@
-"""Batches of groups: which groups stand in which micro-batch of which rank, and how a batch is packed.
+"""Batches of groups: which groups are in which micro-batch of which rank, and how a batch is packed.
 
-All ranks make the same plan of an epoch from the seed and take turns on it: micro-batch m of rank r is number
-``m * world_size + r``. So every rank has the same number of micro-batches, no rank talks to another, and an
-epoch can be resumed by skipping the first n batches. The rules:
+All ranks derive the same plan of an epoch from the seed: micro-batch m of rank r is entry `m * world_size + r` of the
+plan. So every rank has the same number of micro-batches, no communication is needed, and an epoch is resumed by
+skipping its first n batches. The rules:
 
-- Every group stands in exactly one micro-batch of an epoch; none is repeated and none is dropped.
-- By groups: ``groups_per_batch`` groups in shuffled order; the groups left over at the end of an epoch are
+- Every group is in exactly one micro-batch of an epoch; none is repeated and none is dropped.
+- By groups: `groups_per_batch` groups in shuffled order; the groups left over at the end of an epoch are
   spread evenly over the ranks.
-- By tokens: micro-batches of at most ``tokens_per_batch`` tree tokens, planned once over windows of shuffled
-  groups; each epoch shuffles the micro-batches. (Planning anew would change their number, which the stock
-  trainer takes to be fixed.)
-- Ranks wait for each other every round, so a round's micro-batches should be alike. By groups: those of a round
-  are dealt out so that the ranks' tokens come close; which groups stand in a round does not change. By tokens:
-  `ALIKE` micro-batches of like size follow each other. Neither depends on the number of ranks beyond that, so a run
-  that goes on with twice the ranks and half the accumulation has the same groups in every step.
-- Where the last round has fewer micro-batches than there are ranks, the others get an empty one. The collator
-  puts the smallest group there, marked ``counted = False``: it keeps collectives in step, and its loss is
+- By tokens: micro-batches of at most `tokens_per_batch` tree tokens, planned once over windows of shuffled
+  groups; each epoch shuffles the micro-batches. (A new plan per epoch would change their number, which
+  transformers' `Trainer` assumes to be fixed.)
+- Ranks wait for each other in every round (one micro-batch per rank), so a round's micro-batches should be of similar
+  size. By groups: the groups of a round are distributed to balance tokens over ranks; which groups a round has does
+  not change. By tokens: `ALIKE` micro-batches of similar size follow each other. Beyond that, neither depends on the
+  number of ranks: a run resumed with twice the ranks and half the accumulation has the same groups in every step.
+- Where the last round has fewer micro-batches than ranks, the other ranks get an empty one. The collator
+  puts the smallest group there, marked `counted = False`: it keeps collectives in step, and its loss is
   multiplied by 0.
 """
 
@@ -36,21 +36,21 @@ from tuna_kernels import Group, PackedTree, pack_groups, plan_rows, tree_tokens
 from tuna_kernels.tree import Share
 
 WINDOW = 512
-"""Groups that a token plan looks at together: enough for full rows, few enough to keep long ones apart."""
+"""Groups that a token plan packs together: enough to fill rows, few enough to keep long groups apart."""
 
 
 ALIKE = 8
-"""Micro-batches of like size that stay together when an epoch is shuffled: ranks up to this many are in balance."""
+"""Micro-batches of similar size that stay together when an epoch is shuffled: balances up to this many ranks."""
 BLOCK = 64
-"""Micro-batches among which those of like size are looked for: few, so that each epoch has other company."""
+"""Micro-batches that are sorted by size at a time: few, so that the neighbours of a batch differ between epochs."""
 
 
 class Batch(TypedDict):
-    """One micro-batch as the trainer takes it.
+    """One micro-batch.
 
-    ``input_ids`` is the tree's own tensor, where the stock trainer counts tokens and FLOPs; ``padded_tokens``
-    is what the same groups take as k padded copies; ``counted`` is False for a batch that only keeps ranks in
-    step; ``ids`` are those of its records; ``two_phase`` is how the trainer decided to run it.
+    `input_ids` is the tree's own tensor, from which transformers' `Trainer` counts tokens and FLOPs; `padded_tokens`
+    is the size of the same groups as k padded copies; `counted` is False for a batch that only keeps ranks in
+    step; `ids` are those of its records; `two_phase` is the trainer's choice for this batch.
     """
 
     input_ids: torch.Tensor
@@ -62,20 +62,20 @@ class Batch(TypedDict):
 
 
 class GroupBatchSampler(Sampler[list[int]]):
-    """Group indices of each micro-batch of one rank; see the module for the rules.
+    """Group indices of each micro-batch of one rank; the module docstring has the rules.
 
     Args:
         groups: all groups of the dataset, the same on every rank.
-        groups_per_batch: groups of a micro-batch and rank; exactly one of this and ``tokens_per_batch``.
-        tokens_per_batch: tree tokens (under ``share``) that a micro-batch of a rank holds at most.
-        shuffle: in an order of ``seed`` and epoch, else as given (by groups) or as planned (by tokens).
-        share: as in `tuna_kernels.pack_groups`; decides what a group takes.
-        lone_groups: a group that alone takes more than ``tokens_per_batch`` gets a micro-batch of its own instead
-            of an error.
+        groups_per_batch: groups per micro-batch and rank; give exactly one of this and `tokens_per_batch`.
+        tokens_per_batch: upper limit of tree tokens (under `share`) per micro-batch and rank.
+        shuffle: shuffle by `seed` and epoch; otherwise in the order given (by groups) or planned (by tokens).
+        share: as in `tuna_kernels.pack_groups`; decides how many tokens a group has.
+        lone_groups: put a group of more than `tokens_per_batch` tokens into a separate micro-batch instead of
+            raising an error.
 
     Raises:
-        ValueError: no groups, both or none of the batch sizes, one below 1, a rank outside the world, or a
-            group that alone takes more than ``tokens_per_batch``.
+        ValueError: no groups, both or neither of the batch sizes, one below 1, a rank outside the world, or a
+            group of more than `tokens_per_batch` tokens.
 
     Examples:
         >>> groups = [Group([1], [[2]])] * 5
@@ -122,11 +122,11 @@ class GroupBatchSampler(Sampler[list[int]]):
             self._token_rows = self._plan_tokens(groups, tokens_per_batch, share, lone_groups)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Micro-batches of one rank in an epoch: the same on every rank and in every epoch."""
+        """Micro-batches per rank and epoch: the same on every rank and in every epoch."""
         if self.groups_per_batch is None:
             return -(-len(self._token_rows) // self.world_size)
         return -(-self.num_groups // (self.groups_per_batch * self.world_size))
@@ -135,7 +135,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         yield from self.plan()[self.rank :: self.world_size]
 
     def plan(self) -> list[list[int]]:
-        """The epoch's micro-batches of all ranks in turn; their number is a multiple of the world size."""
+        """The epoch's micro-batches, ranks interleaved; their number is a multiple of the world size."""
         rows = self._group_rows() if self.groups_per_batch is not None else self._shuffled_token_rows()
         return rows + [[] for _ in range(-len(rows) % self.world_size)]
 
@@ -154,7 +154,7 @@ class GroupBatchSampler(Sampler[list[int]]):
         return rows
 
     def _dealt(self, groups: npt.NDArray[np.int64]) -> list[list[int]]:
-        """The groups of a round, the longest first, each to the rank with the fewest tokens that has room."""
+        """Distribute the groups of a round, longest first, each to the rank with room and the fewest tokens."""
         rows: list[list[int]] = [[] for _ in range(self.world_size)]
         tokens = [0] * self.world_size
         for group in groups[np.argsort(-self._tokens[groups], kind="stable")].tolist():
@@ -200,7 +200,7 @@ class GroupBatchSampler(Sampler[list[int]]):
 
 
 class GroupCollator:
-    """Packs the tokenised groups of a micro-batch; an empty micro-batch gets ``filler``, not counted."""
+    """Packs the tokenised groups of a micro-batch; an empty micro-batch gets `filler` with `counted = False`."""
 
     def __init__(self, filler: Group, *, share: Share = "tree") -> None:
         self.filler, self.share = filler, share
@@ -219,9 +219,9 @@ class GroupCollator:
 
 
 class GroupLoader(DataLoader[TokenizedGroup]):
-    """A `DataLoader` over `GroupBatchSampler` that hands ``set_epoch`` on, as the stock trainer calls it.
+    """A `DataLoader` over `GroupBatchSampler` with the `set_epoch` that transformers' `Trainer` calls.
 
-    While a batch is computed, a thread packs the next one.
+    A thread packs the next batch while the current one is computed.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # the base class promises its own iterator
@@ -233,7 +233,7 @@ class GroupLoader(DataLoader[TokenizedGroup]):
                 yield batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the batch sampler."""
+        """Set the epoch of the batch sampler."""
         assert isinstance(self.batch_sampler, GroupBatchSampler)
         self.batch_sampler.set_epoch(epoch)
 
@@ -245,7 +245,7 @@ def group_loader(
     share: Share = "tree",
     num_workers: int = 0,
 ) -> GroupLoader:
-    """The loader of ``dataset`` in the batches of ``sampler``, packed on the host."""
+    """A loader of `dataset` in the batches of `sampler`, packed on the host."""
     groups = [item.group for item in dataset]
     filler = groups[int(tree_tokens(groups, share=share).argmin())]
     return GroupLoader(

@@ -1,10 +1,10 @@
-"""A tokenizer's chat template: the text before an answer, around it, and the token that ends it.
+"""A tokenizer's chat template: the text before and around an answer, and the token that ends it.
 
-What is trained is what the template renders. The prompt is the conversation up to the generation prompt; a response is
-everything that the template writes from there to the end of the turn: a blank or an empty think block before the
-answer, the answer (stripped, where the template strips it), what stands between it and the end token, and the end
-token. A template whose generation prompt is not how it begins the assistant's turn cannot be split there and is
-refused, and so is one that leaves out a turn or a part of an answer.
+Training uses exactly what the template renders. The prompt is the conversation up to and including the generation
+prompt; a response is everything from there to the end of the turn: a space or an empty think block before the answer,
+the answer (stripped if the template strips it), the text between it and the end token, and the end token. A template
+whose generation prompt differs from how it begins the assistant's turn cannot be split there and is rejected, as is
+one that drops a turn or part of an answer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "ChatTemplate", "special_text"]
 
-ANSWER = "tuna probes an answer"  # neither blanks at its edges nor anything a template could take for markup
+ANSWER = "tuna probes an answer"  # no white space at its edges, nothing a template could take for markup
 QUESTION = "tuna probes a question"
 Turns = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A response as it follows the prompt: what the template writes before its text, the text, and what comes after.
+    """A rendered response: what the template writes before its text, the text, and what comes after.
 
-    ``ended`` says that ``after`` closes with the end token, printed by the template; else the end of sequence follows.
+    `ended`: `after` ends with the end token, printed by the template; otherwise the end-of-sequence token follows.
     """
 
     before: str
@@ -39,12 +39,12 @@ class Answer:
 
     @property
     def whole(self) -> str:
-        """All of it in one piece."""
+        """The three parts joined."""
         return self.before + self.text + self.after
 
 
 def special_text(tokenizer: PreTrainedTokenizerBase, *, added: bool = False) -> re.Pattern[str]:
-    """Matches text that spells a special token; with ``added`` any token that was added to the vocabulary."""
+    """A pattern for text that spells a special token, or with `added` any token added to the vocabulary."""
     found = set(tokenizer.all_special_tokens)
     found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special or added}
     longest_first = sorted(filter(None, found), key=len, reverse=True)
@@ -55,15 +55,15 @@ class ChatTemplate:
     """The chat template of a tokenizer, which must have one.
 
     Raises:
-        ValueError: from `prompt` and `answers`: the template refuses the turns, leaves some out, or cannot be split.
+        ValueError: from `prompt` and `answers`: the template rejects the turns, drops some, or cannot be split.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._shown: set[tuple[str, ...]] = set()  # orders of roles that are rendered whole
+        self._shown: set[tuple[str, ...]] = set()  # sequences of roles of which no turn is dropped
 
     def prompt(self, turns: Turns, name: str) -> str:
-        """The conversation up to where the assistant's turn begins; ``name`` is that of the record, for errors."""
+        """The conversation up to the beginning of the assistant's turn; `name` names the record in errors."""
         text = self._render(turns, name, generation=True)
         shown = _squeezed(text)
         for place, turn in enumerate(turns):
@@ -73,31 +73,31 @@ class ChatTemplate:
         return text
 
     def answers(self, turns: Turns, prompt: str, responses: Sequence[str], name: str) -> list[Answer]:
-        """Each response as the template writes it after ``prompt``, up to and including the end token."""
+        """Each response as the template writes it after `prompt`, up to and including the end token."""
         frame = self._usual
         found = []
         for number, response in enumerate(responses):
             rest = self._after(turns, prompt, response, name)
             if _squeezed(response) not in _squeezed(rest):
-                raise ValueError(f"{name}: the chat template leaves out a part of responses[{number}]")
+                raise ValueError(f"{name}: the chat template drops part of responses[{number}]")
             if frame is None or not _fits(rest, frame):
                 frame = self._frame(self._after(turns, prompt, ANSWER, name))
             if frame is None:
-                raise ValueError(f"{name}: the chat template changes answers: it cannot be told where they stand")
+                raise ValueError(f"{name}: the chat template changes answers so that they cannot be located")
             found.append(self._answer(rest, frame))
         return found
 
     @cached_property
     def end(self) -> str | None:
-        """The text of the token that ends the assistant's turn: the first special token behind an answer.
+        """The text of the token that ends the assistant's turn: the first special token after an answer.
 
-        One that closes the user's turn as well goes before others. Where there is no special token, the first one that
-        was added to the vocabulary; None where plain text closes a turn, or nothing does. What stands behind the last
-        turn of a conversation only (`</s>` after `<|im_end|>`) is looked at last.
+        A token that also ends the user's turn is preferred. Without a special token, the first token added to the
+        vocabulary; None if a turn ends with plain text or with nothing. Text that appears only after the last turn of
+        a conversation (`</s>` after `<|im_end|>`) is considered last.
         """
         try:
             last = self._render([*_ASKED, _said(ANSWER)], "", generation=False)
-        except ValueError:  # prompts have their own error
+        except ValueError:  # `prompt` reports it
             return None
         head, found, last = last.rpartition(ANSWER)
         if not found:
@@ -107,17 +107,17 @@ class ChatTemplate:
         try:
             more = self._render([*_ASKED, _said(ANSWER), {"role": "user", "content": "more"}], "", generation=False)
             places.insert(0, _common(last, more.rpartition(ANSWER)[2]))
-        except ValueError:  # one that takes a single question
+        except ValueError:  # a template for a single question
             pass
         for place in places:
             for added in (False, True):
                 tokens = special_text(self.tokenizer, added=added).findall(place)
-                if tokens:  # what closes the user's turn too closes a turn, and not a part of one
+                if tokens:  # a token that also ends the user's turn ends a turn, not a part of one
                     return next((token for token in tokens if token in asked), str(tokens[0]))
         return None
 
     def answer_in(self, text: str) -> str:
-        """The answer in a text that a model wrote after the prompt: without what the template writes around it."""
+        """The answer in generated text, without what the template writes around it."""
         if self._usual is None:
             return text
         before, after = (self._visible(part) for part in self._usual)
@@ -126,10 +126,10 @@ class ChatTemplate:
         return text[: -len(after)] if after and text.endswith(after) else text
 
     def check(self) -> None:
-        """Refuse a template that could not be split for any record; one that refuses the probe is left to its records.
+        """Reject a template that cannot be split for any record; one that rejects the probe is checked per record.
 
         Raises:
-            ValueError: the generation prompt is not how the assistant's turn begins.
+            ValueError: the generation prompt differs from the beginning of the assistant's turn.
         """
         try:
             prompt = self._render(_ASKED, "", generation=True)
@@ -141,7 +141,7 @@ class ChatTemplate:
 
     @cached_property
     def _usual(self) -> tuple[str, str] | None:
-        """What stands before and after an answer to one question, None where it cannot be told."""
+        """The text before and after an answer to one question, None if it cannot be located."""
         try:
             return self._frame(self._after(_ASKED, self._render(_ASKED, "", generation=True), ANSWER, ""))
         except ValueError:
@@ -154,7 +154,7 @@ class ChatTemplate:
     def _answer(self, rest: str, frame: tuple[str, str]) -> Answer:
         before, after = frame
         if not rest.startswith(before):
-            before = ""  # what the template writes there depends on the answer (a think block that it holds already)
+            before = ""  # depends on the answer (which may have its own think block)
         if not rest.endswith(after) or len(rest) < len(before) + len(after):
             place = rest.rfind(self.end) if self.end else -1
             if self.end is None or place < len(before):
@@ -170,22 +170,22 @@ class ChatTemplate:
         return _split(prompt, self._render([*turns, _said(response)], name, generation=False), name)
 
     def _visible(self, text: str) -> str:
-        """As a decoded answer shows it: without special tokens and the end."""
+        """`text` as it appears in a decoded answer: up to the end token, without special tokens."""
         text = text.partition(self.end)[0] if self.end else text
         return special_text(self.tokenizer).sub("", text)
 
     def _check_shown(self, turns: Turns, place: int, name: str) -> None:
-        """Templates may change a turn's text (escape it, say), but not leave the turn out."""
+        """Templates may change a turn's text (escape it, for example), but not drop the turn."""
         probe = [*turns]
         probe[place] = {**turns[place], "content": QUESTION}
         if QUESTION not in self._render(probe, name, generation=True):
             raise ValueError(
-                f"{name}: the chat template leaves out messages[{place}], the turn of {turns[place]['role']!r}: "
-                "put its text into a turn that the template shows"
+                f"{name}: the chat template drops messages[{place}], role {turns[place]['role']!r}: "
+                "move its text to a turn that the template renders"
             )
 
     def _check_roles(self, turns: Turns, name: str) -> None:
-        """A turn of a role that the template knows nothing of may vanish, though its text stands elsewhere too."""
+        """A turn of a role unknown to the template may be dropped and stay unnoticed if another turn has its text."""
         roles = tuple(turn["role"] for turn in turns)
         if roles in self._shown:
             return
@@ -193,7 +193,7 @@ class ChatTemplate:
         try:
             text = self._render(probes, name, generation=True)
         except ValueError:
-            text = ""  # one that looks into its turns
+            text = ""  # a template that inspects its turns
         if f"{QUESTION} " in text:
             for place, probe in enumerate(probes):
                 if probe["content"] not in text:
@@ -204,8 +204,8 @@ class ChatTemplate:
         template: Any = self.tokenizer.apply_chat_template
         try:
             return str(template([dict(turn) for turn in turns], tokenize=False, add_generation_prompt=generation))
-        except Exception as error:  # templates refuse by raising from Jinja, each with a class of its own
-            raise ValueError(f"{name}: the chat template refuses these messages: {error}") from error
+        except Exception as error:  # templates raise errors of many classes from Jinja
+            raise ValueError(f"{name}: the chat template rejects these messages: {error}") from error
 
 
 _ASKED: list[dict[str, str]] = [{"role": "user", "content": QUESTION}]
@@ -221,23 +221,23 @@ def _fits(rest: str, frame: tuple[str, str]) -> bool:
 
 
 def _split(prompt: str, whole: str, name: str) -> str:
-    """``whole`` without the prompt it begins with."""
+    """`whole` without its leading `prompt`."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     at = len(_common(prompt, whole))
     raise ValueError(
-        f"{name + ': ' if name else ''}the chat template cannot be split where the answer begins: its prompt ends with "
-        f"{prompt[at:][-60:]!r}, where the conversation with an answer goes on with {whole[at:][:60]!r}; use a chat "
-        "template that agrees with itself, or template = 'none' with data that is templated already"
+        f"{name + ': ' if name else ''}the chat template cannot be split where the answer begins: the prompt ends with "
+        f"{prompt[at:][-60:]!r}, but the conversation with an answer has {whole[at:][:60]!r} there; use a consistent "
+        "chat template, or template = 'none' with data to which a template is already applied"
     )
 
 
 def _common(one: str, other: str) -> str:
-    """What both texts begin with."""
+    """The common prefix of two texts."""
     count = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:count]
 
 
 def _squeezed(text: str) -> str:
-    """Without white space, which templates strip at the edges of a turn."""
+    """`text` without white space, which templates strip at the edges of a turn."""
     return "".join(text.split())

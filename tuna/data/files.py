@@ -1,7 +1,7 @@
-"""Raw rows of JSON, JSONL and Parquet files, `datasets` folders and objects, with the place each stands at.
+"""Raw rows of JSON, JSONL and Parquet files, `datasets` folders and objects, with their line or index.
 
-Nothing here knows what a record is: a row is whatever JSON value stands there. A line that cannot be read
-comes as `Unreadable`, so that the rest of the file still can.
+A row is any JSON value; what a record is, is not known here. A line that cannot be parsed is returned as `Unreadable`,
+and reading goes on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tuna.system.writing import replacing
 __all__ = ["Rows", "Unreadable", "open_rows", "write_rows"]
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8 text
+BOM = b"\xef\xbb\xbf"  # Windows editors write it before UTF-8 text
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A line that is no JSON, and why."""
+    """A line that is not JSON, and why."""
 
     reason: str
 
@@ -33,9 +33,9 @@ class Rows:
     """A stream of rows.
 
     Attributes:
-        name: the file or folder, "" where rows come from memory.
+        name: the file or folder, "" for rows from memory.
         unit: what the places count: lines from 1, or indices from 0.
-        items: (place, row or `Unreadable`), in order; can be walked once.
+        items: (place, row or `Unreadable`), in order; can be iterated once.
     """
 
     name: str
@@ -48,20 +48,20 @@ def open_rows(source: str | os.PathLike[str] | Iterable[Any]) -> Rows:
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: unknown kind of file; JSON that is no list of records; several splits and none chosen.
+        ValueError: unknown file type; JSON that is not a list of records; several splits and none chosen.
         TypeError: `source` is none of these.
     """
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source))
     if isinstance(source, Mapping):
-        raise ValueError(f"source is a dict; pass one of its splits: {', '.join(map(str, source)) or 'it has none'}")
+        raise ValueError(f"source is a dict; pass one of its splits: {', '.join(map(str, source)) or 'none found'}")
     if not isinstance(source, Iterable):
         raise TypeError(f"source is a {type(source).__name__}, neither a path nor an iterable of records")
     return Rows("", "index", enumerate(iter(source)))
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], parquet_schema: Any = None) -> None:
-    """Write rows as JSONL, or as a JSON array or Parquet where the suffix says so; atomic, folders are made.
+    """Write rows atomically as JSONL, a JSON array or Parquet, by suffix; missing folders are created.
 
     Raises:
         ValueError: a suffix other than `.jsonl`, `.ndjson`, `.json`, `.parquet`.
@@ -84,7 +84,7 @@ def _open_path(path: Path) -> Rows:
     if path.is_dir():
         return Rows(str(path), "index", enumerate(_saved_dataset(path)))
     if not path.exists():
-        raise FileNotFoundError(f"no file or folder {path}")
+        raise FileNotFoundError(f"no such file or folder: {path}")
     kind = _kind_of(path)
     if kind == "parquet":
         return Rows(str(path), "index", enumerate(_parquet_rows(path)))
@@ -93,7 +93,7 @@ def _open_path(path: Path) -> Rows:
         if values is not None:
             return Rows(str(path), "index", enumerate(values))
     elif _first_byte(path) == b"[":
-        # Many a .jsonl is an array in truth (and many a .json holds lines, above).
+        # Some .jsonl files are arrays (and some .json files hold lines, see above).
         return Rows(str(path), "index", enumerate(_json_rows(path) or []))
     return Rows(str(path), "line", _lines(path))
 
@@ -101,7 +101,7 @@ def _open_path(path: Path) -> Rows:
 def _kind_of(path: Path) -> str:
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: the kind of file is told by its suffix, one of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: unknown file type; the suffix must be one of {', '.join(SUFFIXES)}")
     return kind
 
 
@@ -111,7 +111,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    # Read as bytes: lines end at \n alone, never at a U+2028 or a \r inside a text.
+    # Read as bytes: only \n ends a line, never a U+2028 or a \r inside a text.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(BOM).strip() if number == 1 else line.strip()
@@ -131,7 +131,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 def _json_rows(path: Path) -> list[Any] | None:
-    """The records of a JSON document, or None where the file holds one document a line."""
+    """The records of a JSON document, None if the file has one document per line."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
         document = json.loads(text) if text.strip() else []
@@ -142,12 +142,12 @@ def _json_rows(path: Path) -> list[Any] | None:
             return None
         raise ValueError(f"{path} line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
     if isinstance(document, dict):
-        # One record alone, as its only line, is a JSONL file of length one.
+        # A single record on a single line is a JSONL file of one record.
         if not isinstance(document.get("data"), list):
             return [document]
         document = document["data"]
     if not isinstance(document, list):
-        raise ValueError(f"{path}: holds neither a list of records nor an object with a list under 'data'")
+        raise ValueError(f"{path}: neither a list of records nor an object with a list under 'data'")
     return document
 
 
@@ -173,7 +173,7 @@ def _saved_dataset(path: Path) -> Iterable[Any]:
     if isinstance(saved, Mapping):
         if len(saved) != 1:
             splits = ", ".join(str(path / split) for split in saved)
-            raise ValueError(f"{path} holds several splits; give one of them: {splits}")
+            raise ValueError(f"{path} has several splits; give one of them: {splits}")
         saved = next(iter(saved.values()))
     rows: Iterable[Any] = saved
     return rows

@@ -1,10 +1,9 @@
-"""Other people's shapes of ranked data, as the fields of a `tuna.data.records.Record`.
+"""Conversion of other formats of ranked data to the fields of a `tuna.data.records.Record`.
 
 A converter takes one row (a dict) and returns a dict with `prompt` or `messages`, `responses`, and `scores`
-or `ranks`; checking the values is the record's business. Which end is better is never guessed, it is part of
-the shape:
+or `ranks`; `Record` validates the values. The direction of the order is part of the format and never guessed:
 
-| shape | fields | best |
+| format | fields | best |
 |---|---|---|
 | `tuna` | `prompt` or `messages`, `responses[]`, `scores[]` or `ranks[]` | highest score, lowest rank |
 | `released` | `instruction`, `output[]`, `score[]`, `id` | highest |
@@ -12,8 +11,8 @@ the shape:
 | `preference` | `prompt`, `chosen`, `rejected` | chosen |
 | `ranked_answers` | `prompt` or `question`, `answers[]` or `responses[]` of `{answer, rank}` | lowest |
 
-What stands beside a prompt is carried with it or refused (`prompts`). A field that no shape reads and that holds
-responses, scores, turns or a prompt is refused where the shape was recognised rather than named (`tuna.data.unread`).
+Other fields that belong to a prompt are converted with it or rejected (`tuna.data.prompts`). If the format was detected
+rather than given, an unread field that holds responses, scores, turns or a prompt is rejected (`tuna.data.unread`).
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ __all__ = ["FORMATS", "Format", "convert_row", "detect_format", "known_formats"]
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of input.
+    """An input format.
 
     Attributes:
-        name: what `format=` takes.
-        keys: its fields, in words, for error messages and help.
-        matches: whether a row has this shape, by its keys.
-        convert: the row as fields of a `Record`; raises `ValueError` in plain words.
-        reads: the fields that `convert` reads, beside those of the prompt.
+        name: the value of `format=`.
+        keys: its fields, as shown in error messages and help.
+        matches: whether the keys of a row are those of this format.
+        convert: converts a row to fields of a `Record`; raises `ValueError` with a readable reason.
+        reads: the fields that `convert` reads, except those of the prompt.
     """
 
     name: str
@@ -48,26 +47,27 @@ class Format:
 
 
 def convert_row(row: Any, format: str, *, recognised: bool = False) -> Fields:
-    """One row of the shape `format` as fields of a `Record`.
+    """Convert a row to the fields of a `Record`.
 
     Args:
         row: the row.
-        format: a shape of `FORMATS`.
-        recognised: the shape was found by the row's keys, not named by the user: then a field that holds responses,
-            scores or turns and that the shape does not read is an error.
+        format: a key of `FORMATS`.
+        recognised: the format was detected, not given by the user: then an unread field that holds responses,
+            scores, turns or a prompt is an error.
 
     Raises:
-        ValueError: unknown format, the row is no object, a field is missing, of the wrong kind or cannot be carried.
+        ValueError: unknown format, the row is not an object, a field is missing, of the wrong type or has no place in
+            a record.
 
     Examples:
         >>> convert_row({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "preference")
         {'prompt': '2+2?', 'responses': ['4', '5'], 'ranks': [0, 1]}
     """
     if format not in FORMATS:
-        raise ValueError(f"format = {format!r} is unknown; the shapes known are\n{known_formats()}")
+        raise ValueError(f"format = {format!r} is unknown; known formats:\n{known_formats()}")
     if not isinstance(row, Mapping):
         raise ValueError(f"a record must be an object with named fields, not {_kind(row)}")
-    # Parquet and datasets give every row every column: an absent field is there as None.
+    # In Parquet and datasets every row has every column: an absent field is None.
     present = {key: value for key, value in row.items() if value is not None}
     fields = FORMATS[format].convert(present)
     if recognised:
@@ -78,7 +78,7 @@ def convert_row(row: Any, format: str, *, recognised: bool = False) -> Fields:
 
 
 def detect_format(row: Any) -> str | None:
-    """The name of the first shape whose keys the row has, or None."""
+    """The name of the first format whose keys the row has, or None."""
     if not isinstance(row, Mapping):
         return None
     present = {key: value for key, value in row.items() if value is not None}
@@ -86,7 +86,7 @@ def detect_format(row: Any) -> str | None:
 
 
 def known_formats() -> str:
-    """One line a shape: its name and its fields."""
+    """One line per format: name and fields."""
     return "\n".join(f"  {format.name}: {format.keys}" for format in FORMATS.values())
 
 
@@ -96,7 +96,7 @@ def _from_tuna(row: Row) -> Fields:
 
 
 def _from_scored_outputs(row: Row) -> Fields:
-    """`instruction, output[], score[]`; a single `output` text without a score is for plain fine-tuning."""
+    """`instruction, output[], score[]`; a single `output` text without a score is for supervised fine-tuning."""
     fields = prompt_of(row, ("instruction",))
     output, score = _required(row, "output"), row.get("score")
     if isinstance(output, str):
@@ -110,7 +110,7 @@ def _from_preference(row: Row) -> Fields:
     if context != rejected_context:
         raise ValueError("'chosen' and 'rejected' answer different conversations: all turns but the last must agree")
     _check_order(row)
-    # The turns that UltraFeedback and its kin repeat: prompt and chosen answer once more.
+    # UltraFeedback and similar datasets repeat the prompt and the chosen answer in `messages`.
     given = {key: value for key, value in row.items() if key != "messages"}
     if "messages" in row:
         messages = turns_of(row["messages"], "messages")
@@ -118,17 +118,17 @@ def _from_preference(row: Row) -> Fields:
         if not any(key in row for key in ("prompt", "question", "instruction")) and not context:
             given["messages"] = messages[:-1] if answered else messages
         elif not (answered or messages == context):
-            raise ValueError("field 'messages' stands beside 'chosen' and 'rejected' and is not their conversation")
+            raise ValueError("field 'messages' differs from the conversation of 'chosen' and 'rejected'")
     fields = _asked(given, context)
     return {**fields, "responses": [chosen, rejected], "ranks": [0, 1]}
 
 
 def _asked(row: Row, context: list[Fields]) -> Fields:
-    """The prompt of a pair whose answers follow the turns of ``context``, which may be none or all of it."""
+    """The prompt of a preference pair; `context` are the turns before the answers, from none to the whole prompt."""
     keys = ("prompt", "question", "instruction")
     if not context:
         if not any(key in row for key in (*keys, "messages")):
-            raise ValueError("field 'prompt' is missing, and 'chosen' holds no earlier turns to take it from")
+            raise ValueError("field 'prompt' is missing, and 'chosen' has no earlier turns to use instead")
         return prompt_of(row, keys)
     if not any(key in row for key in keys):
         return prompt_of({**row, "messages": context})
@@ -138,21 +138,21 @@ def _asked(row: Row, context: list[Fields]) -> Fields:
     if given == told and "prompt" in fields:
         return fields
     if given[-len(told) :] == told:
-        return {"messages": turns}  # the prompt says more: a system turn, the turns before
+        return {"messages": turns}  # the prompt has more: a system turn, earlier turns
     system = [turn for turn in turns if turn["role"] == "system"]
     if all(turn in told for turn in given):
         return {"messages": context}
     if all(turn in told for turn in given if turn[0] != "system"):
         if told[0][0] == "system":
-            raise ValueError("a system text stands beside 'chosen', and another one in its turns: keep one")
+            raise ValueError("the row's system text and that of the turns of 'chosen' differ: keep one")
         return {"messages": [*system, *context]}
     raise ValueError(
-        "the prompt is not part of the conversation that 'chosen' and 'rejected' hold: make them agree, or give one"
+        "the prompt is not part of the conversation in 'chosen' and 'rejected': make them agree, or give only one"
     )
 
 
 def _check_order(row: Row) -> None:
-    """Scores of the two answers, under any name (`score_chosen`, `chosen-rating`), must not say the opposite."""
+    """Scores of the two answers, under any name (`score_chosen`, `chosen-rating`), must not contradict the order."""
     scores: dict[str, dict[str, float]] = {}
     for key, value in row.items():
         words = str(key).lower().replace("-", "_").replace(".", "_").split("_")
@@ -191,7 +191,7 @@ def _from_ranked_answers(row: Row) -> Fields:
 
 
 def _check_scores(answers: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Scores beside ranks must not say the opposite."""
+    """Scores given in addition to ranks must not contradict them."""
     for name in ("score", "rating", "reward"):
         rated = [(i, answer) for i, answer in enumerate(answers) if _is_number(answer.get(name))]
         for i, one in rated:
@@ -209,7 +209,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _last_turn(answer: Any, name: str) -> tuple[list[Fields], Any]:
-    """An answer given as text, as a turn, or as a conversation that ends with it: (the turns before, the text)."""
+    """The earlier turns and the text of an answer given as text, as a turn, or as a conversation that ends with it."""
     if isinstance(answer, Mapping):
         answer = [answer]
     if not isinstance(answer, list):
@@ -246,7 +246,7 @@ def _has_prompt(row: Row) -> bool:
     return any(key in row for key in ("prompt", "question", "instruction", "messages"))
 
 
-# In the order of detection: the first that matches is taken, so the more particular shape stands first.
+# In the order of detection: the first match is used, so the more specific format comes first.
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (

@@ -1,15 +1,16 @@
-"""Instructions: prompts that are yet to be answered.
+"""Instructions: prompts without responses.
 
-Instructions are read from the shapes they come in:
+Formats read:
 
-| shape | prompt | id | reference response |
+| format | prompt | id | reference response |
 |---|---|---|---|
 | plain | `prompt` (text) or `messages` | `id` | `reference` |
-| Alpaca, Tuna as released | `instruction`, then `input` on the next line | `id` | `output` if it is one text |
+| Alpaca, Tuna as released | `instruction`, then `input` on the next line | `id` | `output` if it is a string |
 | self-instruct seed tasks | `instruction`, then the `input` of the first of `instances` | `id` | its `output` |
 | Vicuna and MT-bench questions | the first of `turns`, or `question` or `text` | `question_id` | `reference` |
 
-What stands beside a prompt goes with it, or is refused (`data.prompts`). Responses that a row has besides are not read.
+Other fields that belong to a prompt are converted with it or rejected (`tuna.data.prompts`). Responses in a row are
+ignored.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ __all__ = ["Instruction", "instruction_fields", "present_fields", "read_instruct
 
 
 class Instruction(BaseModel):
-    """A prompt without responses, but perhaps with a reference.
+    """A prompt without responses, optionally with a reference response.
 
     Attributes:
         id: unique name within its file.
         prompt: as text; exactly one of `prompt` and `messages` is given.
         messages: as turns of a conversation, the last of them not the assistant's.
-        reference: the response the dataset came with, or None.
+        reference: the response given in the dataset, or None.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -60,7 +61,7 @@ class Instruction(BaseModel):
         return [message.model_dump() for message in self.messages]
 
     def last_turn(self) -> str:
-        """The text to respond to: the prompt, or the content of the last message."""
+        """The text to answer: the prompt, or the content of the last message."""
         return self.turns()[-1]["content"]
 
 
@@ -70,17 +71,17 @@ Item = TypeVar("Item", bound=Instruction)
 def read_instructions(
     source: str | os.PathLike[str] | Iterable[Any], *, on_bad: OnBad = "fail"
 ) -> tuple[list[Instruction], list[Problem]]:
-    """Read instructions of any shape above, also several in one file.
+    """Read instructions of any format above; a file may mix formats.
 
-    Those without an id are named after file and place; an id seen before is a problem of the later one.
+    Instructions without an id get one from file and line or index; of a duplicate id, the later one is a problem.
 
     Returns:
-        The instructions in order, and the problems of those left out (with ``on_bad="skip"``).
+        The instructions in order, and the problems of those skipped (with `on_bad="skip"`).
 
     Raises:
         FileNotFoundError: no such file.
-        BadRecords: with ``on_bad="fail"``, some cannot be used.
-        ValueError: unknown kind of file.
+        BadRecords: with `on_bad="fail"`, some cannot be used.
+        ValueError: unknown file type.
     """
     return read_items(source, Instruction, instruction_fields, on_bad)
 
@@ -88,7 +89,7 @@ def read_instructions(
 def read_items(
     source: Any, kind: type[Item], fields_of: Callable[[Any], dict[str, Any]], on_bad: OnBad
 ) -> tuple[list[Item], list[Problem]]:
-    """Rows of a file as items of ``kind``, an `Instruction`, whose fields ``fields_of`` makes of a row."""
+    """Read the rows of a file as items of `kind`, a class derived from `Instruction`; `fields_of` converts a row."""
 
     def parse(row: Any, made_id: str) -> Item:
         return row if isinstance(row, kind) else kind.model_validate({"id": made_id, **fields_of(row)})
@@ -98,7 +99,7 @@ def read_items(
 
 
 def present_fields(row: Any) -> dict[str, Any]:
-    """A row's fields that are given; raises `ValueError` where it has none to give."""
+    """The fields of a row that are not None; raises `ValueError` if the row is not an object."""
     if isinstance(row, Unreadable):
         raise ValueError(row.reason)
     if not isinstance(row, Mapping):
@@ -107,7 +108,7 @@ def present_fields(row: Any) -> dict[str, Any]:
 
 
 def instruction_fields(row: Any) -> dict[str, Any]:
-    """A row of any shape above as fields of an `Instruction`; raises `ValueError` in plain words."""
+    """Convert a row of any format above to fields of an `Instruction`; raises `ValueError` with a readable reason."""
     present = present_fields(row)
     fields: dict[str, Any] = {}
     given = present.get("id", present.get("question_id"))
@@ -121,15 +122,15 @@ def instruction_fields(row: Any) -> dict[str, Any]:
     question = turns[0] if isinstance(turns, list) and turns else present.get("question", present.get("text"))
     if question is None:
         keys = ", ".join(map(str, present)) or "none"
-        raise ValueError(f"there is no prompt, messages, instruction, turns, question or text (fields: {keys})")
+        raise ValueError(f"no field prompt, messages, instruction, turns, question or text (fields: {keys})")
     if isinstance(turns, list) and len(turns) > 1:
-        logger.warning("%s: the first of %d turns is asked, the others need its answer", fields.get("id"), len(turns))
+        logger.warning("%s: using the first of %d turns, the others need its answer", fields.get("id"), len(turns))
     other = present.get("text", question)
     if other != question and isinstance(other, str) and other.strip():
-        raise ValueError("fields 'question' and 'text' both hold a prompt, and they disagree: keep the one to be asked")
+        raise ValueError("fields 'question' and 'text' both hold a prompt, and they disagree: keep one")
     reference = present.get("reference")
     if isinstance(turns, list) and isinstance(reference, list) and reference:
-        reference = reference[0]  # one a turn
+        reference = reference[0]  # one per turn
     return {**fields, **prompt_of({**present, "question": question}), "reference": reference}
 
 

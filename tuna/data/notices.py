@@ -1,4 +1,4 @@
-"""What is odd about data before it is trained on or measured: a sentence each, or nothing."""
+"""Warnings about data before training or evaluation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tuna.data.tokenization import TokenizedGroup
 __all__ = ["cut_notice", "data_notices", "reversed_notice", "sample_of", "shared_prompts_notice"]
 
 CUT = 0.1
-"""Share of responses cut to max_length from which on it is worth a word."""
+"""Fraction of responses cut to max_length above which a warning is given."""
 SAMPLED, SAMPLED_TOKENS = 32, 8192
-"""Most groups, and most tokens of them, that are scored to see whether the ranks are the right way round."""
+"""Upper limits of groups, and of their tokens, scored to detect reversed ranks."""
 
 
 def data_notices(
@@ -27,28 +27,28 @@ def data_notices(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[str]:
-    """All that is odd about the data of a training run."""
+    """The warnings about the data of a training run."""
     found = [unused_chat_template(template, tokenizer), cut_notice(train or (), max_length)]
     found += [shared_prompts_notice(train or (), groups, name) for name, groups in evaluation.items()]
     yield from filter(None, found)
 
 
 def cut_notice(groups: Sequence[TokenizedGroup], max_length: int) -> str | None:
-    """Where more than a tenth of the responses are cut."""
+    """A warning if more than a tenth of the responses are cut."""
     count = sum(len(item.group.responses) for item in groups)
     cut = sum(item.cut_responses for item in groups)
     if cut <= CUT * count:
         return None
     return (
         f"{cut:,} of {count:,} responses ({cut / count:.0%}) are cut to max_length = {max_length} tokens of prompt and "
-        "response, and cut ones do not learn to end: give a larger max_length"
+        "response; the model does not learn where cut ones end: raise max_length"
     )
 
 
 def shared_prompts_notice(
     train: Sequence[TokenizedGroup], held_out: Sequence[TokenizedGroup], name: str = ""
 ) -> str | None:
-    """Where prompts of the evaluation data are trained on as well."""
+    """A warning if prompts of the evaluation data are also trained on."""
     trained = {_key(item) for item in train}
     prompts = {_key(item) for item in held_out}
     both = len(prompts & trained)
@@ -56,13 +56,13 @@ def shared_prompts_notice(
         return None
     which = f" of {name!r}" if name else ""
     return (
-        f"{both:,} of the {len(prompts):,} prompts held out{which} are also trained on, so what is measured on them is "
-        "too good: split the data by prompt (tuna data split, eval_fraction)"
+        f"{both:,} of the {len(prompts):,} prompts held out{which} are also trained on, so evaluation results are "
+        "too optimistic: split the data by prompt (tuna data split, eval_fraction)"
     )
 
 
 def sample_of(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
-    """Some groups with a pair to order, from all over the data, cheap to score."""
+    """A few groups with at least one pair, spread over the data and cheap to score."""
     ordered = [item for item in groups if _has_pair(item)]
     places = np.linspace(0, len(ordered) - 1, min(SAMPLED, len(ordered))).round().astype(int)
     chosen: list[TokenizedGroup] = []
@@ -77,12 +77,12 @@ def sample_of(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
 
 
 def reversed_notice(accuracy: float | None) -> str | None:
-    """Where the model, before any training, ranks fewer than half of the pairs as the data does."""
+    """A warning if the model, before training, ranks fewer than half of the pairs as the data does."""
     if accuracy is None or not accuracy < 0.5:
         return None
     return (
-        f"before training the model ranks {accuracy:.0%} of the pairs as the data does, fewer than half: are the "
-        "responses the right way round (scores: higher is better; ranks: 0 or 1 is best)?"
+        f"before training the model ranks {accuracy:.0%} of the pairs as the data does, fewer than half: is the "
+        "order reversed (scores: higher is better; ranks: 0 or 1 is best)?"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: why, in plain words, and what a reader does with them."""
+"""Rows that cannot be used: their reasons, and whether a reader fails or skips them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tuna.system.validation import place, reason
 __all__ = ["BadRecords", "OnBad", "Problem", "problem_lines", "read_rows", "settle_problems"]
 
 OnBad: TypeAlias = Literal["fail", "skip"]
-SPELLED_OUT = 5  # problems a BadRecords error spells out
-SHOWN = 10  # problems that are printed
+SPELLED_OUT = 5  # problems listed in a BadRecords error
+SHOWN = 10  # problems printed
 
 
 class Named(Protocol):
@@ -35,9 +35,9 @@ class Problem:
     """Why a record cannot be used.
 
     Attributes:
-        file: where it stands; "" where records came from memory.
-        line: its line (from 1) where `unit` is "line", its index (from 0) where it is "index", or None.
-        reason: in plain words.
+        file: its file; "" for records from memory.
+        line: its line (from 1) if `unit` is "line", its index (from 0) if it is "index", or None.
+        reason: why, as shown to the user.
         unit: what `line` counts.
     """
 
@@ -54,7 +54,7 @@ class Problem:
 
 
 class BadRecords(ValueError):
-    """Records that cannot be used: `problems` holds all, the message the first few and their number."""
+    """Records that cannot be used: `problems` has all, the message their number and the first few."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -70,7 +70,7 @@ def settle_problems(problems: Sequence[Problem], on_bad: OnBad) -> None:
     """Raise `BadRecords` if there are problems and `on_bad` is "fail".
 
     Raises:
-        BadRecords: as said.
+        BadRecords: there are problems and `on_bad` is "fail".
         ValueError: `on_bad` is neither "fail" nor "skip".
     """
     if on_bad not in ("fail", "skip"):
@@ -80,24 +80,24 @@ def settle_problems(problems: Sequence[Problem], on_bad: OnBad) -> None:
 
 
 def problem_lines(problems: Sequence[Problem] | Sequence[str]) -> list[str]:
-    """What is printed of problems whose rows were left out: the first ones, and how many more there are."""
+    """The lines printed for skipped rows: the first problems and the number of the others."""
     lines = [f"left out: {problem}" for problem in problems[:SHOWN]]
     return lines + [f"… and {len(problems) - SHOWN} more left out"] * (len(problems) > SHOWN)
 
 
 def read_rows(rows: Rows, parse: Callable[[Any, str], T], on_bad: OnBad, unnamed: str) -> tuple[list[T], list[Problem]]:
-    """Rows as items, and the problems of those left out (with ``on_bad="skip"``).
+    """Convert rows to items; also returns the problems of those skipped (with `on_bad="skip"`).
 
     Args:
-        rows: what to read.
-        parse: makes an item of a row and of the id to give it where it has none; raises `ValueError` where it cannot.
+        rows: the rows.
+        parse: makes an item of a row and a default id; raises `ValueError` for a row that cannot be used.
         on_bad: "fail" raises one error that lists the problems.
-        unnamed: begins the id of rows from memory; those of a file are named after it.
+        unnamed: prefix of the default ids of rows from memory; for a file it is the file's name.
 
-    An id seen before is a problem of the later row.
+    Of a duplicate id, the later row is a problem.
 
     Raises:
-        BadRecords: with ``on_bad="fail"``, some row cannot be used.
+        BadRecords: with `on_bad="fail"`, some row cannot be used.
     """
     settle_problems((), on_bad)
     stem = Path(rows.name).stem or unnamed
@@ -108,7 +108,7 @@ def read_rows(rows: Rows, parse: Callable[[Any, str], T], on_bad: OnBad, unnamed
         try:
             item = parse(row, f"{stem}-{number}")
             if item.id in places:
-                raise ValueError(f"id {item.id!r} stands already at {rows.unit} {places[item.id]}")
+                raise ValueError(f"duplicate id {item.id!r}, first at {rows.unit} {places[item.id]}")
         except ValueError as error:
             problems.append(Problem(rows.name, number, _plain(error), rows.unit))
             continue

@@ -1,8 +1,8 @@
-"""The prompt of a row of data: a text or turns, and what may stand beside it.
+"""The prompt of a row of data: a text or turns, and other fields that belong to it.
 
-Nothing that belongs to a prompt is dropped. What has one meaning is carried: a `system` text becomes the first turn,
-`input` follows its instruction on the next line (as Alpaca has it), a `history` of exchanges becomes turns. What cannot
-be carried (tool calls, images, two prompts that disagree) is an error that names the field and says what to do.
+Nothing that belongs to a prompt is dropped. Fields with one clear meaning are converted: a `system` text becomes the
+first turn, `input` follows its instruction on the next line (as in Alpaca), a `history` of exchanges becomes turns.
+Anything else (tool calls, images, two prompts that disagree) is an error that names the field and the remedy.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ SYSTEM_KEYS = (
     "system", "system_prompt", "system_message", "system_instruction", "system_text", "sys_prompt", "systemPrompt"
 )  # fmt: skip
 USED = (*PROMPT_KEYS, *SYSTEM_KEYS, "messages", "input", "history")
-"""Fields that `prompt_of` reads, or compares with what it reads."""
+"""Fields that `prompt_of` reads or compares."""
 
-PLAIN = 24  # characters from which on a text that stands inside another one is no chance
+PLAIN = 24  # characters from which on a text found inside another one is no coincidence
 
 NOT_CARRIED = (
     "tools", "functions", "tool_calls", "function_call", "tool_choice", "chat_template_kwargs", "documents",
     "image", "images", "video", "videos", "audio", "audios", "context", "contexts", "document", "passage", "passages",
     "article", "articles", "background", "suffix",
 )  # fmt: skip
-"""Fields of a row that change what the model is shown and that a record has no place for."""
+"""Fields of a row that change the model's input and have no place in a record."""
 REASONING = ("reasoning_content", "reasoning", "thinking", "thoughts")
 TURN_NOTES = frozenset({
     "id", "uuid", "turn", "index", "turn_id", "turn_identifier", "timestamp", "created", "created_at", "model", "lang",
     "language", "source", "country", "hashed_ip", "header", "state", "openai_id", "token_counter", "end_turn",
 })  # fmt: skip
-"""Fields of a turn that say where it comes from, not what is said."""
+"""Metadata fields of a turn."""
 
 
 def prompt_of(row: Row, keys: Sequence[str] = PROMPT_KEYS) -> Fields:
@@ -55,10 +55,10 @@ def prompt_of(row: Row, keys: Sequence[str] = PROMPT_KEYS) -> Fields:
 
     Args:
         row: without the fields that are None.
-        keys: where the prompt may stand; `messages` too.
+        keys: fields that may hold the prompt, in addition to `messages`.
 
     Raises:
-        ValueError: there is none, two disagree, or something beside it cannot be carried.
+        ValueError: no prompt, two prompts that disagree, or a field that cannot be represented in a record.
 
     Examples:
         >>> prompt_of({"instruction": "Translate.", "input": "good morning"})
@@ -82,7 +82,7 @@ def prompt_of(row: Row, keys: Sequence[str] = PROMPT_KEYS) -> Fields:
 
 
 def _with_input(row: Row, key: str, prompt: Any) -> Any:
-    """Alpaca keeps the text to work on apart; left out, the answers would not fit the question."""
+    """Append Alpaca's `input`, the text that the instruction refers to."""
     context = row.get("input")
     if is_empty(context) or context == prompt:
         return prompt
@@ -92,7 +92,7 @@ def _with_input(row: Row, key: str, prompt: Any) -> Any:
 
 
 def _with_turns_before(row: Row, prompt: Any) -> Fields:
-    """The prompt behind the row's system text and history, as turns if it has any."""
+    """The prompt after the row's system text and history; turns if the row has either."""
     system = _system_of(row)
     before = _history_of(row)
     if not isinstance(prompt, list):
@@ -102,7 +102,7 @@ def _with_turns_before(row: Row, prompt: Any) -> Fields:
     given = [turn["content"] for turn in prompt if turn["role"] == "system"]
     if system is not None and system not in given:
         if given:
-            raise ValueError("a system text stands beside the prompt, and another one among its turns: keep one")
+            raise ValueError("the row's system text and that of its turns differ: keep one")
         before = [{"role": "system", "content": system}, *before]
     return {"messages": [*before, *prompt]}
 
@@ -132,56 +132,56 @@ def _history_of(row: Row) -> list[Fields]:
 
 
 def check_carried(row: Row) -> None:
-    """Refuse what changes the prompt and cannot be carried.
+    """Reject fields that change the prompt and have no place in a record.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: names the field.
     """
     for key in NOT_CARRIED:
         if not is_empty(row.get(key)) and row[key] not in ("[]", "{}"):
             raise ValueError(
-                f"field {key!r} cannot be carried into a record: render it into the text of the prompt "
+                f"field {key!r} has no place in a record: render it into the text of the prompt "
                 "(template = 'none'), or remove it"
             )
 
 
 def check_answer(answer: Row, name: str, *, reasoning: bool = False) -> None:
-    """Refuse an answer given as an object that holds more than its text: a tool call, an image, reasoning apart.
+    """Reject an answer given as an object with more than its text: a tool call, an image, separate reasoning.
 
     Args:
         answer: the object.
-        name: what it is called in the error.
-        reasoning: whether `reasoning` is read.
+        name: its name in the error.
+        reasoning: accept the field `reasoning`.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: names the field.
     """
     for key in (*NOT_CARRIED, *REASONING):
         if not is_empty(answer.get(key)) and not (reasoning and key == "reasoning"):
             raise ValueError(
-                f"{name} holds {key!r}, which a record cannot carry: render it into the text, or remove it"
+                f"{name} has {key!r}, which has no place in a record: render it into the text, or remove it"
             )
 
 
 def check_unread_prompt(row: Row) -> None:
-    """Refuse, in fields that are read as they stand, what `prompt_of` would have carried.
+    """Reject, in the fields of a record, those that only `prompt_of` converts.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: names the field.
     """
     check_carried(row)
     for key in (*SYSTEM_KEYS, "input", "history"):
         if not is_empty(row.get(key)):
             raise ValueError(
-                f"field {key!r} is none of a record's: put it into 'messages', or read rows with read_records"
+                f"field {key!r} is not a field of a record: put it into 'messages', or read rows with read_records"
             )
 
 
 def turns_of(turns: Any, name: str) -> list[Fields]:
-    """The turns of a conversation as `role` and `content` alone.
+    """The turns of a conversation, each reduced to `role` and `content`.
 
     Raises:
-        ValueError: one that is no turn, or that holds more than a text; the message names it.
+        ValueError: an item is not a turn or has more than text; the message names it.
     """
     if not isinstance(turns, list):
         raise ValueError(f"field {name!r} must be a list of turns {{role, content}}")
@@ -196,24 +196,25 @@ def _named_turn(turn: Any, name: str) -> Fields:
 
 
 def check_turn(turn: Row) -> None:
-    """Refuse a turn that holds something (a tool call, an image, reasoning apart) that cannot be carried.
+    """Reject a turn with content that has no place in a record (a tool call, an image, separate reasoning).
 
     Raises:
-        ValueError: naming the field.
+        ValueError: names the field.
     """
     for key, value in turn.items():
         noted = isinstance(value, bool | int | float) or str(key) in TURN_NOTES
         if key not in ("role", "content") and not is_empty(value) and not noted:
             raise ValueError(
-                f"holds {key!r}, which a record cannot carry: render it into the text of the turn, or remove it"
+                f"has {key!r}, which has no place in a record: render it into the text of the turn, or remove it"
             )
 
 
 def turn_of(turn: Any) -> Fields:
-    """One turn as `role` and `content`; a content given as parts of text is joined.
+    """A turn reduced to `role` and `content`; parts of text are joined.
 
     Raises:
-        ValueError: no object, no text, or something (a tool call, an image, reasoning apart) that cannot be carried.
+        ValueError: not an object, no text, or content without a place in a record (a tool call, an image, separate
+            reasoning).
     """
     if not isinstance(turn, Mapping):
         raise ValueError("must be an object {role, content}")
@@ -226,19 +227,19 @@ def turn_of(turn: Any) -> Fields:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing: null, an empty text, list or object, or an object of such."""
+    """Whether a value is null, a blank text, an empty list or object, or a list or object of such values."""
     if isinstance(value, str):
         return not value.strip()
-    if isinstance(value, Mapping):  # parquet gives every object all the fields that any has
+    if isinstance(value, Mapping):  # in parquet every object has the fields of all
         return all(is_empty(part) for part in value.values())
     return value is None or (isinstance(value, list | tuple) and all(is_empty(part) for part in value))
 
 
 def joined(content: Any) -> Any:
-    """The content of a turn, given as one text or as a list of parts that all are text.
+    """The content of a turn as one text; a list of text parts is joined.
 
     Raises:
-        ValueError: a part that is no text.
+        ValueError: a part is not text.
     """
     if not isinstance(content, list):
         return content
@@ -246,13 +247,13 @@ def joined(content: Any) -> Any:
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
-            raise ValueError("holds a part that is no text, which a record cannot carry")
+            raise ValueError("has a part that is not text, which has no place in a record")
         texts.append(text)
     return "".join(texts)
 
 
 def _says(prompt: Any, other: Any) -> bool:
-    """Whether ``other`` says nothing that ``prompt`` does not say too."""
+    """Whether `prompt` contains all of `other`."""
     if is_empty(other) or other == prompt:
         return True
     turns = prompt if isinstance(prompt, list) else []
@@ -266,6 +267,6 @@ def _says(prompt: Any, other: Any) -> bool:
 
 
 def _stands_in(part: str, text: str) -> bool:
-    """Whether a text is part of another one that was made from it: as lines of their own, or long enough to tell."""
+    """Whether `text` was made from `part`: contains it as whole lines, or `part` is too long for a coincidence."""
     part = part.strip()
     return f"\n{part}\n" in f"\n{text.strip()}\n" or (len(part) >= PLAIN and part in text)

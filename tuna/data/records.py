@@ -1,8 +1,8 @@
-"""The one validated record of ranked data, and how files of it are read and written.
+"""`Record`, the validated record of ranked data, and reading and writing files of records.
 
-A record is a prompt with k responses and the order among them. The direction is part of the field's name: in
-`scores` higher is better, in `ranks` 0 or 1 comes first and is best. A reversed order is the commonest silent
-bug of the field, so neither is ever guessed. Other people's shapes are in `tuna.data.formats`.
+A record is a prompt with k responses and their order. The direction is part of the field's name: in `scores` higher is
+better, in `ranks` 0 or 1 comes first and is best. A reversed order is a common silent bug, so the direction is never
+guessed. Other formats are in `tuna.data.formats`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def _integral(value: Any) -> Any:
-    """1.0 as 1: a column of integers with gaps comes out of pandas and parquet as floats."""
+    """1.0 as 1: pandas and parquet turn a column of integers with missing values into floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -47,7 +47,7 @@ def _encodable(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("is not valid Unicode: it holds half of a surrogate pair") from error
+        raise ValueError("is not valid Unicode: it contains half of a surrogate pair") from error
     return value
 
 
@@ -57,9 +57,9 @@ Rank: TypeAlias = Annotated[int, Field(strict=True), BeforeValidator(_integral)]
 
 
 class Message(BaseModel):
-    """One turn of a conversation: `role` (system, user, assistant, tool, …) and `content`, a text or parts of one.
+    """One turn of a conversation: `role` (system, user, assistant, tool, …) and `content`, a text or a list of parts.
 
-    A turn that holds more (tool calls, images, reasoning apart) is refused; notes such as an id or a time are ignored.
+    A turn with other content (tool calls, images, separate reasoning) is rejected; metadata such as an id is ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -77,21 +77,21 @@ class Message(BaseModel):
 
 
 class Record(BaseModel):
-    """A prompt, its k >= 1 responses and the order among them.
+    """A prompt, its k >= 1 responses and their order.
 
-    Fields it does not know are ignored, those that would belong to the prompt (`system`, `tools`, …) are refused.
+    Unknown fields are ignored, except those that belong to a prompt (`system`, `tools`, …), which are rejected.
 
     Attributes:
         id: unique name within its file.
-        prompt: the prompt as text; exactly one of `prompt` and `messages` is given.
-        messages: the prompt as turns of a conversation, the last of them not the assistant's.
+        prompt: the prompt as text; give exactly one of `prompt` and `messages`.
+        messages: the prompt as turns of a conversation; the last turn must not be the assistant's.
         responses: k texts; duplicates and empty ones are allowed.
         scores: k finite numbers, **higher is better**; equal scores are ties.
-        ranks: k integers counting from 0 or 1, **which is best**; equal ranks are ties. At most one of
-            `scores` and `ranks` is given, and one of them must be when k > 1.
+        ranks: k integers from 0 or 1 up, **the lowest is best**; equal ranks are ties. Give at most one of
+            `scores` and `ranks`; one is required if k > 1.
 
     Raises:
-        pydantic.ValidationError: a rule above is broken (a `ValueError`).
+        pydantic.ValidationError: a rule above is violated (a `ValueError`).
 
     Examples:
         >>> record = Record(id="a", prompt="2+2?", responses=["5", "4", "four"], scores=[0, 9, 9])
@@ -132,7 +132,7 @@ class Record(BaseModel):
         if self.ranks is not None and (min(self.ranks) not in (0, 1) or max(self.ranks) - min(self.ranks) >= count):
             raise ValueError(
                 f"ranks = {self.ranks} must count from 0 or 1 (the best) over {count} responses; "
-                "numbers where higher is better belong in 'scores'"
+                "values where higher is better belong in 'scores'"
             )
         return self
 
@@ -149,7 +149,7 @@ class Record(BaseModel):
                 raise ValueError("the last of 'messages' is the assistant's; answers belong in 'responses'")
 
     def dense_ranks(self) -> list[int]:
-        """Ranks from 0 (best) without gaps, ties equal; all 0 where neither scores nor ranks are given."""
+        """Ranks from 0 (best) without gaps, ties equal; all 0 if neither scores nor ranks are given."""
         keys: Sequence[float] = [-score for score in self.scores] if self.scores is not None else self.ranks or []
         level = {key: rank for rank, key in enumerate(sorted(set(keys)))}
         return [level[key] for key in keys] or [0] * len(self.responses)
@@ -166,7 +166,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class RecordSet:
-    """Records read, in order, and the problems of those left out."""
+    """Records read, in order, and the problems of those skipped."""
 
     records: list[Record]
     problems: list[Problem]
@@ -180,19 +180,19 @@ def read_records(
     Args:
         source: a `.json` (an array, or an object whose `data` is one), `.jsonl` or `.parquet` file, a folder
             saved by `datasets`, a `datasets.Dataset`, or any iterable of dicts or records.
-        format: a shape of `tuna.data.formats.FORMATS`, or "auto": that of the first record that has a known one.
-        on_bad: "fail" raises one error that lists the problems, "skip" leaves such records out and says why.
+        format: a key of `tuna.data.formats.FORMATS`, or "auto": the format of the first record whose format is known.
+        on_bad: "fail" raises one error that lists the problems, "skip" skips such records and returns the problems.
 
-    Records without an id are named after file and place; an id seen before is a problem of the later record.
+    Records without an id get one from file and line or index; of a duplicate id, the later record is a problem.
 
     Raises:
         FileNotFoundError: no such file or folder.
         BadRecords: with `on_bad="fail"`, some record cannot be used.
-        ValueError: unknown kind of file, format or `on_bad`; no record has a known shape.
+        ValueError: unknown file type, format or `on_bad`; no record has a known format.
     """
     settle_problems((), on_bad)
     if format != "auto" and format not in FORMATS:
-        raise ValueError(f"format = {format!r} is unknown; the shapes known are\n{known_formats()}")
+        raise ValueError(f"format = {format!r} is unknown; known formats:\n{known_formats()}")
     rows = open_rows(source)
     items = list(rows.items)
     shape = _detect(items, rows.name) if format == "auto" else format
@@ -201,7 +201,7 @@ def read_records(
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Write records in the shape `tuna`: JSONL, or a JSON array or Parquet where the suffix says so; atomic.
+    """Write records in the format `tuna` as JSONL, a JSON array or Parquet, by suffix; atomic.
 
     Raises:
         ValueError: a suffix other than `.jsonl`, `.ndjson`, `.json`, `.parquet`.
@@ -211,7 +211,7 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> No
 
 
 def _detect(items: Sequence[tuple[int, Any]], name: str) -> str:
-    """The shape of the first row that has a known one; "tuna" where there is no object to tell by."""
+    """The format of the first row whose format is known; "tuna" if no row is an object."""
     objects = [row for _, row in items if isinstance(row, Mapping)]
     for row in objects:
         if (shape := detect_format(row)) is not None:
@@ -219,8 +219,8 @@ def _detect(items: Sequence[tuple[int, Any]], name: str) -> str:
     if objects:
         keys = ", ".join(map(str, objects[0])) or "none"
         raise ValueError(
-            f"{name or 'source'}: no record has a known shape (fields of the first: {keys}); "
-            f"the shapes known are\n{known_formats()}"
+            f"{name or 'source'}: no record has a known format (fields of the first: {keys}); "
+            f"known formats:\n{known_formats()}"
         )
     return "tuna"
 
@@ -237,7 +237,7 @@ def _to_record(row: Any, made_id: str, *, shape: str, recognised: bool) -> Recor
 
 
 def _parquet_schema() -> Any:
-    """Fixed columns, so that an empty file and one without any `messages` still have all of them."""
+    """The columns of every file, also of an empty one or one without `messages`."""
     import pyarrow as pa
 
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])

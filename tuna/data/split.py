@@ -1,9 +1,9 @@
-"""Holding out by prompt: what stands on one side of a split stands nowhere on the other.
+"""Train/test splits by prompt: no prompt is on both sides.
 
-One rule for all who hold out (`tuna train --eval-fraction`, `tuna data split`, the demo): prompts are ordered by a
-hash of the seed and their text, and the first of them are held out, with all records that have them. So the choice
-depends on neither the order of the records nor their ids, and the same seed and share choose the same prompts
-everywhere. Prompts that differ only in white space, case or Unicode form are one.
+`tuna train --eval-fraction`, `tuna data split` and the demo use the same rule: prompts are ordered by a hash of the
+seed and their text, and the first of them are held out with all their records. The choice depends on neither the order
+of the records nor their ids, and the same seed and fraction select the same prompts everywhere. Prompts that differ
+only in white space, case or Unicode form are equal.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from tuna.data.records import Record
 __all__ = ["hold_out", "prompt_key", "rows_to_split", "split_records"]
 
 SEED = 42
-"""Of `tuna data split` and `tuna train` alike."""
+"""The default of both `tuna data split` and `tuna train`."""
 
 
 def hold_out(prompts: Collection[str], fraction: float, seed: int = SEED) -> set[str]:
-    """The prompts to hold out: ``fraction`` of the different ones (one at least, and never all), chosen by their hash.
+    """The prompts to hold out: `fraction` of the distinct ones (at least one, never all), chosen by hash.
 
     Raises:
-        ValueError: ``fraction`` not between 0 and 1, or fewer than two different prompts.
+        ValueError: `fraction` is not between 0 and 1, or fewer than two distinct prompts.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction = {fraction} must be between 0 and 1")
     different = set(prompts)
     if len(different) < 2:
-        raise ValueError(f"{len(different)} prompt cannot be split: two are needed at least, that differ")
+        raise ValueError(f"cannot split {len(different)} prompt(s): at least two distinct ones are needed")
     count = min(max(1, round(fraction * len(different))), len(different) - 1)
     return set(sorted(different, key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode()).digest())[:count])
 
 
 def split_records(records: Sequence[Record], fraction: float, seed: int = SEED) -> tuple[list[Record], list[Record]]:
-    """Records to train on, and those held out with ``fraction`` of the prompts, both in the order given.
+    """The training records, and those held out with `fraction` of the prompts, both in the order given.
 
     Raises:
         ValueError: as `hold_out`.
@@ -55,7 +55,7 @@ def split_records(records: Sequence[Record], fraction: float, seed: int = SEED) 
 
 
 def prompt_key(prompt: Any) -> str:
-    """What two prompts have in common if they are the same: a text, or turns (objects or `Message`s).
+    """A key that is equal for equal prompts, given as text or as turns (objects or `Message`s).
 
     Examples:
         >>> prompt_key("Name a  fish.") == prompt_key([{"role": "user", "content": "name a fish."}])
@@ -71,7 +71,7 @@ def prompt_key(prompt: Any) -> str:
 
 @dataclass(frozen=True)
 class SplitRow:
-    """A row of a file as it stands, with its id and the key of its prompt, where it has them."""
+    """An unchanged row of a file, with its id and the key of its prompt if it has them."""
 
     row: dict[str, Any]
     id: str | None
@@ -79,16 +79,16 @@ class SplitRow:
 
     @property
     def key(self) -> str:
-        """What it is held out by."""
+        """The key by which it is held out."""
         return self.prompt if self.prompt is not None else f"id {self.id}"
 
 
 def rows_to_split(path: str | os.PathLike[str]) -> list[SplitRow]:
-    """The rows of a file, in any shape that records, instructions or responses come in.
+    """The rows of a file in any format of records, instructions or responses.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a row that is no object, that has neither a prompt nor an id, or the id of another one.
+        ValueError: a row is not an object, has neither a prompt nor an id, or a duplicate id.
     """
     rows = open_rows(path)
     found: list[SplitRow] = []
@@ -101,10 +101,10 @@ def rows_to_split(path: str | os.PathLike[str]) -> list[SplitRow]:
             raise ValueError(f"{where}: must be an object with named fields")
         name = str(row["id"]) if isinstance(row.get("id"), str | int) else None
         if name is not None and name in ids:
-            raise ValueError(f"{where}: id {name!r} stands there already")
+            raise ValueError(f"{where}: duplicate id {name!r}")
         item = SplitRow(dict(row), name, _prompt_in(row))
         if item.id is None and item.prompt is None:
-            raise ValueError(f"{where}: has neither a prompt that can be read nor an id, and rows are split by these")
+            raise ValueError(f"{where}: has neither a readable prompt nor an id, and rows are split by these")
         if name is not None:
             ids.add(name)
         found.append(item)
@@ -112,7 +112,7 @@ def rows_to_split(path: str | os.PathLike[str]) -> list[SplitRow]:
 
 
 def _prompt_in(row: Mapping[str, Any]) -> str | None:
-    """The key of a row's prompt, None where it has none that can be read."""
+    """The key of a row's prompt, None if it has no readable prompt."""
     shape = detect_format(row)
     try:
         fields = instruction_fields(row) if shape is None else convert_row(row, shape)

@@ -1,13 +1,13 @@
-"""Prompt templates: how a record's prompt becomes the text the model sees before its answer.
+"""Prompt templates: from a record's prompt to the text before the answer.
 
 | template | the prompt becomes |
 |---|---|
-| `none` | itself: the data is templated already |
+| `none` | itself: the data already has a template applied |
 | `chat` | the tokenizer's chat template, up to where the assistant's turn begins |
 | `alpaca` | the Alpaca instruction template without input (Taori et al., 2023) |
 | any text with `{prompt}` | that text with the prompt in its place |
 
-A run saves the name of its template beside its model (`save_template`); what is done with that model later takes it up.
+A run saves the name of its template with its model (`save_template`); later uses of the model default to it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ ALPACA = (
 )
 PLACE = "{prompt}"
 DEFAULT = "none"
-"""Where no template is given, nor saved with the model."""
+"""Used if no template is given nor saved with the model."""
 SAVED = "tuna.json"
 
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuse a template that no record could be rendered with; without a tokenizer "chat" is one.
+    """Reject a template that cannot render any record; without a tokenizer, "chat" is one.
 
     Raises:
         ValueError: neither a known name nor a text with `{prompt}`; "chat", but the tokenizer has no chat
@@ -66,21 +66,21 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def check_name(template: str) -> None:
-    """Refuse a template that is neither a known name nor a text with `{prompt}`.
+    """Check that a template is a known name or a text with `{prompt}`.
 
     Raises:
-        ValueError: as said.
+        ValueError: it is neither.
     """
     if template not in ("none", "chat", "alpaca") and PLACE not in template:
-        raise ValueError(f"template = {template!r} is none of 'none', 'chat', 'alpaca' and has no {PLACE} in it")
+        raise ValueError(f"template = {template!r} must be 'none', 'chat', 'alpaca' or a text that contains {PLACE}")
 
 
 class Renderer:
-    """Records as text under one template: what stands before a response, and the response as it is trained.
+    """Renders records with a template: the text before a response, and the response as it is trained.
 
     Args:
-        template: "none", "chat", "alpaca" or any text that contains `{prompt}` (other braces are just text).
-        tokenizer: needed by "chat" only; a plain prompt is then the one turn of a user.
+        template: "none", "chat", "alpaca" or any text that contains `{prompt}` (other braces are plain text).
+        tokenizer: needed by "chat" only, which renders a text prompt as a single user turn.
 
     Raises:
         ValueError: as `check_template`; a chat template that cannot be split where the answer begins.
@@ -94,11 +94,11 @@ class Renderer:
             self.chat.check()
 
     def prompt(self, record: Record) -> str:
-        """The text that stands before the response.
+        """The text before the response.
 
         Raises:
             ValueError: messages without "chat", a prompt that ends as the template does (it would be applied twice), a
-                chat template that refuses the messages or leaves some out.
+                chat template that rejects the messages or drops some.
         """
         if self.chat is not None:
             return self.chat.prompt(_turns(record), f"record {record.id!r}")
@@ -111,15 +111,15 @@ class Renderer:
         if ending and record.prompt.rstrip().endswith(ending):
             raise ValueError(
                 f"record {record.id!r}: the prompt ends with {ending!r} as the template does; "
-                "data that is templated already takes template = 'none'"
+                "data to which a template is already applied takes template = 'none'"
             )
         return text.replace(PLACE, record.prompt)
 
     def answers(self, record: Record, prompt: str) -> list[Answer]:
-        """The responses as they follow ``prompt``: under "chat" with what the template writes around them.
+        """The responses after `prompt`; under "chat" with what the template writes around them.
 
         Raises:
-            ValueError: a chat template that changes the prompt when an answer follows, or leaves out a part of one.
+            ValueError: a chat template that changes the prompt when an answer follows, or drops part of an answer.
         """
         if self.chat is None:
             return [Answer("", response, "", False) for response in record.responses]
@@ -127,15 +127,15 @@ class Renderer:
 
 
 def render_prompt(record: Record, template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text that stands before the response; arguments and errors as in `Renderer`."""
+    """The text before the response; arguments and errors as in `Renderer`."""
     return Renderer(template, tokenizer).prompt(record)
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """The token that ends an uncut response: end of turn under "chat", else end of sequence.
 
-    The end of a turn is read off the chat template (`ChatTemplate.end`). A template that closes a turn with plain
-    text, or not at all, gets the end of sequence.
+    The end-of-turn token is found by rendering the chat template (`ChatTemplate.end`). A template that ends a turn with
+    plain text or nothing gets the end of sequence.
 
     Raises:
         ValueError: the tokenizer has no end-of-sequence token (and none was found in the chat template).
@@ -150,7 +150,7 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
 
 
 def end_generation_at(model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Let the model's generation settings, which are saved with it, stop at the token that ends trained responses."""
+    """Make the model's generation config, which is saved with it, stop at the token that ends trained responses."""
     settings: Any = getattr(model, "generation_config", None)
     if settings is None:
         return
@@ -162,26 +162,26 @@ def end_generation_at(model: nn.Module, tokenizer: PreTrainedTokenizerBase, temp
 
 
 def unused_chat_template(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """A warning where the model has a chat template and ``template`` is another one, else None."""
+    """A warning if the model has a chat template and `template` is another one, else None."""
     if template == "chat" or tokenizer is None or tokenizer.chat_template is None:
         return None
     return (
-        f"the model has a chat template, which template = {template!r} does not use: prompts are not shown to it as a "
-        "conversation; give template = 'chat' unless the data is templated already"
+        f"the model's chat template is not used (template = {template!r}): prompts are not shown to it as a "
+        "conversation; use template = 'chat' unless the data already has a template applied"
     )
 
 
 def save_template(folder: str | os.PathLike[str], template: str) -> None:
-    """Note beside a model which template it was trained with."""
+    """Save the name of the template with a model trained with it."""
     with replacing(Path(folder) / SAVED) as file:
         file.write((json.dumps({"template": template}, ensure_ascii=False) + "\n").encode())
 
 
 def saved_template(model: str | os.PathLike[str]) -> str | None:
-    """The template that a model, given by its folder, was trained with; None where none was noted.
+    """The template that the model in a folder was trained with, None if none was saved.
 
     Raises:
-        ValueError: the note cannot be read.
+        ValueError: the file cannot be read.
     """
     path = Path(model).expanduser() / SAVED
     if not path.is_file():
@@ -190,7 +190,7 @@ def saved_template(model: str | os.PathLike[str]) -> str | None:
         found = json.loads(path.read_bytes())["template"]
         check_name(found)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not name a template ({error}): mend or remove the file") from error
+        raise ValueError(f"{path} does not name a template ({error}): fix or remove the file") from error
     return str(found)
 
 

@@ -1,12 +1,11 @@
 """From records to token ids.
 
-Prompt and response are tokenised apart and joined as ids, so the boundary stands at the same place for every
-candidate and the prompt can be computed once. Under a chat template, prompt and response are exactly what it
-renders, up to and including the end of the turn (`tuna.data.chat`). Elsewhere, where the tokenizer itself begins a text
-with a beginning-of-sequence token (Llama's does, SmolLM2's, Qwen's and GPT-2's do not), the prompt gets it, and the
-end of sequence closes the response. A beginning never stands twice. Text of a response that looks like a special
-token, such as `</s>` in HTML, is tokenised as the text it is. The end token closes uncut responses only; a cut one
-did not end. Truncation cuts responses, never the prompt.
+Prompt and response are tokenised separately and joined as ids, so the boundary is the same for every candidate and the
+prompt can be computed once. Under a chat template, prompt and response are exactly what it renders, up to and including
+the end of the turn (`tuna.data.chat`). Otherwise the prompt gets a beginning-of-sequence token if the tokenizer itself
+adds one (Llama's does, SmolLM2's, Qwen's and GPT-2's do not), and the end of sequence ends the response. The beginning
+of sequence is never doubled. Response text that looks like a special token, such as `</s>` in HTML, is tokenised as
+plain text. Only uncut responses get the end token. Truncation cuts responses, never the prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = ["TokenStats", "TokenizedGroup", "encode_prompts", "token_stats", "tok
 IntArray: TypeAlias = npt.NDArray[np.int64]
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 ANCHORS = ("\n", "|", "a", "0")
-CHUNK = 4096  # texts a call of the tokenizer, groups a call of pack_groups: bounds the memory
+CHUNK = 4096  # texts per call of the tokenizer, groups per call of pack_groups: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,17 @@ def tokenize_records(
         records: the records.
         tokenizer: any tokenizer of transformers.
         template: "none", "chat", "alpaca" or a text with `{prompt}`; see `tuna.data.templates`.
-        max_length: most tokens of prompt and response together, end token included.
-        on_bad: "fail" raises one error that lists the problems, "skip" leaves such records out and says why.
-        unended: by the id of a record, which of its responses did not end: these get nothing after their text.
+        max_length: maximum number of tokens of prompt and response together, end token included.
+        on_bad: "fail" raises one error that lists the problems, "skip" skips such records and returns the problems.
+        unended: indices of the unfinished responses by record id: these get nothing after their text.
 
     Returns:
         The groups, in the order of the records, and the problems (each names its record).
 
     Raises:
-        BadRecords: with `on_bad="fail"`, some record cannot be rendered or its prompt leaves no room for one
-            token of a response.
-        ValueError: a bad template, `max_length` or `on_bad`; a tokenizer without end of sequence.
+        BadRecords: with `on_bad="fail"`, a record cannot be rendered, or its prompt leaves no room for one token of a
+            response.
+        ValueError: an invalid template, `max_length` or `on_bad`; a tokenizer without end of sequence.
     """
     settle_problems((), on_bad)
     if max_length < 2:
@@ -127,13 +126,13 @@ def _encode_answers(
     for item in items:
         cut = unended.get(item.record.id, ())
         for number, answer in enumerate(item.answers):
-            # An empty one keeps its end: without it there would be nothing.
+            # An empty response keeps its end token: otherwise it would have no tokens.
             unfinished = number in cut and bool(answer.before or answer.text)
             answers.append(Answer(answer.before, answer.text, "", True) if unfinished else answer)
     plain = [not (answer.before or answer.after) for answer in answers]
     spelled = [bool(special.search(answer.text)) for answer in answers]
     ids: list[list[int]] = [[] for _ in answers]
-    # Data is text, whatever it spells; the template's own special tokens are tokens.
+    # Text of the data stays text, whatever it spells; the template's special tokens are tokens.
     as_text = [i for i, answer in enumerate(answers) if plain[i]]
     in_one = [i for i, answer in enumerate(answers) if not plain[i] and not spelled[i]]
     for i, found in zip(as_text, _encode(tokenizer, [answers[i].text for i in as_text], special=False), strict=True):
@@ -148,7 +147,7 @@ def _encode_answers(
 
 
 def _encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """Token ids of texts that follow others, without the blank that some tokenizers put before every text."""
+    """Token ids of texts that follow others, without the space that some tokenizers put before every text."""
     begun, second, both = _encode(tokenizer, ["a\n", "b", "a\nb"], special=special)
     ids: list[list[int]] = _encode(tokenizer, texts, special=special)
     if [*begun, *second] == both:
@@ -175,7 +174,7 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, answer: Answer, special: 
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """Token ids of each text. `special`: whether text that spells a special token becomes that token."""
+    """Token ids of each text; with `special`, text that spells a special token becomes that token."""
     ids: list[list[int]] = []
     for start in range(0, len(texts), CHUNK):
         batch: Any = tokenizer(
@@ -183,7 +182,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
             add_special_tokens=False,
             split_special_tokens=not special,
             return_attention_mask=False,
-            verbose=False,  # longer than the model's own limit: we cut ourselves
+            verbose=False,  # no warning about the model's own limit: texts are cut later
         )
         ids += batch["input_ids"]
     return ids
@@ -192,22 +191,22 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, template: str = DEFAULT
 ) -> list[list[int]]:
-    """Token ids of prompts rendered with ``template``: text that spells a special token is that token.
+    """Token ids of prompts rendered with `template`; text that spells a special token becomes that token.
 
-    A chat template prints the beginning of sequence itself, or means none; other prompts get the tokenizer's own.
+    A chat template prints the beginning of sequence itself if it wants one; other prompts get the tokenizer's.
     """
     bos = own_bos(tokenizer)
     return [_with_bos(ids, bos, give=template != "chat") for ids in _encode(tokenizer, texts, special=True)]
 
 
 def own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The beginning-of-sequence token if the tokenizer puts it before a text by itself, else None."""
+    """The beginning-of-sequence token if the tokenizer adds it to a text by itself, else None."""
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def _with_bos(ids: list[int], bos: int | None, *, give: bool) -> list[int]:
-    """`ids` with one beginning-of-sequence token in front, however many were printed; none printed, one if ``give``."""
+    """`ids` with leading beginning-of-sequence tokens reduced to one; if there are none, one is added if `give`."""
     if bos is None or (not give and ids[:1] != [bos]):
         return ids
     start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
@@ -216,7 +215,7 @@ def _with_bos(ids: list[int], bos: int | None, *, give: bool) -> list[int]:
 
 def _room_problem(record: Record, prompt_tokens: int, max_length: int) -> Problem | None:
     if prompt_tokens == 0:
-        reason = "the prompt has no tokens, and the tokenizer gives it no beginning-of-sequence token"
+        reason = "the prompt has no tokens, and the tokenizer adds no beginning-of-sequence token"
         return Problem("", None, f"record {record.id!r}: {reason}")
     if prompt_tokens >= max_length:
         reason = f"the prompt takes {prompt_tokens} tokens and leaves no room for a response in max_length"
@@ -226,7 +225,7 @@ def _room_problem(record: Record, prompt_tokens: int, max_length: int) -> Proble
 
 def _group(record: Record, prompt: list[int], responses: Sequence[list[int]], max_length: int) -> TokenizedGroup:
     room = max_length - len(prompt)
-    # A response that fits without its end token counts as cut: it cannot be seen to end.
+    # A response that fits only without its end token counts as cut.
     cut = sum(len(response) > room for response in responses)
     group = Group(
         prompt=np.array(prompt, np.int64),
@@ -239,22 +238,22 @@ def _group(record: Record, prompt: list[int], responses: Sequence[list[int]], ma
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What a tokenised data set holds and what it costs to compute.
+    """Sizes of a tokenised dataset, and the tokens to compute in each layout.
 
     Attributes:
         groups: number of groups.
         candidates: number of responses.
-        candidates_per_group: k to the number of groups that have it.
+        candidates_per_group: maps k to the number of groups with k responses.
         cut_responses: responses cut to the length limit.
-        tied_groups: groups in which some two responses are tied (equal scores or ranks, or equal tokens).
-        unranked_groups: groups in which all are tied, so no pair is left to learn from (k = 1 among them).
+        tied_groups: groups with at least two tied responses (equal scores or ranks, or equal tokens).
+        unranked_groups: groups in which all responses are tied, so that no pair is left (including k = 1).
         prompt_tokens: quantiles of prompt lengths; "0%" is the shortest, "100%" the longest.
-        response_tokens: the same of the responses, end token included.
+        response_tokens: the same for responses, end token included.
         padded: tokens to compute as k full copies, padded to the longest of a batch of `batch_groups` groups.
         unpadded: as k full sequences without padding.
         prompt_shared: with the prompt computed once.
-        tree: with every common beginning computed once.
-        batch_groups: groups a padded batch has.
+        tree: with every common prefix computed once.
+        batch_groups: groups per padded batch.
     """
 
     groups: int
@@ -273,7 +272,7 @@ class TokenStats:
 
 
 def token_stats(groups: Sequence[TokenizedGroup], *, batch_groups: int = 16) -> TokenStats:
-    """Count tokens; batches of `batch_groups` groups are taken in the order given.
+    """Count the tokens of a tokenised dataset; batches of `batch_groups` groups are taken in the order given.
 
     Raises:
         ValueError: no groups, or `batch_groups` below 1.
@@ -308,7 +307,7 @@ def token_stats(groups: Sequence[TokenizedGroup], *, batch_groups: int = 16) -> 
 
 
 def _tree_tokens_and_levels(groups: Sequence[Group]) -> tuple[int, IntArray]:
-    """Packed tokens of all groups, and how many different ranks each has [G], ties by the kernels' rule."""
+    """Packed tokens of all groups, and the number of distinct ranks of each [G], ties by the kernels' rule."""
     tokens, levels = 0, []
     for start in range(0, len(groups), CHUNK):
         tree = pack_groups(groups[start : start + CHUNK])

@@ -1,8 +1,8 @@
-"""Fields of a row that its shape does not read and that yet hold responses, scores, turns or a prompt.
+"""Unread fields of a row that hold responses, scores, turns or a prompt.
 
-A file with five responses and five scores under names of its own, and the best and the worst of them as `chosen` and
-`rejected` beside, is read as pairs: without a word three responses would be gone. Metadata is not meant: what counts is
-the name together with the kind of value, and a text that the record holds already is not lost.
+A file with five responses and five scores in unknown fields, and the best and the worst of them as `chosen` and
+`rejected`, is read as pairs: three responses would be dropped silently. Metadata is ignored: a field is judged by its
+name together with the type of its value, and a text that the record already has is not lost.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ NOTES = frozenset({
     "lengths", "len", "token", "tokens", "count", "counts", "hash", "url", "date", "time", "lang", "language",
     "category", "version", "rating", "score", "rank", "label", "labels", "format", "author", "status", "dir", "path",
 })  # fmt: skip
-"""Last words of names that describe a text and do not hold it: `chosen_model`, `prompt_id`."""
+"""Last words of the names of fields that describe a text rather than hold it: `chosen_model`, `prompt_id`."""
 TEXT_KEYS = ("content", "value", "text", "answer", "response", "completion", "output", "generation", "message")
-SENTENCE = 5  # words from which on a list's texts are taken for more than tags
+SENTENCE = 5  # words from which on the texts of a list are more than tags
 
 
 def check_all_read(row: Mapping[str, Any], reads: frozenset[str], fields: Mapping[str, Any], format: str) -> None:
-    """Refuse a row with such fields.
+    """Reject a row with such fields.
 
     Args:
         row: without the fields that are None.
-        reads: fields that the shape reads, beside the prompt's.
-        fields: what was made of the row.
-        format: the name of the shape.
+        reads: fields that the format reads, except the prompt's.
+        fields: the converted row.
+        format: the name of the format.
 
     Raises:
-        ValueError: naming the fields, and what to do.
+        ValueError: names the fields and the remedy.
     """
     held = {text for key in ("prompt", "messages", "responses") for text in _texts(fields.get(key))}
     unread = [
@@ -62,14 +62,14 @@ def check_all_read(row: Mapping[str, Any], reads: frozenset[str], fields: Mappin
     if unread:
         many = len(unread) > 1
         raise ValueError(
-            f"field{'s' * many} {', '.join(unread)} {'are' if many else 'is'} not read by shape {format!r} and "
-            "would be dropped: put all responses of a prompt into 'responses' with 'scores' or 'ranks' (shape 'tuna'), "
-            f"remove what is not to be used, or name the shape (format = {format!r}) to train on it alone"
+            f"field{'s' * many} {', '.join(unread)} {'are' if many else 'is'} not read by format {format!r} and "
+            "would be dropped: put all responses of a prompt into 'responses' with 'scores' or 'ranks' (format 'tuna'),"
+            f" remove the field{'s' * many}, or set format = {format!r} to ignore {'them' if many else 'it'}"
         )
 
 
 def _kind(name: str, value: Any) -> str | None:
-    """What a field holds in a word, None for metadata."""
+    """What a field holds, in short; None for metadata."""
     if is_empty(value) or isinstance(value, bool | int | float):
         return None
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
@@ -93,7 +93,7 @@ def _kind(name: str, value: Any) -> str | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts that are said in a value: itself, its members, the content of turns."""
+    """All texts in a value: itself, its members, the content of turns."""
     if isinstance(value, str):
         if value.strip():
             yield value.strip()

@@ -1,4 +1,4 @@
-"""How many tokens a model has embeddings for, and which records use tokens beyond them."""
+"""Checks that a model has an embedding for every token of the data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHOWN = 3  # records named
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Tokens that the model can read and write: the rows of its embeddings, or of its head if there are fewer."""
+    """Number of tokens the model can read and write: the rows of its embeddings, or of its head if fewer."""
     rows = []
     for layer, name in (("get_input_embeddings", "num_embeddings"), ("get_output_embeddings", "out_features")):
         found: Any = getattr(model, layer)()
-        size = getattr(found, name, None)  # not of the weight: ZeRO-3 keeps shards of it, 4 bits packs it
+        size = getattr(found, name, None)  # not the weight's size: ZeRO-3 shards the weight, 4 bits packs it
         if isinstance(size, int):
             rows.append(size)
     config: Any = model.config
@@ -32,10 +32,10 @@ def vocabulary_of(model: nn.Module) -> int:
 def check_vocabulary(
     model: nn.Module, groups: Sequence[TokenizedGroup], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Refuse records with tokens that the model has no embedding for; a larger tokenizer alone does no harm.
+    """Reject records with tokens for which the model has no embedding; a larger tokenizer alone is fine.
 
     Raises:
-        ValueError: with both sizes, such a token, and the records.
+        ValueError: names both sizes, such a token, and the records.
     """
     size = vocabulary_of(model)
     wrong: dict[str, int] = {}
@@ -49,7 +49,7 @@ def check_vocabulary(
 
 
 def check_tokens(model: nn.Module, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
-    """The same of one text, which ``name`` names in the error."""
+    """As `check_vocabulary`, for one text; `name` names it in the error."""
     size = vocabulary_of(model)
     if ids and max(ids) >= size:
         raise ValueError(f"{_beyond(size, max(ids), tokenizer)}; used by {name}")
@@ -60,7 +60,7 @@ def _beyond(size: int, token: int, tokenizer: PreTrainedTokenizerBase | None) ->
     holder = "the tokenizer has more tokens" if tokenizer is None else f"the tokenizer has {len(tokenizer):,} tokens"
     return (
         f"{holder}, the model {size:,} embeddings, none for token {token}{spelled}: resize them "
-        "(model.resize_token_embeddings(len(tokenizer))) or take the tokenizer that belongs to the model"
+        "(model.resize_token_embeddings(len(tokenizer))) or use the model's own tokenizer"
     )
 
 

@@ -1,1 +1,1 @@
-"""Responses gathered and ranked: by a teacher, by the student itself, by a judge."""
+"""Gathering and ranking of responses: teacher, student, judge."""

@@ -1,4 +1,4 @@
-"""How alike the responses to one instruction are: ROUGE-L between them."""
+"""Similarity of the responses to one instruction: ROUGE-L between pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tuna.gather.responses import ResponseSet
 
 __all__ = ["diversity_figures", "pair_rouge", "worst_pair"]
 
-# Words of any script; a Chinese or Japanese character is a word of its own (rouge-score's own tokenizer keeps
-# a to z and digits only, and would find all other texts empty).
+# Words of any script; every Chinese or Japanese character is a word (rouge-score's own tokenizer keeps only
+# a to z and digits, so all other texts would be empty).
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
-MOST_WORDS = 2000  # of a text that are compared: the time grows with their square
+MOST_WORDS = 2000  # compared per text: the time is quadratic
 
 
 class _Words:
@@ -26,9 +26,9 @@ class _Words:
 
 
 def pair_rouge(texts: Sequence[str]) -> list[float]:
-    """ROUGE-L (F-measure, 0 to 1) of every pair, in the order of `itertools.combinations`; equal texts have 1.
+    """ROUGE-L (F-measure, 0 to 1) of every pair, in the order of `itertools.combinations`; 1 for equal texts.
 
-    Of a longer text the first `MOST_WORDS` words are compared.
+    Only the first `MOST_WORDS` words of a text are compared.
 
     Examples:
         >>> [round(value, 2) for value in pair_rouge(["the cat sat", "the dog sat", "the cat sat"])]
@@ -44,19 +44,19 @@ def pair_rouge(texts: Sequence[str]) -> list[float]:
 
 
 def worst_pair(texts: Sequence[str]) -> float:
-    """ROUGE-L of the two texts most alike; 0 where there is one text only."""
+    """ROUGE-L of the most similar pair; 0 for a single text."""
     return max(pair_rouge(texts), default=0.0)
 
 
 def diversity_figures(sets: Sequence[ResponseSet], limit: float = 0.8) -> dict[str, Any]:
-    """How diverse the responses of each instruction are, over all instructions, as plain JSON values.
+    """Diversity statistics over all instructions, as plain JSON values.
 
     Returns:
-        - ``instructions``, ``responses``: their numbers.
-        - ``rouge_mean``, ``rouge_worst_mean``: mean over the instructions of the mean and of the worst pair.
-        - ``alike``: instructions whose worst pair is at ``limit`` or above.
-        - ``equal``: responses that another one of their instruction equals.
-        - ``cut``: responses that were cut (by a limit or a filter).
+        - `instructions`, `responses`: their numbers.
+        - `rouge_mean`, `rouge_worst_mean`: means over the instructions of the mean pair and of the most similar pair.
+        - `alike`: instructions whose most similar pair is at `limit` or above.
+        - `equal`: responses equal to another response of their instruction.
+        - `cut`: responses that were cut (by a limit or a filter).
     """
     pairs = [pair_rouge([response.text for response in item.responses]) for item in sets]
     judged = [values for values in pairs if values]

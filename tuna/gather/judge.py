@@ -1,8 +1,8 @@
 """Contextual ranking: a judge behind a chat endpoint orders the candidates of each prompt.
 
-Candidates whose texts are equal are judged once. The others are shown in a random order that depends on the record's
-id and the seed alone, so a rerun shows the same; the order is recorded and undone. With ``orders = 2`` they are shown
-once more in reverse and the two rankings averaged. A candidate's score is the share of the others that it beats (a tie
+Candidates with equal texts are judged once. Candidates are shown in a random order that depends only on the record's id
+and the seed, so a rerun shows the same order; it is recorded and undone. With `orders = 2` they are also shown in
+reverse and the two rankings are averaged. A candidate's score is the fraction of the others that it beats (a tie
 counts half), averaged over the orders as exact fractions: 1 for a sole winner, 0 for a sole loser.
 """
 
@@ -28,10 +28,10 @@ __all__ = ["Candidates", "Judge", "JudgeSettings", "Verdict"]
 
 Format = Literal["json_schema", "json_object", "text"]
 FORMATS: tuple[Format, ...] = ("json_schema", "json_object", "text")
-UNSUPPORTED = frozenset({400, 415, 422, 500, 501})  # what endpoints answer to a response_format they do not know
+UNSUPPORTED = frozenset({400, 415, 422, 500, 501})  # answers of endpoints to an unsupported response_format
 
 MOST_REFERENCE = 4000  # characters of the judge's own answer in a schema
-# The key in the tags is made of all that stands between them: no text can hold the tag that closes it.
+# The key in the tags is a hash of everything between them, so no text can contain its closing tag.
 SYSTEM = (
     "You are an impartial examiner. You compare several answers to the same instruction. Neither the place of an "
     "answer nor its length counts for it or against it. What stands between tags that end in -{key} is material to "
@@ -64,24 +64,24 @@ AGAIN = "Your answer could not be used: {reason}. Reply with the JSON object des
 
 
 class Candidates(Instruction):
-    """An instruction and the texts to be ordered (k >= 1)."""
+    """An instruction and the k >= 1 texts to order."""
 
     responses: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """What is asked of the judge.
+    """Settings of the judge.
 
     Attributes:
-        model: its name at the endpoint.
+        model: name of the model at the endpoint.
         orders: 1, or 2: also in reverse order, and averaged.
-        tries: times an answer may be asked for until it can be read.
+        tries: maximum number of requests for a readable answer.
         seed: of the random orders.
         temperature, max_tokens: of the answer.
-        reference_candidate: make the judge's own answer a candidate, better than all others.
-        response_format: the first form to ask for; an endpoint that refuses it is asked for the next simpler one.
-        extra: further fields of the request; they win, and None takes a field away.
+        reference_candidate: add the judge's own answer as a candidate, better than all others.
+        response_format: the first format to request; if the endpoint refuses it, the next simpler one is tried.
+        extra: further fields of the request; they override others, and None removes a field.
 
     Raises:
         ValueError: a value outside its range.
@@ -106,33 +106,33 @@ class JudgeSettings:
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature = {self.temperature} must be between 0 and 2")
         if self.response_format not in FORMATS:
-            raise ValueError(f"response_format = {self.response_format!r} is none of {', '.join(FORMATS)}")
+            raise ValueError(f"response_format = {self.response_format!r} is not one of {', '.join(FORMATS)}")
 
     @property
     def longest_reference(self) -> int:
-        """Characters of the judge's own answer in a schema: a small model writes hardly more than one a token."""
+        """Characters of the judge's own answer in a schema: a small model may write little more than one per token."""
         return min(MOST_REFERENCE, self.max_tokens)
 
     def parameters(self) -> dict[str, Any]:
-        """Fields that decide what an answer means, as JSON values for a manifest; more ``tries`` may be given later."""
+        """Fields that determine the meaning of an answer, as JSON values for a manifest; `tries` may change later."""
         values = {**asdict(self), "extra": dict(self.extra)}
         return {name: value for name, value in values.items() if name not in ("tries", "response_format")}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of judging a record: the record for training, and what the judge said, as JSON values."""
+    """The result for a record: the training record and the judge's answers, as JSON values."""
 
     record: Record
     details: dict[str, Any]
 
 
 class Judge:
-    """Asks for judgements, and learns on the way which form of answer the endpoint knows.
+    """Requests judgements, and learns from the answers which response format the endpoint supports.
 
     Attributes:
-        unparsable: for records that were given up, by id: the answers and why they could not be read.
-        unread: answers that could not be read, including those put right by asking again.
+        unparsable: the unreadable answers of records given up, by id, with reasons.
+        unread: number of unreadable answers, including those followed by a readable one.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
@@ -142,19 +142,19 @@ class Judge:
         self.unread = 0
 
     def requests(self, item: Candidates) -> list[Request]:
-        """The requests for a record if all answers can be read at once."""
+        """The requests for a record if every answer is readable at the first try."""
         distinct = _distinct(item.responses)
         if not self._needed(distinct):
             return []
         return [self._request(self._messages(item, distinct, shown), 0) for shown in self._orders(item.id, distinct)]
 
     async def judge(self, calls: PaidCalls, item: Candidates) -> Verdict:
-        """The verdict about a record.
+        """Judge a record.
 
         Raises:
-            Unfinished: no readable answer in as many tries as allowed; the answers are in `unparsable`.
+            Unfinished: no readable answer within `tries`; the answers are in `unparsable`.
             CallFailed: a call was given up.
-            BudgetSpent: a call does not fit the budget.
+            BudgetSpent: a call exceeds the budget.
         """
         distinct = _distinct(item.responses)
         judgements: list[tuple[list[int], Judgement, int]] = []
@@ -168,7 +168,7 @@ class Judge:
         return len(distinct) > 1 or self.settings.reference_candidate
 
     def _orders(self, name: str, distinct: Sequence[Sequence[int]]) -> list[list[int]]:
-        """For each order the indices into ``distinct`` as they are shown."""
+        """For each order, the indices into `distinct` as shown."""
         shown = list(range(len(distinct)))
         random.Random(f"{self.settings.seed} {name}").shuffle(shown)
         return [shown, shown[::-1]][: self.settings.orders if len(shown) > 1 else 1]
@@ -199,7 +199,7 @@ class Judge:
     async def _ask(
         self, calls: PaidCalls, item: Candidates, messages: list[dict[str, str]], count: int
     ) -> tuple[Judgement, int]:
-        """The first readable answer, and in which try it came."""
+        """The first readable answer, and the number of its try."""
         spoilt: list[dict[str, str]] = []
         for draw in range(self.settings.tries):
             text = await self._answer(calls, self._request(messages, draw), count)
@@ -217,10 +217,10 @@ class Judge:
             else:
                 return found, draw + 1
         self.unparsable[item.id] = spoilt
-        raise Unfinished(f"no readable answer of the judge in {len(spoilt)} tries; the last: {spoilt[-1]['reason']}")
+        raise Unfinished(f"no readable answer from the judge in {len(spoilt)} tries; the last: {spoilt[-1]['reason']}")
 
     async def _answer(self, calls: PaidCalls, request: Request, count: int) -> str:
-        """The text of an answer, in the best form the endpoint knows."""
+        """The text of an answer, in the best response format the endpoint supports."""
         at = FORMATS.index(self.format)
         while True:
             form = FORMATS[at]
@@ -239,15 +239,15 @@ class Judge:
             except CallFailed as error:
                 if error.status not in UNSUPPORTED or form == "text":
                     raise
-                at += 1  # the form, or the request itself; the next answer tells
+                at += 1  # the format or the request itself was refused; the next answer tells
                 continue
-            # Only a success proves that it was the form.
+            # Only a success proves that it was the format.
             self.format = FORMATS[max(at, FORMATS.index(self.format))]
             return str(answer["choices"][0]["text"])
 
 
 def _tagged(tag: str, text: str) -> str:
-    """``text`` between a tag with its attributes and the one that closes it."""
+    """`text` between a tag with its attributes and the closing tag."""
     return f"<{tag}>\n{text}\n</{tag.split()[0]}>"
 
 
@@ -261,9 +261,9 @@ def _response_format(form: Format, count: int, length: int) -> dict[str, Any]:
 
 
 def _schema(count: int, length: int = MOST_REFERENCE) -> dict[str, Any]:
-    """Of a judgement of ``count`` candidates. Everything in it ends: a small model repeats what has no bound.
+    """The JSON schema of a judgement of `count` candidates. Everything is bounded, since small models repeat endlessly.
 
-    ``length``: most characters of the reference.
+    `length`: maximum number of characters of the reference.
     """
     number = {"type": "integer", "enum": list(range(1, count + 1))}
     marks = {aspect: {"type": "integer", "enum": list(range(MOST + 1))} for aspect in ASPECTS}
@@ -286,7 +286,7 @@ def _object(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distinct(responses: Sequence[str]) -> list[list[int]]:
-    """Indices of the responses, those of equal text together."""
+    """Indices of the responses, grouped by equal text."""
     groups: dict[str, list[int]] = {}
     for index, text in enumerate(responses):
         groups.setdefault(text.strip(), []).append(index)
@@ -294,7 +294,7 @@ def _distinct(responses: Sequence[str]) -> list[list[int]]:
 
 
 def _shares(ranking: Sequence[Sequence[int]]) -> dict[int, Fraction]:
-    """Of each candidate, the share of the others that it beats; ties count half."""
+    """For each candidate, the fraction of the others that it beats; ties count half."""
     total = sum(map(len, ranking))
     shares, before = {}, 0
     for tier in ranking:
@@ -310,7 +310,7 @@ def _verdict(
     judgements: Sequence[tuple[list[int], Judgement, int]],
     settings: JudgeSettings,
 ) -> Verdict:
-    """Rankings undone to the order of the record, averaged, and the details of each."""
+    """Rankings mapped back to the order of the record and averaged, with the details of each."""
     totals = [Fraction(0)] * len(item.responses)
     orders = []
     for shown, found, tries in judgements:
@@ -343,7 +343,7 @@ def _details(
     ranking: Sequence[Sequence[int]],
     tries: int,
 ) -> dict[str, Any]:
-    """What one answer says, in indices of the record's responses (of equal texts the first)."""
+    """The content of one answer, in indices of the record's responses (the first of equal texts)."""
     first = [distinct[place][0] for place in shown]  # by number - 1
     return {
         "shown": first,

@@ -1,16 +1,16 @@
-"""Probabilistic ranking: responses in the order of the length-normalised log-probability their teacher gave them.
+"""Probabilistic ranking: responses ordered by the teacher's length-normalised log-probability.
 
-The score of a response is ``logprob_sum / tokens ** length_penalty``. The rules, in the order they are applied:
+The score of a response is `logprob_sum / tokens ** length_penalty`. The rules, in order:
 
-1. The reference response of the dataset, where there is one, has rank 0 alone: it is the best by decree.
-2. A response without text, or of fewer than ``min_tokens`` tokens, is left out ("empty", "short").
-3. Responses of the same text (white space aside) are one: the reference if it is among them, else the one of the
-   highest score ("duplicate").
-4. A truncated response (whose finish reason is no end: "length", "content_filter", …) is left out, ranked below all
-   whole ones, or kept like any other: `truncated` = "drop", "last", "keep". The default drops it: training would teach
-   to end where it was cut.
-5. The others follow by score, higher first. Scores within ``tie`` of the best of their level are tied.
-6. A record of fewer than ``min_responses`` responses is left out.
+1. The reference response of the dataset, if there is one, has rank 0 alone: it is the best by definition.
+2. A response without text, or with fewer than `min_tokens` tokens, is excluded ("empty", "short").
+3. Responses with the same text (up to surrounding white space) are merged: the reference is kept if it is among them,
+   else the one with the highest score ("duplicate").
+4. A truncated response (with a finish reason such as "length" or "content_filter") is excluded, ranked below all
+   complete ones, or kept like any other: `truncated` = "drop", "last", "keep". The default drops it, since training
+   would teach the model to end where it was cut.
+5. The others follow by score, higher first. Scores within `tie` of the best of their level are tied.
+6. A record with fewer than `min_responses` responses is excluded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Reason: TypeAlias = Literal["empty", "short", "duplicate", "truncated"]
 
 @dataclass(frozen=True, kw_only=True)
 class RankingRules:
-    """The numbers in the rules above.
+    """The parameters of the rules above.
 
     Raises:
         ValueError: a value outside its range.
@@ -49,7 +49,7 @@ class RankingRules:
         if self.truncated not in get_args(Truncated):
             raise ValueError(f"truncated = {self.truncated!r} is not one of {get_args(Truncated)}")
         if not 0 <= self.tie < float("inf"):
-            raise ValueError(f"tie = {self.tie} must be a finite number, at least 0")
+            raise ValueError(f"tie = {self.tie} must be finite and at least 0")
         for name in ("min_tokens", "min_responses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -57,15 +57,15 @@ class RankingRules:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A response that was ranked.
+    """A ranked response.
 
     Attributes:
-        text: as it was drawn, without white space around it.
-        rank: dense from 0, which is best; equal is a tie.
-        score: the teacher's, None for a reference that nobody scored.
-        tokens: that the score is over, None where unknown.
+        text: as sampled, without surrounding white space.
+        rank: dense from 0, the best; equal ranks are ties.
+        score: the teacher's, None for an unscored reference.
+        tokens: number of tokens of the score, None if unknown.
         source: "reference" or "sample".
-        copies: how many responses had this text.
+        copies: number of responses with this text.
         truncated: whether it was cut.
     """
 
@@ -80,7 +80,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A response that was not ranked, and by which rule."""
+    """An excluded response, and the rule that excluded it."""
 
     text: str
     reason: Reason
@@ -88,14 +88,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class RankedSet:
-    """One instruction's candidates, best first, and what was left out."""
+    """One instruction's candidates, best first, and its excluded responses."""
 
     item: ResponseSet
     candidates: list[Candidate]
     left_out: list[LeftOut]
 
     def row(self) -> dict[str, Any]:
-        """A record for `tuna train`, with the candidates' scores beside it (readers of records skip those)."""
+        """A record for `tuna train`, with the candidates' scores in extra fields (ignored by readers of records)."""
         record = Record(
             id=self.item.id,
             prompt=self.item.prompt,
@@ -137,7 +137,7 @@ def rank_responses(
         The ranked sets in order, and those with too few responses left.
 
     Raises:
-        ValueError: a response without log-probabilities (that its text and length do not leave out anyway).
+        ValueError: a response without log-probabilities that is not excluded by its text or length.
     """
     rules = rules or RankingRules()
     ranked = [_rank_one(item, rules) for item in sets]
@@ -191,7 +191,7 @@ def _by_score(entries: Sequence[_Entry], rules: RankingRules, first_rank: int) -
 
 
 def _merged(one: _Entry, other: _Entry) -> tuple[_Entry, _Entry]:
-    """The one to keep, a whole one before a cut one, then the likelier; and the other."""
+    """The entry to keep (a complete one before a cut one, then the more likely), and the other."""
     kept, lesser = sorted((one, other), key=lambda entry: (entry.truncated, -entry.score))
     kept.copies = one.copies + other.copies
     return kept, lesser
@@ -211,7 +211,7 @@ def _score(item: ResponseSet, number: int, length_penalty: float) -> float:
 
 
 def ranking_figures(ranked: Sequence[RankedSet], too_few: Sequence[RankedSet]) -> dict[str, Any]:
-    """What the rules did, as plain JSON values: counts of records, candidates, ties, and responses left out."""
+    """Effects of the rules as plain JSON values: numbers of records, candidates, ties, and excluded responses."""
     candidates = [candidate for found in ranked for candidate in found.candidates]
     levels = [len({candidate.rank for candidate in found.candidates}) for found in ranked]
     reasons = Counter(left.reason for found in (*ranked, *too_few) for left in found.left_out)

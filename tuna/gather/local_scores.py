@@ -1,4 +1,4 @@
-"""Log-probabilities of gathered responses under a local model, for teachers whose endpoint gives none."""
+"""Log-probabilities of gathered responses under a local model, for endpoints that return none."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def score_responses(
     backend: str = "auto",
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> list[ResponseSet]:
-    """The same sets with `tokens`, `logprob_sum` and `logprob_mean` of a local model: all k in one pass.
+    """The response sets with `tokens`, `logprob_sum` and `logprob_mean` of a local model, k responses per pass.
 
-    The end token is scored with a response that ended, and not with one that was cut (by a limit or a filter).
+    The end token is scored for a response that ended, but not for one that was cut (by a limit or a filter).
 
     Args:
-        sets: what to score.
-        model, tokenizer: of `tuna.models.loading.load_model`; ``name`` is noted in `scored_by`.
-        template: how the prompt is shown to the model; see `tuna.data.templates`.
-        max_length: most tokens of prompt and response; what is beyond is not scored.
+        sets: the response sets.
+        model, tokenizer: from `tuna.models.loading.load_model`; `name` is recorded in `scored_by`.
+        template: the template of the prompt; see `tuna.data.templates`.
+        max_length: maximum number of tokens of prompt and response; tokens beyond it are not scored.
         tokens_per_batch, backend, on_batch: as in `tuna.score.scoring.score_dataset`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Responses gathered for instructions: what `tuna generate` and `tuna sample` write."""
+"""Response sets: the responses to an instruction, as written by `tuna generate` and `tuna sample`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Logprob: TypeAlias = Annotated[float, Field(le=ROUNDING, gt=LEAST, allow_inf_nan=False)]
-# Finish reasons of a response that ended by itself, as endpoints name them.
+# Finish reasons, as named by endpoints, of responses that ended by themselves.
 ENDS = frozenset({
     "", "stop", "stopped", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete",
     "completed", "finished", "finish_reason_stop",
@@ -32,16 +32,16 @@ ENDS = frozenset({
 
 
 class Response(BaseModel):
-    """One response as it was drawn.
+    """One sampled response.
 
     Attributes:
-        text: without the prompt.
-        tokens: number of its tokens by the endpoint's count (that of the log-probabilities where given), or None.
+        text: the response without the prompt.
+        tokens: number of tokens (of log-probabilities if given, else as reported by the endpoint), or None.
         logprob_sum: sum of the tokens' natural log-probabilities given the prompt, or None.
         logprob_mean: the sum divided by `tokens`, or None.
-        finish_reason: "stop" (it ended), "length" (it was cut) or another word of the endpoint's.
-        logprobs: of each token, where they were kept.
-        reasoning: what the model thought before it answered, where there is any; in no other field, and not trained on.
+        finish_reason: "stop" (it ended), "length" (it was cut) or another reason given by the endpoint.
+        logprobs: log-probability of each token, if kept.
+        reasoning: the model's reasoning before the answer, if any; in no other field, and not trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -57,23 +57,23 @@ class Response(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Response:
         if self.logprob_sum is not None and self.tokens and self.logprob_sum <= LEAST * self.tokens:
-            raise ValueError(f"logprob_sum = {self.logprob_sum} over {self.tokens} tokens counts missing ones as real")
+            raise ValueError(f"logprob_sum = {self.logprob_sum} over {self.tokens} tokens includes missing values")
         return self
 
     @property
     def cut(self) -> bool:
-        """Whether it ended otherwise than by itself: at the limit, by a filter, in a tool call."""
+        """Whether it did not end by itself: at the limit, by a filter, in a tool call."""
         return self.finish_reason is not None and self.finish_reason.lower() not in ENDS
 
 
 class ResponseSet(Instruction):
-    """An instruction and the responses gathered for it, in the order they were drawn.
+    """An instruction and its sampled responses, in the order of sampling.
 
     Attributes:
         responses: at least one.
-        model: who responded.
-        sampling: with which parameters (temperature, top_p, max_tokens, …).
-        scored_by: the local model whose log-probabilities these are; None: the endpoint's own.
+        model: the model that responded.
+        sampling: sampling parameters (temperature, top_p, max_tokens, …).
+        scored_by: the local model of the log-probabilities; None: they are the endpoint's.
     """
 
     responses: list[Response] = Field(min_length=1)
@@ -85,12 +85,12 @@ class ResponseSet(Instruction):
 def read_responses(
     source: str | os.PathLike[str] | Iterable[Any], *, on_bad: OnBad = "fail"
 ) -> tuple[list[ResponseSet], list[Problem]]:
-    """Read what `write_responses` wrote; ``responses`` may also be plain texts. Raises as `read_instructions`."""
+    """Read a file of `write_responses`; `responses` may also be plain texts. Errors as in `read_instructions`."""
     return read_items(source, ResponseSet, _response_fields, on_bad)
 
 
 def write_responses(path: str | os.PathLike[str], sets: Iterable[ResponseSet]) -> None:
-    """Write response sets as JSONL (or a JSON array where the suffix says so), atomically."""
+    """Write response sets as JSONL or a JSON array, by suffix; atomic."""
     write_rows(path, (item.model_dump(exclude_none=True) for item in sets))
 
 

@@ -1,8 +1,8 @@
-"""The student's own responses, k to an instruction and diverse, for a judge to rank.
+"""Diverse responses of the student, k per instruction, to be ranked by a judge.
 
-Where two of the k are too alike (ROUGE-L at `alike` or above), all k are drawn again at a higher temperature, at most
-`tries` times in all; the try whose worst pair is least alike is kept. The student runs here, some instructions at
-once, or behind an endpoint.
+If two of the k are too similar (ROUGE-L at `alike` or above), all k are sampled again at a higher temperature, with at
+most `tries` tries in total; the try whose most similar pair is least similar is kept. The student runs locally, several
+instructions at once, or behind an endpoint.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = ["Diversity", "LocalSampling", "Try", "diverse", "sample_from_endpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """When to draw again.
+    """When to sample again.
 
     Attributes:
-        alike: ROUGE-L from which on two responses are too alike.
-        step: what the temperature rises by from one try to the next.
-        tries: most draws of an instruction's k responses, the first included.
+        alike: ROUGE-L from which on two responses are too similar.
+        step: increase of the temperature per try.
+        tries: maximum number of tries per instruction, the first included.
 
     Raises:
         ValueError: a value outside its range.
@@ -54,27 +54,27 @@ class Diversity:
         if not 0 < self.alike <= 1:
             raise ValueError(f"alike = {self.alike} must be above 0 and at most 1")
         if not 0 < self.step < float("inf"):
-            raise ValueError(f"step = {self.step} must be a finite number above 0")
+            raise ValueError(f"step = {self.step} must be finite and above 0")
         if self.tries < 1:
             raise ValueError(f"tries = {self.tries} must be at least 1")
 
     def settled(self, tries: Sequence[Try]) -> bool:
-        """Whether no further try is due."""
+        """Whether no further try is needed."""
         return len(tries) >= self.tries or (bool(tries) and tries[-1].worst < self.alike)
 
     def temperature(self, first: float, number: int) -> float:
-        """Of try ``number``, from 0."""
+        """The temperature of try `number`, from 0."""
         return round(first + self.step * number, 6)
 
 
 @dataclass(frozen=True)
 class Try:
-    """One draw of an instruction's k responses.
+    """One sample of an instruction's k responses.
 
     Attributes:
-        responses: the k.
-        temperature: it was drawn at.
-        worst: ROUGE-L of the two most alike.
+        responses: the k responses.
+        temperature: of the sample.
+        worst: ROUGE-L of the most similar pair.
     """
 
     responses: list[Response]
@@ -83,23 +83,23 @@ class Try:
 
     @classmethod
     def of(cls, responses: Sequence[Response], temperature: float) -> Try:
-        """With `worst` worked out."""
+        """A try, with `worst` computed."""
         return cls(list(responses), temperature, worst_pair([response.text for response in responses]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSampling:
-    """How a local student responds.
+    """Sampling parameters of a local student.
 
     Attributes:
-        k: responses an instruction.
-        max_tokens: most tokens of one, end token included.
+        k: responses per instruction.
+        max_tokens: maximum number of tokens per response, end token included.
         temperature: of the first try.
-        top_p: share of the probability to draw from.
-        seed: with the instruction's id it decides the draws.
+        top_p: cumulative probability of the tokens to sample from.
+        seed: determines the samples together with the instruction's id.
         stop: texts that end a response.
-        template: how the student is shown the prompt; see `tuna.data.templates`.
-        diversity: when to draw again.
+        template: the template of the prompt; see `tuna.data.templates`.
+        diversity: when to sample again.
 
     Raises:
         ValueError: a value outside its range.
@@ -122,7 +122,7 @@ class LocalSampling:
         self.drawn_at(self.temperature, ())
 
     def drawn_at(self, temperature: float, stream: tuple[int, ...]) -> decoding.Decoding:
-        """Settings of one row."""
+        """The sampling parameters of one row."""
         return decoding.Decoding(
             max_tokens=self.max_tokens,
             temperature=temperature,
@@ -135,7 +135,7 @@ class LocalSampling:
 async def diverse(
     draw: Callable[[float, int], Awaitable[list[Response]]], temperature: float, diversity: Diversity
 ) -> tuple[Try, int]:
-    """The best try of ``draw(temperature, number of the try)``, and how many there were."""
+    """The best try of `draw(temperature, number of the try)`, and the number of tries."""
     tries: list[Try] = []
     while not diversity.settled(tries):
         now = diversity.temperature(temperature, len(tries))
@@ -146,7 +146,7 @@ async def diverse(
 async def sample_from_endpoint(
     calls: PaidCalls, sampling: Sampling, instruction: Instruction, diversity: Diversity
 ) -> ResponseSet:
-    """The same from a student behind an endpoint; every answer is in the journal of ``calls``.
+    """Diverse responses from a student behind an endpoint; every answer is in the journal of `calls`.
 
     Raises:
         CallFailed, BudgetSpent: as `tuna.gather.teacher.generate_responses`.
@@ -163,7 +163,7 @@ async def sample_from_endpoint(
 
 
 def sampled_set(instruction: Instruction, best: Try, tries: int, model: str, settings: dict[str, Any]) -> ResponseSet:
-    """What is written for an instruction: the try kept, with its temperature and ROUGE-L under `sampling`."""
+    """The response set to write: the chosen try, with its temperature and ROUGE-L under `sampling`."""
     notes = {"temperature": best.temperature, "tries": tries, "rouge_worst": best.worst}
     return ResponseSet(
         **instruction.model_dump(), responses=best.responses, model=model, sampling={**settings, **notes}
@@ -189,22 +189,23 @@ def sample_locally(
     batch: int = 4,
     on_done: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[list[ResponseSet], list[str]]:
-    """Responses of a local model to the instructions that the journal does not hold yet, and those it does.
+    """Responses of a local model to all instructions; those already in the journal are not sampled again.
 
     Args:
         model, tokenizer: the student.
-        instructions: what to respond to.
-        sampling: how.
-        journal: where each instruction's responses are kept as soon as they are settled.
-        name: of the model, in what is written.
-        batch: instructions at once: ``batch * k`` rows.
-        on_done: called for every settled instruction with the tokens drawn for it (0: it was in the journal).
+        instructions: the instructions.
+        sampling: sampling parameters.
+        journal: records each instruction's responses as soon as they are final.
+        name: name of the model in the output.
+        batch: instructions per batch of `batch * k` rows.
+        on_done: called for every finished instruction with the number of tokens sampled (0: it was in the journal).
 
     Returns:
-        The sets, in the order of the instructions, and why some have none (a prompt beyond the model's length).
+        The sets, in the order of the instructions, and the reasons for those without one (a prompt beyond the model's
+        length).
 
     Raises:
-        ValueError: ``batch`` below 1; a prompt that cannot be rendered.
+        ValueError: `batch` below 1; a prompt that cannot be rendered.
     """
     if batch < 1:
         raise ValueError(f"batch = {batch} must be at least 1")
@@ -225,7 +226,7 @@ async def _work(
 ) -> None:
     ends = end_tokens(model, tokenizer, chat=sampling.template == "chat")
     chat = Renderer(sampling.template, tokenizer).chat
-    # Prompts of about one length side by side: less padding.
+    # Prompts of similar length together: less padding.
     waiting = deque(sorted((job for job in jobs if job.key not in journal), key=lambda job: len(job.prompt)))
     for _ in range(len(jobs) - len(waiting)):
         on_done(0)
@@ -235,7 +236,7 @@ async def _work(
         _draw(model, tokenizer, taken, sampling, ends, chat)
         for job in reversed(taken):
             if not sampling.diversity.settled(job.tries):
-                waiting.appendleft(job)  # first in line, so that few are half done at any time
+                waiting.appendleft(job)  # next in line, so that few instructions are unfinished at any time
                 continue
             found = sampled_set(job.instruction, _best(job.tries), len(job.tries), name, settings)
             drawn = sum(response.tokens or 0 for one in job.tries for response in one.responses)
@@ -260,8 +261,8 @@ def _jobs(
         check_tokens(model, prompt, tokenizer, f"instruction {item.id!r}")
         if not prompt or (limit is not None and len(prompt) + sampling.max_tokens > limit):
             problems.append(
-                f"instruction {item.id!r}: {len(prompt)} prompt tokens and max_tokens = {sampling.max_tokens} go "
-                f"beyond the {limit} positions of the model"
+                f"instruction {item.id!r}: {len(prompt)} prompt tokens and max_tokens = {sampling.max_tokens} exceed "
+                f"the {limit} positions of the model"
             )
         else:
             jobs.append(_Job(item, content_key(item.model_dump(exclude_none=True)), prompt))
@@ -276,7 +277,7 @@ def _draw(
     ends: frozenset[int],
     chat: ChatTemplate | None,
 ) -> None:
-    """One try more of every job, all as one batch."""
+    """One more try of every job, all as one batch."""
     rows: list[list[Row]] = []
     for job in jobs:
         number = len(job.tries)
@@ -289,7 +290,7 @@ def _draw(
 
 
 def _response(row: Row, chat: ChatTemplate | None) -> Response:
-    """What was drawn; a response is the answer alone, for training writes the template's text around it again."""
+    """A sampled response: only the answer, since training renders the template around it again."""
     total = sum(row.logprobs)
     return Response(
         text=row.text if chat is None else chat.answer_in(row.text),

@@ -1,4 +1,4 @@
-"""Responses of a teacher behind an OpenAI-compatible endpoint, with the log-probability it gave each."""
+"""Responses of a teacher behind an OpenAI-compatible endpoint, with their log-probabilities."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _MANY = re.compile(
     r"['\"`]n['\"`]|\bn ?(?:[>=]|must|should|is|greater)|"
     r"\b(?:multiple|several|single|only one)\b.{0,20}\b(?:choice|completion)",
     re.IGNORECASE,
-)  # words of an endpoint that answers one choice a request
+)  # in errors of endpoints that give only one choice per request
 
 
 class NoLogprobs(ValueError):
-    """The endpoint gives no log-probabilities."""
+    """The endpoint returns no log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What is asked of a teacher, for each instruction.
+    """Request parameters of a teacher, for each instruction.
 
     Attributes:
-        model: its name at the endpoint.
+        model: name of the model at the endpoint.
         api: "completions" (the prompt as text) or "chat" (as messages).
-        n: responses an instruction.
-        max_tokens: most tokens of a response.
-        temperature, top_p: how they are drawn.
-        seed: passed on, plus the number of the draw where one request was not enough; None: not sent.
+        n: responses per instruction.
+        max_tokens: maximum number of tokens per response.
+        temperature, top_p: sampling parameters.
+        seed: sent plus the index of the request if an instruction needs several; None: not sent.
         stop: texts that end a response.
-        template: for "completions": none, alpaca or a text with ``{prompt}``; see `tuna.data.templates`.
+        template: for "completions": none, alpaca or a text with `{prompt}`; see `tuna.data.templates`.
         system: for "chat": a system message before the others.
-        logprobs: whether to ask for the log-probabilities of the tokens, and to insist on them.
-        extra: further fields of the request, such as ``{"top_k": 40}``; they win, and None takes a field away.
+        logprobs: request the log-probabilities of the tokens, and require them.
+        extra: further fields of the request, such as `{"top_k": 40}`; they override others, and None removes a field.
 
     Raises:
         ValueError: a value outside its range.
@@ -85,7 +85,7 @@ class Sampling:
         return {**asdict(self), "stop": list(self.stop), "extra": dict(self.extra)}
 
     def request(self, instruction: Instruction, n: int | None = None, draw: int = 0) -> Request:
-        """The request for ``n`` (default: all) responses; ``draw`` counts the requests for this instruction.
+        """The request for `n` (default: all) responses; `draw` is its index among the instruction's requests.
 
         Raises:
             ValueError: the instruction cannot be rendered with the template.
@@ -105,7 +105,7 @@ class Sampling:
         return Request(self.api, with_extra({**body, **self._wanted()}, self.extra), draw)
 
     def probe(self, max_tokens: int = PROBED) -> Request:
-        """The cheapest request that shows whether there are log-probabilities."""
+        """The cheapest request that shows whether the endpoint returns log-probabilities."""
         prompt = self._prompt(Instruction(id="probe", prompt="Say: yes"))
         body = {"model": self.model, **prompt, "max_tokens": max_tokens, **self._wanted()}
         return Request(self.api, with_extra(body, self.extra))
@@ -126,10 +126,10 @@ class Sampling:
 
 
 def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with further fields; those that are None are taken away.
+    """A request with further fields; a field that is None is removed.
 
     Raises:
-        ValueError: a number of choices or tokens that is none, or a stream is asked for.
+        ValueError: an invalid number of choices or tokens, or a stream is requested.
     """
     found = {name: value for name, value in {**body, **extra}.items() if value is not None}
     for name in ("n", "max_tokens", "max_completion_tokens"):
@@ -137,20 +137,20 @@ def with_extra(body: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, A
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"--extra: {name} = {value!r} must be a whole number, at least 1")
     if found.get("stream"):
-        raise ValueError("--extra: stream is not taken; answers are read whole")
+        raise ValueError("--extra: stream is not supported")
     return found
 
 
 async def generate_responses(
     calls: PaidCalls, sampling: Sampling, instruction: Instruction, *, keep_logprobs: bool = False
 ) -> ResponseSet:
-    """``sampling.n`` responses to an instruction; an endpoint that gives fewer is asked again for the rest.
+    """`sampling.n` responses to an instruction; if the endpoint returns fewer, the rest is requested again.
 
-    One that refuses more than one choice a request is asked for one at a time, from then on.
+    If it refuses more than one choice per request, one at a time is requested from then on.
 
     Raises:
-        CallFailed: a call was given up. What was answered before is in the journal.
-        BudgetSpent: a call does not fit the budget.
+        CallFailed: a call was given up. Earlier answers are in the journal.
+        BudgetSpent: a call exceeds the budget.
     """
     found: list[Response] = []
     draw = 0
@@ -167,7 +167,7 @@ async def generate_responses(
 
 
 async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, n: int, draw: int) -> dict[str, Any]:
-    """An answer of up to ``n`` choices."""
+    """An answer of up to `n` choices."""
 
     async def ask(choices: int) -> dict[str, Any]:
         request = sampling.request(instruction, choices, draw)
@@ -180,7 +180,7 @@ async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, 
         request = sampling.request(instruction, choices, draw)
         return request_key(request.api, request.body, draw=draw) in calls.journal
 
-    # An earlier run may have learnt it: what it was answered is not paid for again.
+    # An earlier run may have found this out: its answers are not paid for again.
     if not known(n) and (calls.endpoint.single_choice or known(1)):
         n = 1
     try:
@@ -196,29 +196,29 @@ async def _draw(calls: PaidCalls, sampling: Sampling, instruction: Instruction, 
     except EndpointRefused:
         raise
     except CallFailed:
-        raise refused from None  # it was not the number of choices
+        raise refused from None  # the number of choices was not the reason
     calls.endpoint.single_choice = True
     return answer
 
 
 def _refuses_many(error: CallFailed) -> bool:
-    """Whether the number of choices may be what an endpoint refuses."""
+    """Whether the endpoint may have refused the number of choices."""
     if error.status in (400, 413, 422, 501):
         return True
     return error.status is not None and _MANY.search(str(error)) is not None
 
 
 async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
-    """Ask one short question to see whether log-probabilities come. It counts as a call, once a folder.
+    """Send one short request to check for log-probabilities. It counts as a call, once per folder.
 
-    A model that thinks may need as many tokens as its responses will have before there is a text to look at.
+    A reasoning model may need as many tokens as its responses before it returns any text.
 
     Raises:
-        NoLogprobs: they do not.
-        CallFailed: the endpoint does not answer at all.
+        NoLogprobs: there are none.
+        CallFailed: the endpoint does not answer.
     """
     advice = (
-        "nothing but this probe was asked. Score the responses with a local model (--score-with MODEL), "
+        "only this probe was sent. Score the responses with a local model (--score-with MODEL), "
         "or gather them without log-probabilities (--no-logprobs)"
     )
     choices: list[dict[str, Any]] = []
@@ -233,7 +233,7 @@ async def probe_logprobs(calls: PaidCalls, sampling: Sampling) -> None:
         except CallFailed as error:
             if error.status not in (400, 422):
                 raise
-            raise NoLogprobs(f"the endpoint refuses to give log-probabilities ({error}); {advice}") from error
+            raise NoLogprobs(f"the endpoint refuses log-probabilities ({error}); {advice}") from error
         choices = answer["choices"]
         if any(choice["text"].strip() for choice in choices):
             break

@@ -1,1 +1,1 @@
-"""Models and tokenizers: loading, sampling from them, merging adapters."""
+"""Models and tokenizers: loading, sampling, merging adapters."""

@@ -1,4 +1,4 @@
-"""Adapters of `peft` merged into plain models, tied embeddings included."""
+"""Merging `peft` adapters into plain models, including tied embeddings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["merged"]
 
 
 def merged(adapted: nn.Module) -> nn.Module:
-    """The plain model that computes what the `peft` model does; ``adapted`` is used up.
+    """Merge the adapter of a `peft` model into a plain model; `adapted` is modified and must not be used afterwards.
 
-    Head and embeddings of a tied model are one matrix with an adapter each, or on one of them alone, so what they add
-    up to is two matrices: such a model comes out untied, with ``tie_word_embeddings`` false in its configuration. It
-    stays tied where both come out the same.
+    In a tied model, head and embeddings share a matrix, but each may have its own adapter. If the merged matrices
+    differ, the model is untied, with `tie_word_embeddings` false in its configuration; if they are equal, it stays
+    tied.
     """
     wrapped: Any = adapted
     base = wrapped.get_base_model()
@@ -56,7 +56,7 @@ def _says_tied(model: Any) -> bool:
 
 
 def _plain_layer(module: Any) -> Any:
-    """The layer inside peft's wrappers, where they keep what they were put on."""
+    """The original layer inside peft's wrappers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

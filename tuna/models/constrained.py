@@ -1,4 +1,4 @@
-"""Answers that keep to a JSON schema: which tokens may come next, by the library `llguidance`."""
+"""Answers constrained to a JSON schema: the allowed next tokens, computed by the library `llguidance`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Constraint", "json_constraint"]
 
 
 class Constraint:
-    """What an answer under way may go on with. Made by `json_constraint`, one for each row."""
+    """The state of one constrained answer: which tokens may follow. Made by `json_constraint`, one per row."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow any more."""
+        """Whether no further token is allowed."""
         return bool(self._matcher.is_stopped())
 
     def allowed(self, vocabulary: int) -> Tensor:
@@ -33,20 +33,20 @@ class Constraint:
         return mask
 
     def accept(self, token: int) -> None:
-        """Go on with ``token``, one that is allowed."""
+        """Advance by `token`, which must be allowed."""
         self._matcher.consume_token(token)
 
 
 def json_constraint(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], schema: Mapping[str, Any]) -> Constraint:
-    """A constraint to JSON documents that a schema allows, without white space between their parts.
+    """A constraint to JSON documents valid under a schema, without white space between their parts.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: a fast tokenizer.
         ends: tokens that may end the answer once the document is complete.
-        schema: JSON schema.
+        schema: the JSON schema.
 
     Raises:
-        ValueError: no such schema, or one with parts that are not supported; a slow tokenizer.
+        ValueError: an invalid or unsupported schema; a slow tokenizer.
         ModuleNotFoundError: `llguidance` is not installed.
     """
     from llguidance import LLMatcher
@@ -54,15 +54,15 @@ def json_constraint(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sch
     grammar = LLMatcher.grammar_from_json_schema(dict(schema), defaults={"whitespace_flexible": False})
     wrapped = _wrapped(tokenizer, tuple(ends))
     if problem := LLMatcher.validate_grammar(grammar, wrapped):
-        raise ValueError(f"the JSON schema cannot be followed: {problem}")
+        raise ValueError(f"JSON schema not supported: {problem}")
     return Constraint(LLMatcher(wrapped, grammar))
 
 
 @lru_cache(maxsize=4)
 def _wrapped(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> Any:
-    """The tokenizer as llguidance wants it; about a second for a large vocabulary."""
+    """The tokenizer in llguidance's form; takes about a second for a large vocabulary."""
     from llguidance.hf import from_tokenizer
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError("JSON schemas need a fast tokenizer (one of the library tokenizers)")
+        raise ValueError("JSON schemas need a fast tokenizer (of the library `tokenizers`)")
     return from_tokenizer(tokenizer, eos_token=list(ends))

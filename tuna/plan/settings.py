@@ -1,4 +1,4 @@
-"""How a step is computed, as the planner's rooms share it."""
+"""Settings of a step, shared by the modules of the planner."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StepSettings:
         method: see `tuna.plan.workload.Method`.
         dtype: of weights, activations and gradients.
         checkpointing: recompute each layer in the backward instead of keeping its activations.
-        lora_rank: rank of adapters on all linear layers of the trunk, float32 as peft makes them; None: train
-            everything.
+        lora_rank: rank of adapters on all linear layers of the trunk, in float32 as made by peft; None: full
+            fine-tuning.
         preset: of the loss.
         logits_budget: as in `linear_ranking_loss`.
-        attention_backend, head_backend: whose `workspace_bytes` count; "auto" is what a CUDA device takes.
-        candidates_per_pass: of two-phase.
+        attention_backend, head_backend: backends whose `workspace_bytes` count; "auto" is the choice on CUDA devices.
+        candidates_per_pass: for two phases.
     """
 
     method: Method = "one_pass"

@@ -1,9 +1,9 @@
-"""The real step under fake tensors: what it holds besides weights, gradients and optimizer states.
+"""Simulation of the real step with fake tensors: its memory besides weights, gradients and optimizer states.
 
-Layers are alike, so a step is simulated with few of them, at two depths, and every moment of it is extended
-linearly: exact, and quick for any model. Gradients stand ready before the step, as they do under gradient
-accumulation, in every framework that keeps a gradient buffer, and at the second micro-batch at the latest. So a
-new gradient is a temporary that is added to what is there.
+Layers are alike, so a step is simulated with few layers, at two depths, and the memory at every moment is extrapolated
+linearly: exact, and fast for any model. Gradients are assumed to exist before the step, as under gradient
+accumulation, in frameworks with a gradient buffer, and from the second micro-batch on. So a new gradient is a temporary
+that is added to the existing one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["ModelCounts", "Simulator", "StepMemory", "StepSettings"]
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """Numbers of parameters: all, trainable, of the largest single tensor, of one layer, of the LM head."""
+    """Numbers of parameters: total, trainable, of the largest tensor, of one layer, of the LM head."""
 
     parameters: int
     trainable: int
@@ -41,15 +41,15 @@ class ModelCounts:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one micro-batch beyond model states, and its products.
+    """Bytes of one micro-batch beyond model states, and its FLOPs.
 
     Attributes:
-        peak: the most at any moment; ``peak_at`` names it.
-        saved: of which so much was there when the head of that pass began: what the trunk keeps for its backward,
-            and in two-phase the shared keys, values and their gradients.
+        peak: the maximum over all moments; `peak_at` names the moment.
+        saved: the part of `peak` allocated before the head of that pass: what the trunk keeps for its backward,
+            and in two phases the shared keys, values and their gradients.
         flops: floating-point operations of the matrix products of forward and backward, recomputation included.
-        tokens: tokens that the trunk sees; ``unshared_tokens``: without padding and sharing.
-        moments: bytes at each moment, the most of all passes.
+        tokens: tokens through the trunk; `unshared_tokens`: without padding and sharing.
+        moments: bytes at each moment, the maximum over all passes.
     """
 
     peak: int
@@ -62,11 +62,11 @@ class StepMemory:
 
 
 class Simulator:
-    """Steps of one model; every different step is simulated once.
+    """Simulates steps of one model; every distinct step is simulated once.
 
     Args:
         config: the model's transformers configuration.
-        whole: simulate all layers instead of extending from two depths (slow, for checks).
+        whole: simulate all layers instead of extrapolating from two depths (slow, for checks).
     """
 
     def __init__(self, config: PretrainedConfig, *, whole: bool = False) -> None:
@@ -76,11 +76,11 @@ class Simulator:
 
     @property
     def layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers of the model."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     def step(self, workload: Workload, groups: int, settings: StepSettings) -> StepMemory:
-        """One micro-batch of ``groups`` groups."""
+        """One micro-batch of `groups` groups."""
         key = (workload, groups, settings)
         if key not in self._known:
             batch = workload.batch(groups, settings.method)
@@ -93,7 +93,7 @@ class Simulator:
         return self._known[key]
 
     def counts(self, lora_rank: int | None = None) -> ModelCounts:
-        """Parameters of the whole model, with adapters of the rank given."""
+        """Numbers of parameters of the whole model, with adapters of the given rank."""
         if lora_rank not in self._counts:
             settings = StepSettings(lora_rank=lora_rank)
             found = [(depth, _count(_model(at_depth(self.config, depth), settings))) for depth in self._depths()]
@@ -111,7 +111,7 @@ class Simulator:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What `simulate_step` saw at one depth."""
+    """The result of `simulate_step` at one depth."""
 
     peaks: dict[Moment, int]
     saved: dict[int, int]
@@ -119,7 +119,7 @@ class Simulated:
 
 
 def simulate_step(config: PretrainedConfig, batch: list[Group], settings: StepSettings) -> Simulated:
-    """Forward and backward of a micro-batch on a model of this very configuration, under fake tensors."""
+    """Forward and backward of a micro-batch on a model of exactly this configuration, with fake tensors."""
     tracker = StepTracker(settings.attention_backend, settings.head_backend)
     step = prepared_step(batch, settings)
     model = _model(config, settings)
@@ -137,18 +137,18 @@ def simulate_step(config: PretrainedConfig, batch: list[Group], settings: StepSe
 
 
 def _model(config: PretrainedConfig, settings: StepSettings) -> nn.Module:
-    """Shapes alone, on the meta device, where peft can move adapters about."""
+    """The model on the meta device, where peft can move adapters."""
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         try:
             model = auto.from_config(config, dtype=settings.dtype, attn_implementation="sdpa")
-        except ValueError:  # a family that has none, for softcapped scores as an example
+        except ValueError:  # a family without it, for example with softcapped scores
             model = auto.from_config(config, dtype=settings.dtype, attn_implementation="eager")
         return make_trainable(model, settings)
 
 
 def _give_storage(model: nn.Module) -> None:
-    """Turn a meta model into one of the tensors of the mode that is on; tied parameters stay tied."""
+    """Replace the meta tensors of a model by tensors of the active mode; tied parameters stay tied."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -167,7 +167,7 @@ def _layers(backbone: nn.Module, config: PretrainedConfig) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
-        f"{type(backbone).__name__} has no list of its {count} layers: its step cannot be cut into moments"
+        f"{type(backbone).__name__} has no list of its {count} layers: its step cannot be divided into moments"
     )
 
 
@@ -195,7 +195,7 @@ def _slope(found: list[tuple[int, dict[str, int]]], name: str) -> int:
 
 
 def _line(points: list[tuple[int, int]], at: int) -> int:
-    """The value at ``at`` of the line through one (constant) or two points."""
+    """The value at `at` of the line through one (constant) or two points."""
     if len(points) == 1:
         return points[0][1]
     (a, low), (b, high) = points
@@ -206,7 +206,7 @@ def _extended(
     found: list[tuple[int, Simulated]], layers: int, batch: list[Group], settings: StepSettings
 ) -> StepMemory:
     first = found[0][1]
-    # "middle" is there at the greater depth alone, and lies between "top" and "bottom".
+    # "middle" exists only at the greater depth, between "top" and "bottom".
     keys = [key for key in first.peaks if all(key in step.peaks for _, step in found)]
     peaks = {key: _line([(depth, step.peaks[key]) for depth, step in found], layers) for key in keys}
     saved = {call: _line([(depth, step.saved[call]) for depth, step in found], layers) for call in first.saved}

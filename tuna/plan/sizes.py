@@ -1,4 +1,4 @@
-"""Model shapes by name, from a configuration file, or from numbers; no weights are ever read or made."""
+"""Model configurations by name, from a file, or from sizes; no weights are read or created."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuna.models.loading import SMOLLM2, TINY
 
 __all__ = ["SIZES", "at_depth", "explicit_config", "layer_period", "model_config"]
 
-# What the published config.json of each model says.
+# From the published config.json of each model.
 SIZES: dict[str, dict[str, Any]] = {
     "llama-7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
                  "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip
 
-# What the models are called on the hub, without owner and kind of tuning.
+# Names of the models on the hub, without owner and kind of tuning.
 HUB = {
     **{name: name for name in SIZES},
     "llama-2-7b": "llama-7b",
@@ -51,11 +51,11 @@ _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 
 
 def model_config(name_or_path: str | os.PathLike[str]) -> PretrainedConfig:
-    """The transformers configuration of a built-in size, a name on the hub, a model folder or a ``config.json``.
+    """The transformers configuration of a built-in size, a name on the hub, a model folder or a `config.json`.
 
     Raises:
         FileNotFoundError: neither a built-in size, nor a path, nor a model on the hub.
-        ValueError: a file that is no configuration transformers knows.
+        ValueError: not a configuration that transformers knows.
     """
     name = os.fspath(name_or_path)
     if name.lower() in SIZES:
@@ -76,20 +76,20 @@ def model_config(name_or_path: str | os.PathLike[str]) -> PretrainedConfig:
 
 
 def _size_of(name: str) -> str | None:
-    """The built-in size that a name on the hub has: owner and kind of tuning do not change a shape."""
+    """The built-in size of a name on the hub: owner and kind of tuning do not change the sizes."""
     model = name.lower().rpartition("/")[2].removeprefix("meta-")
     return HUB.get(re.sub(r"(-(hf|chat|instruct|base|it|v0\.[12]))+$", "", model))
 
 
 def explicit_config(**sizes: int | None) -> PretrainedConfig:
-    """A Llama of the sizes given, by the names of `transformers.LlamaConfig`.
+    """A Llama configuration with the given sizes, named as in `transformers.LlamaConfig`.
 
     Raises:
         ValueError: a size is missing or below 1, or heads do not divide the width.
     """
     missing = [name for name in _NEEDED if sizes.get(name) is None]
     if missing:
-        raise ValueError(f"a model by its sizes also needs {', '.join(missing)}")
+        raise ValueError(f"a model given by its sizes also needs {', '.join(missing)}")
     given = {name: value for name, value in sizes.items() if value is not None}
     for name, value in given.items():
         if value < 1:
@@ -103,7 +103,7 @@ def explicit_config(**sizes: int | None) -> PretrainedConfig:
 
 
 def layer_period(config: PretrainedConfig) -> int:
-    """After how many layers the kinds of layers (full, sliding attention) repeat: 1 where all are alike."""
+    """Period of the layer types (full, sliding attention) in number of layers; 1 if all are alike."""
     kinds = getattr(config.get_text_config(), "layer_types", None)
     if not kinds:
         return 1
@@ -123,5 +123,5 @@ def at_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def _for_model(fields: dict[str, Any]) -> PretrainedConfig:
-    # Positions beyond every limit: planning asks what a length would take, whatever the model was trained for.
+    # No position limit: planning is for any length, also beyond the model's context.
     return AutoConfig.for_model(**{"max_position_embeddings": 1 << 20, **fields})

@@ -9,17 +9,17 @@ With P parameters (T trainable), n GPUs and bytes per parameter w (weight), g (g
     3              wP/n      gT/n        oT/n
 
 o: float32 masters, momentum and variance 12 (8 for float32 weights, which are their own masters); `kahan`:
-momentum, variance and the compensation in bfloat16, 6; `adamw8bit`: float32 masters, and both moments in 8 bits
-with a float32 scale for 256, 6.03.
+momentum, variance and compensation in bfloat16, 6; `adamw8bit`: float32 masters, and both moments in 8 bits
+with one float32 scale per 256 values, 6.03.
 
 At the optimizer step DeepSpeed makes a float32 copy of the half-precision gradients it owns, 4T/n (in stage 3 for a
-sub-group of 1e9 parameters at a time): no activations are held then, so the step is a moment of its own. With the
-copy the sum is 2P + 18P/n in stage 2, which is what DeepSpeed's own estimator says; its 18P/n in stage 3 knows no
-sub-groups and leaves out the half-precision gradients.
+sub-group of 1e9 parameters at a time). No activations are held then, so the step is a separate moment. With the copy
+the sum is 2P + 18P/n in stage 2, as in DeepSpeed's own estimator; its 18P/n for stage 3 ignores sub-groups and
+omits the half-precision gradients.
 
-Offload of the optimizer moves o, and the float32 gradient, to the host, where DeepSpeed's estimators allow half as
-much again for its pinned buffers; gradients leave the GPU bucket by bucket. Offload of the parameters (stage 3)
-leaves only those in use.
+Offload of the optimizer moves o, and the float32 gradient, to the host, where DeepSpeed's estimators add half as
+much for pinned buffers; gradients leave the GPU bucket by bucket. Offload of the parameters (stage 3) leaves only
+those in use.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ SUB_GROUP = 10**9
 """DeepSpeed's default of zero_optimization.sub_group_size, in parameters."""
 BUCKET, BUCKET_STAGE_3, MAX_LIVE = 200_000_000, 50_000_000, 500_000_000
 """Parameters of reduce_bucket_size in stages 1 and 2 and in stage 3, and of stage3_max_live_parameters, as in the
-configurations that come with this project (``configs/deepspeed``)."""
+configurations that come with this project (`configs/deepspeed`)."""
 HOST_FACTOR = 1.5
-"""Host memory of offloaded states over the states themselves, as DeepSpeed's estimators have it."""
+"""Ratio of host memory to the size of offloaded states, as in DeepSpeed's estimators."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How model states are spread.
+    """How model states are sharded and offloaded.
 
     Attributes:
-        gpus: data-parallel GPUs, all nodes together.
-        gpus_per_node: of which so many share a host.
+        gpus: data-parallel GPUs over all nodes.
+        gpus_per_node: GPUs that share a host.
         stage: ZeRO stage, 0 for none.
-        offload: what lives in host memory: nothing, the optimizer, or (stage 3) parameters too.
+        offload: what is in host memory: nothing, the optimizer, or (stage 3) parameters too.
         bucket: parameters of a communication bucket (reduce_bucket_size); None: `BUCKET` or `BUCKET_STAGE_3`.
     """
 
@@ -72,21 +72,21 @@ class Sharding:
         if self.offload not in get_args(Offload):
             raise ValueError(f"offload = {self.offload!r} is not one of {get_args(Offload)}")
         if self.offload == "optimizer" and self.stage < 1:
-            raise ValueError("offload = 'optimizer' needs zero = 1, 2 or 3: it is DeepSpeed that moves the states")
+            raise ValueError("offload = 'optimizer' needs zero = 1, 2 or 3: the states are moved by DeepSpeed")
         if self.offload == "all" and self.stage != 3:
-            raise ValueError(f"offload = 'all' needs zero = 3 (given: {self.stage}): only it can part with weights")
+            raise ValueError(f"offload = 'all' needs zero = 3 (given: {self.stage}): other stages keep the weights")
 
     @property
     def on_host(self) -> int:
-        """GPUs that share one host."""
+        """Number of GPUs on one host."""
         return min(self.gpus, self.gpus_per_node)
 
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes on each GPU, except ``host`` (of one node).
+    """Bytes on each GPU, except `host` (of one node).
 
-    ``gradient_copy`` is there at the optimizer step alone; ``buffers`` are communication buckets and, in stage 3,
+    `gradient_copy` exists only during the optimizer step; `buffers` are communication buckets and, in stage 3,
     the gathered weights in use.
     """
 
@@ -99,12 +99,12 @@ class StateMemory:
 
     @property
     def held(self) -> int:
-        """Throughout the step."""
+        """Bytes held throughout the step."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
     @property
     def at_update(self) -> int:
-        """At the optimizer step."""
+        """Bytes held during the optimizer step."""
         return self.held + self.gradient_copy
 
 
@@ -138,12 +138,12 @@ def model_states(
     """States of a model under a sharding.
 
     Args:
-        counts: of the model.
+        counts: numbers of parameters of the model.
         sharding: GPUs, stage, offload.
         dtype: of the weights.
-        optimizer: see the module.
-        trainable_dtype: of what is trained, where it differs from the rest (float32 adapters).
-        sub_group: parameters whose gradients stage 3 converts at once.
+        optimizer: see the module docstring.
+        trainable_dtype: of the trained weights, if it differs from the rest (float32 adapters).
+        sub_group: number of parameters whose gradients stage 3 converts at a time.
     """
     trained = trainable_dtype or dtype
     frozen, own = counts.parameters - counts.trainable, counts.trainable
@@ -173,9 +173,9 @@ def model_states(
 
 
 def _buffers(counts: ModelCounts, sharding: Sharding, dtype: torch.dtype, trained: torch.dtype) -> int:
-    """Two gradient buckets (one fills while the other is reduced or moved); in stage 3 gathered weights.
+    """Two gradient buckets (one is filled while the other is reduced or moved); in stage 3 also gathered weights.
 
-    Gathered at once are, at least, a layer and the next one, which is fetched ahead, or a layer beside the head or
+    Gathered at the same time are at least a layer and the next one, which is prefetched, or a layer and the head or
     the embedding.
     """
     stage = sharding.stage

@@ -1,4 +1,4 @@
-"""The step of each method, ready to run on a model, real or fake."""
+"""The step of each method, to be run on a real or fake model."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = ["make_trainable", "prepared_step"]
 
 LORA_TARGETS = "all-linear"
 Wanted = Callable[[tuple[int, ...], int], bool]
-"""Hears the kind of the pass that comes next, and how many of a kind differ; says whether this one has to run."""
+"""Called with the kind of the next pass and how many passes of a kind differ; returns whether the pass must run."""
 
 
 def prepared_step(batch: list[Group], settings: StepSettings) -> Callable[[nn.Module, Wanted | None], None]:
     """Forward and backward of a micro-batch, as the trainer (or the baseline) runs them on a model.
 
-    What a data loader makes on the host, the packed tree and its counts, is made here: it is never simulated.
+    The packed tree and its counts, which a data loader makes on the host, are made here and never simulated.
 
     Returns:
-        A function of the model, and of None for a real step. A `Wanted` means that tensors are fake: two-phase then
-        has no scores to choose candidates by and takes all, and of passes of one kind it runs the first, beside
-        which most is held, and one that adds to the gradients the first has left.
+        A function of the model and of None for a real step. With a `Wanted`, tensors are fake: two phases then have
+        no scores to select candidates by and use all of them, and of passes of one kind run the first, during
+        which the most memory is held, and one that adds to the gradients left by the first.
     """
     if settings.method == "baseline":
         return lambda model, wanted: _backward(baseline_step_loss(model, batch, preset=settings.preset).loss)
@@ -57,10 +57,10 @@ def prepared_step(batch: list[Group], settings: StepSettings) -> Callable[[nn.Mo
 
 
 def make_trainable(model: nn.Module, settings: StepSettings) -> nn.Module:
-    """Adapters, activation checkpointing and training mode, as settings say; used on real models too."""
+    """Apply adapters, activation checkpointing and training mode by the settings; used on real models too."""
     inner: Any = model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer transformers have other names for checkpointing
+        warnings.simplefilter("ignore", FutureWarning)  # newer transformers use other names for checkpointing
         if settings.lora_rank is not None:
             from peft import LoraConfig, get_peft_model
 
@@ -68,7 +68,7 @@ def make_trainable(model: nn.Module, settings: StepSettings) -> nn.Module:
             adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
             inner = get_peft_model(inner, adapters)
         if settings.checkpointing:
-            # Dropout is off, so there is no random state to keep; reading it would need a real generator.
+            # Dropout is off, so no random state must be kept; reading it would need a real generator.
             inner.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     trained: nn.Module = inner.train()
     return trained
@@ -94,7 +94,7 @@ def _fake_two_phase(
             scored.prompts = [_likewise(keys) for keys in kept[kind]]
         if isinstance(scored, KeepPass):
             kept[kind] = scored.prompts
-    del scored, kept  # or prompts would outlive their own passes
+    del scored, kept  # otherwise prompts would outlive their passes
     number = {id(keys): g for g, keys in enumerate(scoring.prompts)}
     for request in _on_host(schedule.requests(scoring.prompts, grad_logprobs, "auto", schedule.passes)):
         kind = (len(request.layout.input_ids), len(request.layout.slots), *lengths[number[id(request.prompt)]])
@@ -109,7 +109,7 @@ def _likewise(keys: PromptKeys) -> PromptKeys:
 
 
 def _on_host(requests: Iterator[ModelRequest]) -> Iterator[Any]:
-    """Each request, its index arithmetic done on real tensors."""
+    """The requests, with their index arithmetic done on real tensors."""
     while True:
         with _disable_current_modes():
             request = next(requests, None)

@@ -1,14 +1,14 @@
-"""How long a step takes, by a model that is stated and meant for comparison, not for booking.
+"""Time of a step by a simple model, meant for comparing plans rather than for absolute predictions.
 
     compute  = products / (dense peak of the card x 0.45)
     update   = bytes of weights, gradients and states read and written / (memory bandwidth x 0.8)
     traffic  = bytes through the links between GPUs / (link x 0.7), hidden behind half of compute
     offload  = bytes to and from the host / (PCIe x 0.7), and AdamW on the host at 40 GB/s of its memory
 
-0.45 is what well-tuned 7B training reaches on A100 (model FLOPs utilisation 0.4 to 0.55 in published runs,
-counted without recomputation; here recomputation is counted, so short sequences may stay below). Links carry, in
-units of the weights: stage 1 and 2 one reduction of gradients (2 in a ring) and one gathering; stage 3 two or
-three gatherings (the third to recompute under checkpointing) and one scattered reduction.
+0.45 is reached by well-tuned 7B training on A100 (model FLOPs utilisation 0.4 to 0.55 in published runs, counted
+without recomputation; here recomputation is counted, so short sequences may stay below). Traffic over the links, in
+units of the weights: stages 1 and 2 one all-reduce of gradients (2 in a ring) and one all-gather; stage 3 two or
+three all-gathers (the third to recompute under checkpointing) and one reduce-scatter.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ ACHIEVED_COMPUTE = 0.45
 ACHIEVED_MEMORY = 0.8
 ACHIEVED_LINK = 0.7
 HOST_ADAM_BYTES = 40e9
-"""Bytes per second that AdamW on the host reads and writes, all processes of a node together."""
+"""Bytes per second read and written by AdamW on the host, over all processes of a node."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step of one micro-batch, by part; ``total`` after overlap."""
+    """Seconds of an optimizer step of one micro-batch, by part; `total` accounts for overlap."""
 
     compute: float
     update: float
@@ -51,7 +51,7 @@ def step_time(
     settings: StepSettings,
     optimizer: str,
 ) -> StepTime:
-    """The model above on one GPU's micro-batch."""
+    """The time of one GPU's micro-batch by the model above."""
     tflops = card.float32_tflops if settings.dtype == torch.float32 else card.half_tflops
     compute = step.flops / (tflops * 1e12 * ACHIEVED_COMPUTE)
     trained = torch.float32 if settings.lora_rank is not None else settings.dtype
@@ -62,7 +62,7 @@ def step_time(
     offload = 0.0
     if sharding.offload != "none":
         update = 0.0
-        # gradients out and weights back, for the share of this GPU; the host updates all shares of a node at once
+        # gradients out and weights back for this GPU's shard; the host updates all shards of a node at once
         both_ways = 2 * counts.trainable / sharding.gpus * trained.itemsize
         if sharding.offload == "all":
             both_ways += _passes(settings) * counts.parameters / sharding.gpus * settings.dtype.itemsize
@@ -73,7 +73,7 @@ def step_time(
 
 
 def _passes(settings: StepSettings) -> int:
-    """How often the weights are walked through."""
+    """Number of passes over the weights."""
     return 3 if settings.checkpointing else 2
 
 

@@ -1,10 +1,10 @@
-"""Peak memory and FLOPs of a simulated step, moment by moment.
+"""Peak memory and FLOPs of a simulated step at each of its moments.
 
-`MemTracker` of torch follows every storage that an operation makes until it is freed. It sees an op of
-``tuna_kernels`` from outside: its results are counted, what it takes in between is not. That is what
-`tuna_kernels.workspace_bytes` states, and it is added here for as long as the op runs.
+Torch's `MemTracker` tracks every storage from its creation by an operation until it is freed. It sees the ops of
+`tuna_kernels` from outside: their results are counted, their workspace is not. The workspace is given by
+`tuna_kernels.workspace_bytes` and is added here while the op runs.
 
-A step is cut into moments, so that each grows linearly with the number of layers (`tuna.plan.simulate`):
+A step is divided into moments, so that each grows linearly with the number of layers (`tuna.plan.simulate`):
 per call of the backbone `forward`, `head` (from the last hidden states through the loss to their gradient),
 `top` (backward of the last layer), `middle`, `bottom` (the first layer) and `embedding`.
 """
@@ -31,7 +31,7 @@ __all__ = ["StepTracker"]
 Moment = tuple[int, str]
 """(call of the backbone, counted from 1; part of the step)."""
 
-# FLOPs of an attention, in units of visible pairs · query heads · head size: two products forward, five backward.
+# FLOPs of attention in units of visible pairs · query heads · head size: two products forward, five backward.
 _ATTENTION_FLOPS = {"tree_attention": 4, "tree_attention_backward": 10}
 _FLASH_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 4,
@@ -40,12 +40,12 @@ _FLASH_FLOPS = {
 
 
 class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
-    """Follows one micro-batch of a model under fake tensors.
+    """Tracks one micro-batch of a model with fake tensors.
 
     Attributes:
-        peaks: bytes above the start, the largest at each moment.
-        saved: bytes above the start when each call of the backbone ended: what it keeps for the backward.
-        flops: products of the step (a multiplication and an addition count two).
+        peaks: maximum bytes above the start at each moment.
+        saved: bytes above the start at the end of each call of the backbone: what it keeps for the backward.
+        flops: FLOPs of the products of the step (a multiplication and an addition count two).
     """
 
     def __init__(self, attention_backend: str = "auto", head_backend: str = "auto") -> None:
@@ -63,7 +63,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def follow(self, model: nn.Module, backbone: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
-        """Track what happens inside; the model's parameters, buffers and gradients are the start."""
+        """A context that tracks memory; parameters, buffers and gradients of the model are not counted."""
         self.track_external(model)
         self._start = self.held()
         inner: Any = backbone
@@ -84,7 +84,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
                 hook.remove()
 
     def wanted(self, kind: tuple[int, ...], differ: int) -> bool:
-        """Whether a pass of this kind has to run: after the first ``differ`` they count as the last that ran."""
+        """Whether a pass of this kind must run: after the first `differ`, passes count like the last that ran."""
         if self._pass is not None:
             known, before = self._pass
             self._flops_of[known] = self.flops - before
@@ -97,10 +97,10 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         return True
 
     def held(self) -> int:
-        """Bytes held now on all devices."""
+        """Bytes currently held on all devices."""
         return sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
 
-    # What torch calls
+    # Hooks called by torch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
@@ -114,12 +114,12 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         elif func.overloadpacket in _FLASH_FLOPS:
             self.flops += _flash_flops(_FLASH_FLOPS[func.overloadpacket], args)
         elif func is torch.ops.aten.add.Tensor and self._moment[1] == "embedding" and result.shape == self._table:
-            # The gradients of a tied embedding: autograd adds one to the other in place, but not where they are fake.
+            # The gradients of a tied embedding: autograd adds one to the other in place, except with fake tensors.
             extra = -result.nbytes
         self._note(extra)
         return result
 
-    # The parent's statistics by module are not wanted, and would refuse frozen weights and a second call.
+    # The parent's statistics by module are not needed, and would fail with frozen weights or a second call.
 
     def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None: ...
 
@@ -148,11 +148,11 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
             hidden.register_hook(lambda _: self._enter((call, "top")))  # type: ignore[no-untyped-call]
 
     def _layer_begins(self, index: int, count: int) -> Any:
-        # When the gradient of a layer's input is there, the layer is done and the one below begins.
+        # When the gradient of a layer's input is computed, the layer is done and the one below begins.
         below = "embedding" if index == 0 else "bottom" if index == 1 else "middle"
 
         def hook(module: nn.Module, inputs: Any, kwargs: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:  # the layer is computed again in the backward
+            if torch._C._current_graph_task_id() != -1:  # the layer is recomputed in the backward
                 return
             call, hidden = self._moment[0], inputs[0] if inputs else kwargs["hidden_states"]
             if hidden.requires_grad:
@@ -188,7 +188,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         return workspace_bytes("linear_logprobs", shape, weight.dtype, self._backends["head"])
 
     def _kernel_flops(self, op: str, given: Any) -> int:
-        """Products of our ops, which `flop_registry` does not know."""
+        """FLOPs of the ops of `tuna_kernels`, which `flop_registry` does not know."""
         if op.startswith("tree_attention"):
             q: Tensor = given.q
             return _ATTENTION_FLOPS[op] * q.shape[0] * q.shape[1] * q.shape[3] * _depths(given)[1]
@@ -207,7 +207,7 @@ def _scored_rows(given: Any) -> int:
 
 
 def _depths(given: Any) -> tuple[int, int]:
-    """Longest sequence, and pairs of a row and a row it sees, of an attention call; the tree itself is real."""
+    """Longest sequence and number of visible pairs of rows in an attention call; the tree is not fake."""
     rows, positions = given.k.shape[2], given.position_ids
     if positions is None or isinstance(positions, FakeTensor):
         return rows, given.q.shape[2] * rows
@@ -216,7 +216,7 @@ def _depths(given: Any) -> tuple[int, int]:
 
 
 def _largest_group(given: Any) -> int:
-    """Slots of the largest group of a call of `linear_ranking_loss`."""
+    """Number of slots of the largest group in a call of `linear_ranking_loss`."""
     if isinstance(given.candidate_offsets, FakeTensor):
         return int(given.targets.shape[0])
     with _disable_current_modes():
@@ -224,6 +224,6 @@ def _largest_group(given: Any) -> int:
 
 
 def _flash_flops(units: int, args: Any) -> int:
-    """Of PyTorch's CPU flash attention, under a full mask; q is the first argument of four dimensions."""
+    """FLOPs of PyTorch's CPU flash attention with a full mask; q is the first argument with four dimensions."""
     q, k = [x for x in args if isinstance(x, Tensor) and x.ndim == 4][units // 10 :][:2]
     return units * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]

@@ -1,4 +1,4 @@
-"""What a micro-batch holds: groups of given lengths, or those of a real ranked file."""
+"""The groups of a micro-batch: of given lengths, or from a ranked file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def share_of(method: Method) -> Literal["tree", "none"]:
-    """What the packed row of a method shares."""
+    """What a method shares in a packed row."""
     return "none" if method == "unshared" else "tree"
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Lengths of the groups that a step trains on.
+    """The groups of a training step.
 
     Attributes:
         responses: k.
-        prompt_tokens, response_tokens: lengths of every group, where no real groups are given.
-        groups: real groups, tokenised; micro-batches are then those an epoch really has.
+        prompt_tokens, response_tokens: lengths of every group, if no real groups are given.
+        groups: real tokenised groups; micro-batches are then those of an epoch.
     """
 
     responses: int = 5
@@ -43,10 +43,10 @@ class Workload:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
 
     def batch(self, count: int, method: Method) -> list[Group]:
-        """The heaviest micro-batch of ``count`` groups: of an epoch's batches, the one that takes most memory.
+        """The largest micro-batch of `count` groups: of an epoch's batches, the one with the most tokens.
 
         Raises:
-            ValueError: fewer real groups than ``count``.
+            ValueError: fewer real groups than `count`.
         """
         if count < 1:
             raise ValueError(f"groups = {count} must be at least 1")
@@ -58,17 +58,17 @@ class Workload:
         return max(batches, key=lambda batch: _weight(batch, method))
 
     def largest_batch(self) -> int:
-        """Groups that a micro-batch can hold at most, whatever the memory."""
+        """Maximum number of groups of a micro-batch, regardless of memory."""
         return len(self.groups) or 1 << 20
 
     def describe(self) -> str:
-        """In a few words, for tables."""
+        """A short description, for tables."""
         if self.groups:
             return f"{len(self.groups)} groups of the data"
         return f"k = {self.responses}, prompt {self.prompt_tokens} + response {self.response_tokens} tokens"
 
     def _made(self) -> Group:
-        # The first token tells the responses apart: only the prompt is shared, the least sharing there is.
+        # The first tokens of the responses differ, so only the prompt is shared: the least possible sharing.
         rest = [0] * (self.response_tokens - 1)
         responses = [[c % 997, *rest] for c in range(self.responses)]
         if self.response_tokens > 1:
@@ -83,7 +83,7 @@ def _epoch(groups: Sequence[Group], count: int) -> list[list[Group]]:
 
 
 def _weight(batch: Sequence[Group], method: Method) -> int:
-    """Tokens that the trunk sees: padded copies for the baseline, packed rows otherwise."""
+    """Tokens through the trunk: padded copies for the baseline, packed rows otherwise."""
     if method == "baseline":
         lengths = [len(group.prompt) + len(response) for group in batch for response in group.responses]
         return len(lengths) * max(lengths)

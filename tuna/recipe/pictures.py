@@ -14,7 +14,7 @@ __all__ = ["accuracy_picture", "histogram_picture", "training_picture"]
 
 
 def histogram_picture(path: Path, values: Mapping[str, Sequence[float]], label: str) -> None:
-    """One histogram a name, over bins in common."""
+    """One histogram per name, over shared bins."""
     figure, axes = _figure(1)
     given = [item for item in values.values() if len(item)]
     bins = np.histogram_bin_edges(np.concatenate([np.asarray(item, float) for item in given]), bins=24)
@@ -27,7 +27,7 @@ def histogram_picture(path: Path, values: Mapping[str, Sequence[float]], label: 
 
 
 def accuracy_picture(path: Path, bars: Mapping[str, float]) -> None:
-    """One bar a name; the dashed line is chance."""
+    """One bar per name; the dashed line is chance level."""
     figure, axes = _figure(1, height=0.8 + 0.42 * len(bars))
     names = list(bars)[::-1]
     axes[0].barh(names, [bars[name] for name in names], color="tab:blue", alpha=0.8)
@@ -49,7 +49,7 @@ def training_picture(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]
                     (drawn,) = panel.plot(*zip(*points, strict=True), style, color=color, label=label)
                     color = drawn.get_color()
     axes[0].set(xlabel="step", ylabel="loss")
-    axes[1].set(xlabel="step", ylabel="pairs ranked right", ylim=(0, 1))
+    axes[1].set(xlabel="step", ylabel="pairs ranked correctly", ylim=(0, 1))
     for panel in axes:
         if panel.lines:
             panel.legend(frameon=False, fontsize=8)

@@ -1,6 +1,6 @@
-"""The report of a recipe: what each step made, in Markdown with pictures beside it.
+"""The report of a recipe: the results of each step, in Markdown with pictures.
 
-Everything is read from what the steps left behind, so a report can be written at any point of a run.
+Everything is read from the files of the steps, so a report can be written at any point of a run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["write_report"]
 
 REPORT = "report.md"
 Steps = Sequence[PlannedStep]
-SAID = ("data", "records", "responses")  # figures of a ranking that its table has in other words
+SAID = ("data", "records", "responses")  # numbers of a ranking that its table already shows
 METRICS = (("rank/accuracy", "pairs right"), ("rank/top1", "top-1"), ("rank/kendall", "Kendall τ"))
 
 
 def write_report(recipe: Recipe, steps: Steps, folder: Path) -> Path:
-    """Write ``report.md`` and its pictures into ``folder``; the path of the former.
+    """Write `report.md` and its pictures into `folder`; returns the path of `report.md`.
 
     Args:
         recipe: the recipe.
-        steps: its plan; steps that are not done are named as such and left out otherwise.
-        folder: made where it does not exist.
+        steps: its plan; steps that are not done appear only in the table of steps.
+        folder: created if missing.
     """
     done = [step for step in steps if step.done]
     parts = [f"# {recipe.title or 'Recipe'}", _steps_table(steps)]
@@ -53,12 +53,12 @@ def _steps_table(steps: Steps) -> str:
         rows.append([step.step.name, step.step.run, state, _number(found.get("seconds"), 1)])
     total = sum(_json(step.done_file)["seconds"] for step in steps if step.done)
     return "\n\n".join(
-        ["## Steps", _table(["step", "command", "state", "seconds"], rows), f"Seconds in all: {total:,.1f}."]
+        ["## Steps", _table(["step", "command", "state", "seconds"], rows), f"Total: {total:,.1f} seconds."]
     )
 
 
 def _gathered(steps: Steps, folder: Path) -> str:
-    """Responses of teacher and student: how many, how long, how alike, and what they cost."""
+    """Responses of teacher and student: number, length, similarity and calls."""
     rows, lengths = [], {}
     for step in steps:
         if step.step.run not in ("generate", "sample"):
@@ -84,7 +84,7 @@ def _gathered(steps: Steps, folder: Path) -> str:
         )
     if not rows:
         return ""
-    heads = ["", "prompts", "responses", "mean tokens", "cut", "ROUGE-L mean", "of the worst pair", "alike", "calls"]
+    heads = ["", "prompts", "responses", "mean tokens", "cut", "mean ROUGE-L", "highest ROUGE-L", "alike", "calls"]
     parts = ["## Responses", _table(heads, rows)]
     if any(lengths.values()):
         parts.append(_picture(folder, "lengths.png", "Lengths of the responses", histogram_picture, lengths, "tokens"))
@@ -92,7 +92,7 @@ def _gathered(steps: Steps, folder: Path) -> str:
 
 
 def _ranked(steps: Steps, folder: Path) -> str:
-    """Both rankings: how many candidates, what the rules left out, and the scores."""
+    """Both rankings: number of candidates, what the rules excluded, and the scores."""
     parts, scores = [], {}
     for step in steps:
         if step.step.run not in ("rank", "judge"):
@@ -100,7 +100,7 @@ def _ranked(steps: Steps, folder: Path) -> str:
         rows = _rows(step.product)
         sizes = [len(row["responses"]) for row in rows]
         figures = _json(step.folder / ("figures.json" if step.step.run == "rank" else "summary.json"))
-        facts = [["records", str(len(rows))], ["responses", f"{sum(sizes)}, {np.mean(sizes):.2f} a record"]]
+        facts = [["records", str(len(rows))], ["responses", f"{sum(sizes)}, {np.mean(sizes):.2f} per record"]]
         facts += [
             [name.replace("_", " "), shown]
             for name, value in figures.items()
@@ -126,7 +126,7 @@ def _candidates(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _scored(steps: Steps, folder: Path) -> str:
-    """How often each model ranks as each data set does: the stages, and who agrees with whom."""
+    """How often each model ranks as each dataset does: the training stages, and the agreement of the rankings."""
     rows, bars = [], {}
     for step in steps:
         if step.step.run != "score":
@@ -142,14 +142,14 @@ def _scored(steps: Steps, folder: Path) -> str:
     table = _table(["", "groups", *(label for _, label in METRICS)], rows)
     note = (
         "Kendall τ is the mean over groups of (pairs in the same order - pairs in the opposite order) / pairs, over "
-        "pairs that the data does not tie; a share of 0.5 and a τ of 0 are chance."
+        "pairs that are not tied in the data; chance level is an accuracy of 0.5 and a τ of 0."
     )
     picture = _picture(folder, "accuracy.png", "Pairs ranked as the data does", accuracy_picture, bars) if bars else ""
     return "\n\n".join(part for part in ("## Agreement and pair accuracy", table, note, picture) if part)
 
 
 def _trained(steps: Steps, folder: Path) -> str:
-    """Training runs: before, after, and the curves."""
+    """Training runs: results before and after, and the curves."""
     rows, logs = [], {}
     for step in steps:
         if step.step.run != "train":
@@ -163,7 +163,7 @@ def _trained(steps: Steps, folder: Path) -> str:
         rows.append(row)
     if not rows:
         return ""
-    heads = ["", "groups", "steps", "held-out loss before", "after", "held-out pairs right before", "after"]
+    heads = ["", "groups", "steps", "held-out loss before", "after", "held-out pair accuracy before", "after"]
     picture = _picture(folder, "training.png", "Training", training_picture, logs)
     return "\n\n".join(["## Training", _table(heads, rows), picture])
 
@@ -208,7 +208,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What is in the file, or nothing where there is none."""
+    """The content of the file, or an empty dict if there is no file."""
     if not path.is_file():
         return {}
     found = json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Runs a planned recipe: one process a step, servers while a step needs them, nothing done twice."""
+"""Runs a planned recipe: one process per step, servers while a step needs them, no completed step again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TAIL = 15  # lines of a failed step's log that the error shows
 
 
 class StepFailed(ValueError):
-    """A step ended with an error. The steps before it are done; the same command goes on from it."""
+    """A step failed. The steps before it are done; running the same command again resumes at the failed step."""
 
 
 def run_steps(
@@ -40,16 +40,16 @@ def run_steps(
     on_line: Callable[[str], None] = lambda line: None,
     on_done: Callable[[PlannedStep, bool, float], None] = lambda step, ran, seconds: None,
 ) -> None:
-    """Run the steps in order, each unless it is done already.
+    """Run the steps in order, except those that are done.
 
-    A step that was interrupted is run again in its folder, where `tuna generate`, `sample` and `judge` go on by their
-    journals and `tuna train` by its last checkpoint. Steps and servers end with this process, however that ends. The
-    folder is this process's, and that of the step that may outlive it for a moment.
+    An interrupted step is run again in its folder, where `tuna generate`, `sample` and `judge` resume from their
+    journals and `tuna train` from its last checkpoint. Steps and servers end when this process ends, even if it is
+    killed. The folder is locked by this process and by the running step, which may outlive it briefly.
 
     Args:
-        steps: of `tuna.recipe.steps.plan`.
+        steps: from `tuna.recipe.steps.plan`.
         on_start: called with a step before it runs.
-        on_line: called with each line that a step prints; all stand in ``log.txt`` in its folder.
+        on_line: called with each line that a step prints; `log.txt` in its folder has all of them.
         on_done: called with a step, whether it ran now, and its seconds.
 
     Raises:
@@ -63,7 +63,7 @@ def run_steps(
 
 @contextmanager
 def _folder(folder: Path) -> Iterator[int | None]:
-    """The recipe's folder for this process alone; a step of a run that was killed may still be about to end."""
+    """Lock the recipe's folder, waiting briefly for a step left over from a killed run to end."""
     deadline = time.monotonic() + ORPHAN_TIMEOUT
     while True:
         with ExitStack() as stack:
@@ -101,7 +101,7 @@ def _run_steps(
                 if name not in servers:
                     servers[name] = (server, _start(server, step.folder.parent / f"server-{name}.log"))
             if step.product.is_file():
-                step.product.unlink()  # so that one that is there afterwards is this run's
+                step.product.unlink()  # so that a product found afterwards is from this run
             start = time.perf_counter()
             code = _run(step, lock, on_line)
             seconds = time.perf_counter() - start
@@ -115,7 +115,7 @@ def _run_steps(
 
 
 def _run(step: PlannedStep, lock: int | None, on_line: Callable[[str], None]) -> int:
-    """The exit code of a step's command."""
+    """Run a step's command and return its exit code."""
     arguments = list(step.arguments)
     if step.step.run == "train" and any(step.folder.glob("checkpoint-*")):
         arguments[arguments.index("--overwrite")] = "--resume"
@@ -136,7 +136,7 @@ def _run(step: PlannedStep, lock: int | None, on_line: Callable[[str], None]) ->
                 log.flush()
                 on_line(line.decode(errors="replace").rstrip())
         except BaseException:
-            # Ctrl-C reached the step as well: it finishes what is paid for.
+            # Ctrl-C reached the step too, which finishes its paid calls.
             with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.wait(60)
             process.kill()
@@ -150,15 +150,15 @@ def _check(step: PlannedStep, code: int) -> None:
     log = step.folder / LOG
     lines = log.read_text(errors="replace").splitlines()[-TAIL:]
     shown = "\n".join(f"  {line}" for line in lines)
-    raise StepFailed(f"step {step.step.name!r} failed with exit code {code}; the end of {log}:\n{shown}")
+    raise StepFailed(f"step {step.step.name!r} failed with exit code {code}; last lines of {log}:\n{shown}")
 
 
 def _start(server: PlannedServer, log_file: Path) -> subprocess.Popen[bytes]:
-    """Start a server and wait until it answers. It ends with its standard input, so also when we are killed."""
+    """Start a server and wait until it answers. It ends when its standard input closes, even if we are killed."""
     _wait_for_port(server)
     with log_file.open("ab") as log:
         command = [sys.executable, "-m", "tuna", *server.arguments]
-        # A session of its own: Ctrl-C must not take the server from a step that finishes its calls.
+        # In a new session: Ctrl-C must not stop the server while a step finishes its calls.
         process = lifeline.start(
             command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -169,7 +169,7 @@ def _start(server: PlannedServer, log_file: Path) -> subprocess.Popen[bytes]:
             if process.poll() is not None:
                 tail = log_file.read_text(errors="replace").splitlines()[-TAIL:]
                 shown = "\n".join(f"  {line}" for line in tail)
-                raise StepFailed(f"server {server.name!r} did not start; the end of {log_file}:\n{shown}")
+                raise StepFailed(f"server {server.name!r} did not start; last lines of {log_file}:\n{shown}")
             with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(health, timeout=5):
                 return process
             time.sleep(0.2)
@@ -180,7 +180,7 @@ def _start(server: PlannedServer, log_file: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait_for_port(server: PlannedServer) -> None:
-    """Until nobody listens there: the server of a run that was killed goes on for some seconds."""
+    """Wait until the port is free: the server of a killed run takes some seconds to end."""
     address = urlsplit(server.url)
     deadline = time.monotonic() + PORT_TIMEOUT
     while True:
@@ -188,7 +188,7 @@ def _wait_for_port(server: PlannedServer) -> None:
             if probe.connect_ex((address.hostname, address.port)) != 0:
                 return
         if time.monotonic() > deadline:
-            raise StepFailed(f"server {server.name!r}: port {address.port} is in use; give it another in the recipe")
+            raise StepFailed(f"server {server.name!r}: port {address.port} is in use; set another one in the recipe")
         time.sleep(0.5)
 
 

@@ -1,9 +1,9 @@
 """A recipe: `tuna` commands as steps with inputs, outputs and parameters, planned before any of them runs.
 
-A step is a command and its flags. `${name}` in a value stands for what an earlier step makes, for the address of a
-server of the recipe, or for one of its variables. A step's key is a hash of its command, its flags, the keys of the
-steps it refers to and the bytes of the files it reads; its folder is named by the key. So a step that is done is found
-again, a changed one gets a folder of its own, and nothing is ever written over.
+A step is a command and its flags. `${name}` in a value is replaced by the product of an earlier step, the address of a
+server of the recipe, or one of its variables. A step's key is a hash of its command, its flags, the keys of the
+steps it refers to and the bytes of the files it reads; its folder is named by the key. So completed steps are reused,
+a changed step gets a new folder, and nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["KINDS", "Kind", "PlannedServer", "PlannedStep", "Recipe", "Server", 
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
-# Flags that change how much, how fast and how patiently is asked, not what is answered: a larger budget must find
-# the work that is paid for.
+# Flags that change the number and the pace of calls, not the answers: with a larger budget, paid answers must be
+# reused.
 UNKEYED = frozenset(
     {
         "api-key-env", "backoff", "batch", "concurrency", "max-attempts", "max-backoff", "max-calls", "max-cost",
@@ -44,11 +44,11 @@ class Kind:
     """A command that a step may run.
 
     Attributes:
-        words: after `tuna`.
-        product: what `${step}` stands for, in the step's folder ("": the folder).
-        outputs: flags the recipe sets, to places in the step's folder.
-        more: further arguments the recipe gives.
-        positional: arguments without a flag, by the names they have in `options`.
+        words: the words after `tuna`.
+        product: the path that `${step}` refers to, in the step's folder ("": the folder).
+        outputs: flags set by the recipe, to paths in the step's folder.
+        more: further arguments added by the recipe.
+        positional: positional arguments, by their names in `options`.
         set_aside: whether exit code 1 means "done, but some records were set aside".
     """
 
@@ -76,11 +76,11 @@ class _Strict(BaseModel):
 
 
 class Server(_Strict):
-    """A local model behind `tuna serve`, started for the steps that refer to it; `${name}` is its address.
+    """A local model served by `tuna serve`, started for the steps that refer to it; `${name}` is its address.
 
     Attributes:
-        model: what `tuna serve --model` takes; may refer to a step that trains one.
-        port: on loopback; fixed, since a paid run notes the address it asks.
+        model: the value of `tuna serve --model`; may refer to a training step.
+        port: on loopback; fixed, since a paid run records the address of its endpoint.
         options: further flags of `tuna serve`.
     """
 
@@ -93,9 +93,9 @@ class Step(_Strict):
     """One step.
 
     Attributes:
-        name: what later steps call it.
+        name: the name by which later steps refer to it.
         run: the command: generate, rank, split, train, sample, judge or score.
-        title: for the report; the name where there is none.
+        title: the title in the report; default: the name.
         options: flags of the command, without the dashes.
     """
 
@@ -109,7 +109,7 @@ class Step(_Strict):
     def _flags(cls, options: dict[str, Any]) -> dict[str, Any]:
         named = {str(key).replace("_", "-"): value for key, value in options.items()}
         if len(named) < len(options):
-            raise ValueError("names a flag twice, with - and with _")
+            raise ValueError("has the same flag twice, with - and with _")
         return named
 
     @model_validator(mode="after")
@@ -124,11 +124,11 @@ class Recipe(_Strict):
     """A whole recipe.
 
     Attributes:
-        folder: where everything is written; relative to the recipe's file.
+        folder: the output folder, relative to the recipe's file.
         title: of the report.
-        variables: values by name, which stand in for `${name}` everywhere else; `tuna recipe run --set` changes them.
+        variables: values that replace `${name}` everywhere else; `tuna recipe run --set` changes them.
         servers: by name.
-        steps: in the order they run; references go backwards only.
+        steps: in the order they run; a step may refer to earlier steps only.
     """
 
     folder: str
@@ -141,11 +141,11 @@ class Recipe(_Strict):
     def _references(self) -> Recipe:
         ports = [server.port for server in self.servers.values()]
         if len(set(ports)) < len(ports):
-            raise ValueError(f"two servers have one port: {ports}")
+            raise ValueError(f"two servers have the same port: {ports}")
         known = set(self.servers)
         for step in self.steps:
             if step.name in known:
-                raise ValueError(f"steps: the name {step.name!r} is taken already")
+                raise ValueError(f"steps: duplicate name {step.name!r}")
             for name in _references(step.options):
                 if name not in known:
                     raise ValueError(f"step {step.name!r} refers to ${{{name}}}{_hint(name, known)}")
@@ -159,7 +159,7 @@ class Recipe(_Strict):
 
 
 def read_recipe(path: Path, variables: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe and put its variables in.
+    """Read a recipe and substitute its variables.
 
     Args:
         path: a YAML file.
@@ -167,7 +167,7 @@ def read_recipe(path: Path, variables: Mapping[str, Any] | None = None) -> Recip
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, or no recipe (the message names every field that is wrong); an unknown variable.
+        ValueError: invalid YAML, an invalid recipe (the message names every wrong field), or an unknown variable.
     """
     content = read_settings_file(path, "recipe")
     found = content.get("variables")
@@ -181,11 +181,11 @@ def read_recipe(path: Path, variables: Mapping[str, Any] | None = None) -> Recip
         return Recipe.model_validate(body | ({"variables": known} if "variables" in content else {}))
     except ValidationError as error:
         lines = [_plain(detail, body) for detail in error.errors()]
-        raise ValueError("\n".join([f"{path} is no recipe:", *(f"  {line}" for line in lines)])) from None
+        raise ValueError("\n".join([f"{path} is not a valid recipe:", *(f"  {line}" for line in lines)])) from None
 
 
 def _filled(value: Any, variables: Mapping[str, Any]) -> Any:
-    """``value`` with variables in place; a value that is nothing but a variable keeps its kind."""
+    """`value` with variables substituted; a value that is just one variable keeps the variable's type."""
     if isinstance(value, Mapping):
         return {key: _filled(item, variables) for key, item in value.items()}
     if isinstance(value, list):
@@ -200,7 +200,7 @@ def _filled(value: Any, variables: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class PlannedServer:
-    """A server with all references resolved: its address, and the arguments of `tuna`."""
+    """A server with all references resolved: its address and the arguments of `tuna`."""
 
     name: str
     url: str
@@ -212,12 +212,12 @@ class PlannedStep:
     """A step with all references resolved.
 
     Attributes:
-        step: as written.
-        key: hash of all that decides its result.
-        folder: of its own.
-        product: what it makes.
+        step: the step as written.
+        key: hash of everything that determines its result.
+        folder: the step's folder.
+        product: the path of its product.
         arguments: of `tuna`.
-        servers: that must run meanwhile.
+        servers: the servers it needs.
     """
 
     step: Step
@@ -229,7 +229,7 @@ class PlannedStep:
 
     @property
     def kind(self) -> Kind:
-        """Of its command."""
+        """The kind of its command."""
         return KINDS[self.step.run]
 
     @property
@@ -239,24 +239,24 @@ class PlannedStep:
 
     @property
     def done(self) -> bool:
-        """Whether the step need not run."""
+        """Whether the step is complete."""
         return self.done_file.is_file() and self.product.exists()
 
     def command_line(self) -> str:
-        """As one would type it."""
+        """The command as typed in a shell."""
         return shlex.join(["tuna", *self.arguments])
 
 
 def plan(recipe: Recipe, base: Path, tuna: Any) -> list[PlannedStep]:
-    """Every step with its key, folder and arguments; nothing is run or written.
+    """Plan every step with its key, folder and arguments; nothing is run or written.
 
     Args:
         recipe: the recipe.
-        base: folder that relative paths start from: that of the recipe's file.
-        tuna: the command `tuna`, as click has it; it says which flags there are and reads their values.
+        base: the folder of the recipe's file; relative paths start there.
+        tuna: the click command `tuna`, used to check flags and values.
 
     Raises:
-        ValueError: a flag that the command does not have, or a value it does not take.
+        ValueError: an unknown flag, or a value that the command rejects.
     """
     root = (base / recipe.folder).resolve()
     products: dict[str, Path] = {}
@@ -308,7 +308,7 @@ def _planned_server(name: str, server: Server, known: Mapping[str, str], base: P
 
 
 def _server_content(server: Server, base: Path, keys: Mapping[str, str]) -> dict[str, Any]:
-    """What of a server decides the answers: not its port."""
+    """The fields of a server that determine its answers; not the port."""
     inputs = {name: keys[name] for name in _references(server.model_dump())}
     return {"model": _content(server.model, base), "options": _content(server.options, base), "inputs": inputs}
 
@@ -324,7 +324,7 @@ def _references(value: Any) -> list[str]:
 
 
 def _resolved(value: Any, known: Mapping[str, str], base: Path) -> Any:
-    """References replaced, and paths that exist beside the recipe made absolute."""
+    """Replace references, and make paths that exist relative to the recipe's folder absolute."""
     if isinstance(value, list):
         return [_resolved(item, known, base) for item in value]
     if not isinstance(value, str):
@@ -336,7 +336,7 @@ def _resolved(value: Any, known: Mapping[str, str], base: Path) -> Any:
 
 
 def _content(value: Any, base: Path) -> Any:
-    """``value`` with every file it names replaced by a hash of what is in it."""
+    """`value` with every file it names replaced by a hash of the content."""
     if isinstance(value, Mapping):
         return {str(key): _content(item, base) for key, item in value.items()}
     if isinstance(value, list):
@@ -346,7 +346,7 @@ def _content(value: Any, base: Path) -> Any:
 
 
 def _existing(value: str, base: Path) -> Path | None:
-    """The file or folder that a value names: with a slash or a suffix, so that no plain word is taken for one."""
+    """The existing file or folder that a value names; it needs a slash or a suffix, so plain words never match."""
     expanded = os.path.expandvars(value)
     if not re.search(r"/|\.\w+$", expanded) or len(expanded) > 1000 or "\n" in expanded:
         return None
@@ -355,7 +355,7 @@ def _existing(value: str, base: Path) -> Path | None:
 
 
 def _arguments(command: Any, words: tuple[str, ...], options: Mapping[str, Any], owner: str) -> list[str]:
-    """Options as command-line arguments, checked against the flags the command has."""
+    """Options as command-line arguments, checked against the command's flags."""
     flags = {flag for item in command.params for flag in (*item.opts, *item.secondary_opts)}
     arguments: list[str] = []
     for name, value in options.items():
@@ -373,17 +373,17 @@ def _arguments(command: Any, words: tuple[str, ...], options: Mapping[str, Any],
 
 
 def _check(command: Any, words: tuple[str, ...], arguments: Sequence[str], owner: str) -> None:
-    """Let the command read its arguments, without running it."""
+    """Let the command parse its arguments without running."""
     try:
         command.make_context(" ".join(words), list(arguments))
     except Exception as error:
-        if not hasattr(error, "format_message"):  # one of click's own
+        if not hasattr(error, "format_message"):  # not one of click's errors
             raise
         raise ValueError(f"step {owner!r}: tuna {' '.join(words)}: {error.format_message()}") from error
 
 
 def _command(tuna: Any, words: tuple[str, ...]) -> Any:
-    """The command of these words; ValueError where there is none."""
+    """The command with these words; raises `ValueError` if there is none."""
     command = tuna
     for word in words:
         command = command.commands.get(word)
@@ -396,11 +396,11 @@ def _hint(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    return f"; there is {', '.join(map(repr, sorted(known)))}" if known and len(list(known)) < 12 else ""
+    return f"; known: {', '.join(map(repr, sorted(known)))}" if known and len(list(known)) < 12 else ""
 
 
 def _plain(detail: Any, content: Mapping[str, Any]) -> str:
-    """One of pydantic's errors; a step is called by its name where it has one."""
+    """The text of one of pydantic's errors; a step is called by its name if it has one."""
     place: list[str] = []
     value: Any = content
     for part in detail["loc"]:

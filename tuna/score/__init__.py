@@ -1,1 +1,1 @@
-"""Scores of any model on any ranked data, and how well they rank."""
+"""Scores of a model on ranked data, and ranking metrics."""

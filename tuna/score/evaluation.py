@@ -1,4 +1,4 @@
-"""Scores of whole datasets: trees through the model, a few numbers a candidate back on the host."""
+"""Scores of whole datasets: trees run through the model, a few numbers per candidate copied to the host."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tuna_kernels import PackedTree, sequence_scores
 
 @dataclass(frozen=True)
 class PendingScores:
-    """`ScoredGroups` whose numbers are still on the device; making one costs no host synchronisation.
+    """`ScoredGroups` whose numbers are still on the device; constructing one needs no host synchronisation.
 
-    ``scores`` and ``logprob_sums`` are [C] and carry no graph.
+    `scores` and `logprob_sums` are [C] and carry no graph.
     """
 
     scores: Tensor
@@ -27,7 +27,7 @@ class PendingScores:
 
     @classmethod
     def of(cls, tree: PackedTree, scores: Tensor, logprobs: Tensor) -> PendingScores:
-        """From ``scores`` [C] and ``logprobs`` [M] of a tree that is on their device."""
+        """From `scores` [C] and `logprobs` [M] of a tree on the same device."""
         return cls(
             scores=scores.detach(),
             logprob_sums=sequence_scores(logprobs.detach(), tree.candidate_offsets, length_penalty=0.0),
@@ -48,6 +48,6 @@ class PendingScores:
 
 
 def in_dataset_order(parts: Sequence[ScoredGroups], plan: Sequence[Sequence[int]]) -> ScoredGroups:
-    """Join the results of micro-batches, ``plan[i]`` being the group indices of ``parts[i]``, by index."""
+    """Join the results of micro-batches in dataset order; `plan[i]` has the group indices of `parts[i]`."""
     indices = np.array([group for batch in plan for group in batch], dtype=np.int64)
     return ScoredGroups.concatenate(parts).select(np.argsort(indices, kind="stable"))

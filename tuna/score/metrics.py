@@ -1,7 +1,7 @@
-"""How well scores rank candidates, and what loss they have: plain numpy in float64, on the host.
+"""Ranking metrics and loss from scores: numpy in float64, on the host.
 
-A batch's results are a few numbers a candidate, so they are kept whole (`ScoredGroups`), joined over batches
-and ranks, and turned into metrics once: every figure is that of all groups together, whatever the batch size.
+The results of a batch are a few numbers per candidate, so they are kept (`ScoredGroups`), joined over batches and
+ranks, and reduced to metrics once: metrics are over all groups together and do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScoredGroups:
-    """What a model says of some groups.
+    """A model's scores of some groups.
 
     Attributes:
         scores: [C] float64, length-normalised scores.
@@ -45,7 +45,7 @@ class ScoredGroups:
 
     @classmethod
     def concatenate(cls, parts: Sequence[ScoredGroups]) -> ScoredGroups:
-        """All groups of ``parts``, in order. No parts give no groups."""
+        """All groups of `parts`, in order; no groups if there are no parts."""
         sizes = [np.diff(part.group_offsets) for part in parts]
         return cls(
             scores=np.concatenate([np.empty(0), *(part.scores for part in parts)]),
@@ -56,7 +56,7 @@ class ScoredGroups:
         )
 
     def select(self, groups: npt.ArrayLike) -> ScoredGroups:
-        """The groups of these indices, in the order given."""
+        """The groups with these indices, in the order given."""
         chosen = np.asarray(groups, dtype=np.int64)
         sizes = np.diff(self.group_offsets)[chosen]
         offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
@@ -71,19 +71,19 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
     """Agreement of the scores with the ranks given.
 
     A *pair* is two candidates of one group with different ranks; tied candidates make none. Equal scores
-    never count as right: a model that gives every candidate the same score has accuracy 0 and top-1 0, not
+    never count as correct: a model that gives every candidate the same score has accuracy 0 and top-1 0, not
     one half.
 
-    * ``rank/accuracy``: share of all pairs whose better candidate has the strictly higher score.
-    * ``rank/top1``: share of ranked groups (those with a pair) in which some best candidate scores strictly above
+    * `rank/accuracy`: fraction of all pairs whose better candidate has the strictly higher score.
+    * `rank/top1`: fraction of ranked groups (those with a pair) in which some best candidate scores strictly above
       every candidate that is not best.
-    * ``rank/kendall``: mean over ranked groups of (pairs right - pairs wrong) / pairs; pairs of equal scores are
+    * `rank/kendall`: mean over ranked groups of (correct pairs - wrong pairs) / pairs; pairs of equal scores are
       neither.
-    * ``margin/mean``: mean over all pairs of the better minus the worse score.
-    * ``logps/rank_r``: mean over the candidates of rank r of the mean token log-probability (nats).
+    * `margin/mean`: mean over all pairs of the better minus the worse score.
+    * `logps/rank_r`: mean over the candidates of rank r of the mean token log-probability (nats).
 
     Returns:
-        The metrics by name; the first four are left out where there is no pair.
+        The metrics by name; the first four are omitted if there is no pair.
     """
     pairs = right = top1 = 0
     gap = kendall = 0.0
@@ -113,10 +113,10 @@ def ranking_metrics(scored: ScoredGroups) -> dict[str, float]:
 
 
 def greater_is_better(metric: str) -> bool:
-    """Whether a higher value of a metric is the better one, by its name (with or without ``eval_`` and a data set's).
+    """Whether a higher value of a metric is better, by its name (with or without `eval_` and a dataset's name).
 
     Raises:
-        ValueError: a metric of which that is not known.
+        ValueError: an unknown metric.
 
     Examples:
         >>> greater_is_better("loss/rank"), greater_is_better("eval_test_rank/accuracy")
@@ -127,14 +127,14 @@ def greater_is_better(metric: str) -> bool:
     if metric.endswith(("rank/accuracy", "rank/top1", "rank/kendall", "margin/mean", "logps/rank_0")):
         return True
     raise ValueError(
-        f"metric_for_best_model = {metric!r} is none of loss, loss/rank, loss/mle, rank/accuracy, rank/top1, "
-        "rank/kendall, margin/mean; for another one say greater_is_better too"
+        f"metric_for_best_model = {metric!r} is not one of loss, loss/rank, loss/mle, rank/accuracy, rank/top1, "
+        "rank/kendall, margin/mean; for another metric set greater_is_better too"
     )
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """``loss = ranking + mle_weight * mle`` of some groups taken as one batch."""
+    """`loss = ranking + mle_weight * mle` of some groups as one batch."""
 
     loss: float
     ranking: float
@@ -144,7 +144,7 @@ class LossParts:
 def loss_parts(
     scored: ScoredGroups, *, preset: Preset = "paper", margin: float = 0.1, mle_weight: float = 1.0
 ) -> LossParts:
-    """The training loss of all groups as one batch, from their scores alone (DESIGN: both presets).
+    """The training loss of all groups as one batch, from their scores alone, under either preset (docs/numerics.md).
 
     Raises:
         ValueError: an unknown preset, or no groups.
@@ -152,7 +152,7 @@ def loss_parts(
     if preset not in REDUCTION_OF:
         raise ValueError(f"preset = {preset!r} is not one of {tuple(REDUCTION_OF)}")
     if scored.num_groups == 0:
-        raise ValueError("scored has no groups: the loss of no groups is not defined")
+        raise ValueError("scored has no groups, and without groups the loss is undefined")
     ranking = ranking_loss(
         torch.from_numpy(scored.scores),
         torch.from_numpy(scored.ranks),

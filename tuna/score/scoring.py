@@ -1,4 +1,4 @@
-"""Score ranked responses with any model, without training: how often does the model rank as the data does?"""
+"""Scoring of ranked responses with any model, without training: how often the model ranks as the data does."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tuna_kernels.tree import Share
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Scores of a dataset, in its order, and what they took.
+    """Scores of a dataset, in its order, and their cost.
 
-    ``tokens`` are the packed tokens that went through the model, ``unshared_tokens`` those of separate
-    sequences; ``seconds`` is wall time.
+    `tokens` is the number of packed tokens computed, `unshared_tokens` that of separate sequences; `seconds` is wall
+    time.
     """
 
     scored: ScoredGroups
@@ -60,21 +60,21 @@ def score_dataset(
     on_batch: Callable[[int], None] = lambda tokens: None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ScoreReport:
-    """Score all responses of ``groups``, on the device the model is on, in evaluation mode.
+    """Score all responses of `groups`, on the device the model is on, in evaluation mode.
 
     Args:
         model: a causal language model of transformers, or one wrapped by peft.
-        groups: what to score; responses need no ranks.
-        tokens_per_batch: packed tokens a pass may hold; a group that alone takes more gets a pass of its own.
-        length_penalty: a score is ``sum(log p) / length ** length_penalty``.
+        groups: the groups to score; responses need no ranks.
+        tokens_per_batch: maximum packed tokens per pass; a larger group gets a separate pass.
+        length_penalty: a score is `sum(log p) / length ** length_penalty`.
         share: as in `tuna_kernels.pack_groups`.
         backend: of `tuna_kernels`.
-        on_batch: called after each pass with the packed tokens it took.
-        tokenizer: of the groups; named in errors.
+        on_batch: called after each pass with its number of packed tokens.
+        tokenizer: the groups' tokenizer, used in errors.
 
     Raises:
-        ValueError: no groups, ``tokens_per_batch`` below 1, tokens that the model has no embedding for, or a model
-            that cannot be served.
+        ValueError: no groups, `tokens_per_batch` below 1, tokens without an embedding in the model, or an unsupported
+            model.
     """
     check_vocabulary(model, groups, tokenizer)
     sampler = GroupBatchSampler(
@@ -101,10 +101,10 @@ def score_dataset(
 
 
 def per_record(groups: Sequence[TokenizedGroup], scored: ScoredGroups) -> Iterator[dict[str, Any]]:
-    """One row a record: its id, and in the order of its responses scores, mean log-probabilities, lengths, ranks.
+    """One row per record: its id, and in the order of its responses scores, mean log-probabilities, lengths, ranks.
 
-    ``accuracy`` is the share of the record's pairs ranked right, None where it has no pair; ``cut`` how many
-    responses were cut to the length limit.
+    `accuracy` is the fraction of the record's pairs ranked correctly, None if it has no pair; `cut` is the number of
+    responses cut to the length limit.
     """
     means = scored.logprob_sums / scored.lengths
     for number, (item, (first, last)) in enumerate(zip(groups, pairwise(scored.group_offsets), strict=True)):

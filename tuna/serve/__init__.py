@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over one local model of transformers: completions, chat, and ranking."""
+"""An OpenAI-compatible server for one local transformers model: completions, chat, and ranking."""
 
 from tuna.serve.app import create_app
 from tuna.serve.engine import Engine

@@ -1,10 +1,10 @@
-"""Who may ask: the host a request names, the page it comes from, and a key.
+"""Access control by the request's host, its origin, and a key.
 
-A local server without a key is protected by nothing but its address, and a web page can get around that: its
-owner lets a name of his own resolve to 127.0.0.1 (DNS rebinding), and the visitor's browser then takes the server
-for part of the page. Such a request still names the owner's host, so hosts are looked at. Names that always
-mean this machine pass, so does the address the connection came in on (an address cannot be rebound), and the
-names given. No CORS headers are sent: a page of another origin reads nothing.
+A local server without a key is protected only by its address, and a web page can circumvent that: its owner makes one
+of their host names resolve to 127.0.0.1 (DNS rebinding), and the visitor's browser then treats the server as part of
+the page. Such a request still names the owner's host, so hosts are checked. Accepted are names that always mean this
+machine, the address on which the connection arrived (an address cannot be rebound), and the names given. No CORS
+headers are sent: pages of other origins cannot read answers.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from tuna.serve.errors import ApiError, shown
 __all__ = ["Access", "check_key", "host_name"]
 
 HOST = re.compile(r"(?P<name>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-OPEN = "/health"  # says nothing about the model, and monitors have no key
+OPEN = "/health"  # reveals nothing about the model, and monitors have no key
 
 
 class Access:
-    """ASGI middleware that refuses requests for other hosts, from other pages, or without the key.
+    """ASGI middleware that rejects requests for other hosts, from other pages, or without the key.
 
     Args:
-        app: what is protected.
-        hosts: names the server is known by, besides `localhost` and loopback addresses.
-        api_key: what `Authorization: Bearer` must carry; None: nothing.
+        app: the application to protect.
+        hosts: names of the server in addition to `localhost` and loopback addresses.
+        api_key: key required in `Authorization: Bearer`; None: no key.
 
     Raises:
-        ValueError: a host or a key that no request could carry.
+        ValueError: an invalid host or key.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str] = (), api_key: str | None = None) -> None:
@@ -44,21 +44,21 @@ class Access:
         self.key = None if api_key is None else check_key(api_key).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what may pass."""
+        """Forward accepted requests."""
         if scope["type"] == "http":
             try:
                 self._check(scope)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
-        elif scope["type"] != "lifespan":  # no WebSocket is served
-            raise RuntimeError(f"{scope['type']} is not served")
+        elif scope["type"] != "lifespan":  # WebSocket
+            raise RuntimeError(f"{scope['type']} is not supported")
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
         hosts = _values(scope, b"host")
         if len(hosts) != 1:
-            raise ApiError(400, f"a request needs one Host header, this one has {len(hosts)}")
+            raise ApiError(400, f"a request needs exactly one Host header, this one has {len(hosts)}")
         try:
             known = self._is_ours(host_name(hosts[0]), scope)
         except ValueError as error:
@@ -69,7 +69,7 @@ class Access:
             if not self._is_our_page(origin, scope):
                 self._refuse("origin", origin)
         if self.key is not None and scope["path"] != OPEN and not self._has_key(scope):
-            raise ApiError(401, "this server needs its key: Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(401, "missing or wrong key: send Authorization: Bearer KEY", code="invalid_api_key")
 
     def _is_ours(self, name: str, scope: Scope) -> bool:
         if name in self.names:
@@ -87,7 +87,7 @@ class Access:
 
     def _refuse(self, what: str, value: str) -> None:
         message = (
-            f"requests with {what} {shown(value)} are refused, since a web page could send them; if it is yours, "
+            f"requests with {what} {shown(value)} are rejected, since any web page could send them; if it is yours, "
             "start the server with --allow-host and its name"
         )
         raise ApiError(403, message, code=f"{what}_not_allowed")
@@ -95,15 +95,15 @@ class Access:
     def _has_key(self, scope: Scope) -> bool:
         given = _values(scope, b"authorization")
         scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        # Compared in a time that says nothing about how much of it was right.
+        # Compared in constant time.
         return hmac.compare_digest(key.strip().encode("latin-1"), self.key or b"") and scheme.lower() == "bearer"
 
 
 def host_name(host: str) -> str:
-    """The name of a host without its port, in the one form in which names are compared.
+    """The normalised name of a host, without its port, for comparison.
 
     Raises:
-        ValueError: no host.
+        ValueError: not a host.
 
     Examples:
         >>> host_name("Localhost.:8000"), host_name("[::1]:80")
@@ -118,10 +118,10 @@ def host_name(host: str) -> str:
 
 
 def check_key(key: str) -> str:
-    """The key itself.
+    """Return `key` if it is valid.
 
     Raises:
-        ValueError: it is empty, or no header could carry it; the message does not repeat it.
+        ValueError: it is empty, or not possible in a header; the message does not contain it.
     """
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError("the API key must be printable ASCII without spaces, and not empty")
@@ -129,7 +129,7 @@ def check_key(key: str) -> str:
 
 
 def _address(name: str) -> Any:
-    """As an address, an IPv4 one in IPv6 clothes undressed; None for a name."""
+    """A host as an IP address, with an IPv4-mapped IPv6 address as IPv4; None for a name."""
     try:
         address: Any = ipaddress.ip_address(name.strip("[]").partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""Rows of tokens in the shapes of the OpenAI API."""
+"""Conversion of rows of tokens to the formats of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from tuna.models.decoding import Row, TopTokens, answer_text, prompt_logprobs
 from tuna.serve.token_bytes import token_bytes, token_text
 
-REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
+REPLACEMENT = "\ufffd"  # an incomplete character decodes to this
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive tokens of an answer and their text, as one chunk of a stream or all at once.
+    """Consecutive tokens of an answer and their text: a chunk of a stream or the whole answer.
 
     Attributes:
-        text: what they add to the text.
+        text: the text they add.
         ids, logprobs, top: the tokens; the log-probability is None for a prompt's first token.
-        offsets: where in the whole text each token begins; for a later piece of a character, that character.
+        offsets: start of each token in the whole text; for a later part of a character, the start of the character.
     """
 
     text: str
@@ -34,9 +34,9 @@ NOTHING = Part("", [], [], [], [])
 
 
 def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sent: int = 0, shift: int = 0) -> Part:
-    """The tokens of ``row`` from number ``since``, ``sent`` characters of its text being out already.
+    """The tokens of `row` from index `since`, after `sent` characters of its text.
 
-    ``shift`` is added to the offsets: the length of an echoed prompt.
+    `shift`, the length of an echoed prompt, is added to the offsets.
     """
     text = row.text if row.finish_reason is not None or row.sampling.stop else answer_text(row, tokenizer)
     offsets = [_end(answer_text(row, tokenizer, n), text) + shift for n in range(since, len(row.ids))]
@@ -44,7 +44,7 @@ def part_of(row: Row, tokenizer: PreTrainedTokenizerBase, *, since: int = 0, sen
 
 
 def echo_part(model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, top: int | None) -> Part:
-    """An echoed prompt; its tokens and their log-probabilities where ``top`` is not None."""
+    """An echoed prompt, with its tokens and their log-probabilities if `top` is not None."""
     if top is None:
         return Part(text, [], [], [], [])
     logprobs, likeliest = prompt_logprobs(model, ids, top)
@@ -52,7 +52,7 @@ def echo_part(model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], te
 
 
 def joined(first: Part, second: Part) -> Part:
-    """Both, one after the other."""
+    """The concatenation of two parts."""
     return Part(
         first.text + second.text,
         first.ids + second.ids,
@@ -63,9 +63,9 @@ def joined(first: Part, second: Part) -> Part:
 
 
 class Unsent:
-    """What of a row has not been streamed yet, and may be.
+    """The part of a row that has not been streamed yet.
 
-    Text that could turn out to be the beginning of a stop text or of an unfinished character is held back.
+    Text that may be the beginning of a stop text or of an incomplete character is held back.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shift: int) -> None:
@@ -73,7 +73,7 @@ class Unsent:
         self.tokens = self.characters = 0
 
     def take(self, row: Row) -> Part | None:
-        """The next chunk, or None while it must be held back."""
+        """The next chunk, or None while text must be held back."""
         if row.finish_reason is None:
             text = row.text if row.sampling.stop else answer_text(row, self.tokenizer)
             if text.endswith(REPLACEMENT) or any(_overlap(text, stop) for stop in row.sampling.stop):
@@ -114,7 +114,7 @@ def chat_logprobs(part: Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
 
 
 def usage(prompt_tokens: int, rows: list[Row]) -> dict[str, int]:
-    """Tokens of the prompts, each counted once, and of the answers, end tokens included."""
+    """The `usage` of an answer: tokens of the prompts, each counted once, and of the answers, end tokens included."""
     answered = sum(len(row.ids) for row in rows)
     return {
         "prompt_tokens": prompt_tokens,
@@ -128,12 +128,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _end(beginning: str, text: str) -> int:
-    """Where in ``text`` its first tokens end, of which ``beginning`` is all that is written: whole characters count."""
+    """Where the first tokens of `text`, which decode to `beginning`, end in it; only complete characters count."""
     while beginning.endswith(REPLACEMENT) and not text.startswith(beginning):
         beginning = beginning[:-1]
     return min(len(beginning), len(text))
 
 
 def _overlap(text: str, stop: str) -> bool:
-    """Whether the end of ``text`` is a beginning of ``stop``."""
+    """Whether the end of `text` is a beginning of `stop`."""
     return any(text.endswith(stop[:n]) for n in range(1, len(stop)))

@@ -1,6 +1,6 @@
-"""The HTTP side: routes, and what each asks of the workers and of the engine.
+"""The HTTP application: routes, and how they use the workers and the engine.
 
-The event loop only waits: requests are read and answers written by `tuna.serve.workers`, the model runs on the
+The event loop only waits: requests are parsed and answers serialised by `tuna.serve.workers`, the model runs on the
 engine's thread.
 """
 
@@ -37,7 +37,7 @@ from tuna.serve.workers import Workers
 __all__ = ["create_app"]
 
 T = TypeVar("T")
-SHRINKAGE = 4  # characters that a tokenizer's normalisation may make one of
+SHRINKAGE = 4  # a tokenizer's normalisation may merge this many characters into one
 CLOSING_SECONDS = 2.0
 
 
@@ -51,19 +51,19 @@ def create_app(
     api_key: str | None = None,
     max_body: int = MAX_BODY,
 ) -> FastAPI:
-    """The server over an engine, which is closed with it.
+    """Create the application for an engine, which is closed with it.
 
     Args:
         engine: runs the model.
-        name: what the model is called in requests and answers.
-        default_max_tokens: longest chat answer where a request names none.
-        template: how /v1/rank shows a plain prompt where a request names none: that of training.
-        hosts: names the server is known by, besides `localhost` and loopback addresses; see `tuna.serve.access`.
-        api_key: what requests must carry; None: nothing.
-        max_body: most bytes of a request.
+        name: the model's name in requests and answers.
+        default_max_tokens: maximum tokens of a chat answer if a request does not set them.
+        template: default template of text prompts in /v1/rank: that of training.
+        hosts: names of the server in addition to `localhost` and loopback addresses; see `tuna.serve.access`.
+        api_key: key required in requests; None: no key.
+        max_body: maximum number of bytes of a request.
 
     Raises:
-        ValueError: a bound below 1, or a host or key that no request could carry.
+        ValueError: a limit below 1, or an invalid host or key.
     """
     for bound, value in (("default_max_tokens", default_max_tokens), ("max_body", max_body)):
         if value < 1:
@@ -85,14 +85,14 @@ def create_app(
     app.get("/health")(handlers.health)
     answer_errors(app)
     hosts = tuple(hosts)
-    Access(app, hosts=hosts, api_key=api_key)  # refuses here, not at the first request
+    Access(app, hosts=hosts, api_key=api_key)  # raises here, not at the first request
     app.add_middleware(Access, hosts=hosts, api_key=api_key)
     app.add_middleware(Ending)
     return app
 
 
 class _Handlers:
-    """One method a route."""
+    """The request handlers, one method per route."""
 
     def __init__(self, engine: Engine, name: str, default_max_tokens: int, template: str, max_body: int) -> None:
         self.engine, self.name, self.default_max_tokens, self.max_body = engine, name, default_max_tokens, max_body
@@ -100,7 +100,7 @@ class _Handlers:
         self.workers = Workers(engine.tokenizer, max_waiting=engine.max_waiting)
         self.created = int(time.time())
         self.limit = position_limit(engine.model)
-        # Read off once: finding the end of a turn renders the chat template.
+        # Computed once: finding the end of a turn renders the chat template.
         self.ends = {chat: end_tokens(engine.model, engine.tokenizer, chat=chat) for chat in (False, True)}
         longest = max(map(len, engine.tokenizer.get_vocab()))
         self.most_characters = None if self.limit is None else SHRINKAGE * longest * self.limit
@@ -238,7 +238,7 @@ class _Handlers:
         return await self._answer(written)
 
     async def _answer(self, written: Callable[[], dict[str, Any]]) -> Response:
-        """An answer as JSON; many tokens with their log-probabilities take their time."""
+        """Send an answer as JSON, serialised by a worker since many log-probabilities take long."""
         content = await self.workers.run(lambda _: to_json(written()))
         return Response(content, media_type="application/json")
 
@@ -248,15 +248,15 @@ class _Handlers:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _check_rows(self, rows: int) -> None:
-        """Before they are made."""
+        """Reject too many rows before they are created."""
         most = self.engine.max_waiting
         if rows > most:
             raise ApiError(400, f"{rows:,} answers in one request are more than the {most:,} that may wait")
 
     def _check_text(self, what: str, text: str) -> None:
-        """Refuse what is too long however it is tokenised, which would take long."""
+        """Reject text that is too long under any tokenisation, without tokenising it."""
         if self.most_characters is not None and len(text) > self.most_characters:
-            message = f"a {what} of {len(text):,} characters goes beyond the {self.limit} positions of the model"
+            message = f"a {what} of {len(text):,} characters exceeds the {self.limit} positions of the model"
             raise ApiError(400, message, param=what, code="context_length_exceeded")
 
     def _head(self, prefix: str, kind: str) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class _Handlers:
             raise ApiError(400, f"the model {self.name!r} has no chat template: use /v1/completions")
         turns = [message.model_dump() for message in body.messages]
         try:
-            # Not through a Record: that one asks for a last turn that is not the assistant's.
+            # Not through a Record, whose last turn must not be the assistant's.
             return ChatTemplate(tokenizer).prompt(turns, "messages")
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
@@ -281,7 +281,7 @@ class _Handlers:
         try:
             return json_constraint(tokenizer, sorted(self.ends[True]), schema)
         except ModuleNotFoundError as error:
-            message = f"response_format needs a package that this server lacks: pip install {error.name}"
+            message = f"response_format needs a package that is missing on this server: pip install {error.name}"
             raise ApiError(400, message, param="response_format") from error
         except ValueError as error:
             raise ApiError(400, str(error), param="response_format") from error
@@ -298,16 +298,16 @@ class _Handlers:
         if not ids:
             raise ApiError(400, "prompt has no tokens", param="prompt")
         if wrong := [token for token in ids if not 0 <= token < size]:
-            raise ApiError(400, f"prompt holds token {wrong[0]}, the vocabulary has {size}", param="prompt")
+            raise ApiError(400, f"prompt has token {wrong[0]}, but the vocabulary has {size} tokens", param="prompt")
         return ids
 
     def _tasks(
         self, ids: list[int], body: SamplingRequest, chat: bool, max_tokens: int, top: int, number: int
     ) -> list[RowTask]:
-        """The n rows of a prompt, the ``number``-th of its request."""
+        """The n rows of prompt `number` of a request."""
         if self.limit is not None and len(ids) + max_tokens > self.limit:
             message = (
-                f"the prompt has {len(ids)} tokens, which with max_tokens = {max_tokens} goes beyond the "
+                f"the prompt has {len(ids)} tokens, which with max_tokens = {max_tokens} exceeds the "
                 f"{self.limit} positions of the model"
             )
             raise ApiError(400, message, code="context_length_exceeded")
@@ -351,7 +351,7 @@ class _Handlers:
         return await asyncio.wrap_future(future)
 
     async def _finished(self, tasks: list[RowTask], request: Request) -> list[Row]:
-        """The rows when all are done; a client that hangs up frees its rows."""
+        """Wait for all rows; if the client disconnects, its rows are cancelled."""
         if not tasks:
             return []
         self._submit(tasks)

@@ -1,6 +1,6 @@
-"""From the bytes of a request to a checked one, and from an answer to bytes.
+"""From the bytes of a request to a validated request, and from an answer to bytes.
 
-What a client got wrong ends here, as its own error.
+Errors in a request are reported to the client from here.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from tuna.serve.errors import ApiError, shown
 __all__ = ["MAX_BODY", "disconnected", "parse", "read_body", "to_json"]
 
 MAX_BODY = 4 << 20
-MAX_DEPTH = 64  # of lists and objects within each other; JSON schemas, the deepest there are, stay below 20
-MAX_PARTS = 50_000  # lists and objects in all: Python makes them in one go, which no other thread can interrupt
-DRAINED = 16  # bodies too large are read up to so many times the limit, without being kept:
-DRAIN_SECONDS = 10  # a client hears an answer only once it has sent its request
-BODY_SECONDS = 60.0  # for a body to arrive, and besides what it takes at
-SLOWEST = 1 << 20  # bytes a second
+MAX_DEPTH = 64  # nesting of lists and objects; JSON schemas, the deepest requests, stay below 20
+MAX_PARTS = 50_000  # total lists and objects: Python parses them in one call that no other thread can interrupt
+DRAINED = 16  # too large bodies are read and discarded up to this multiple of the limit,
+DRAIN_SECONDS = 10  # since a client reads the answer only after sending its request
+BODY_SECONDS = 60.0  # for a body to arrive, plus the size limit divided by
+SLOWEST = 1 << 20  # bytes per second
 
 M = TypeVar("M", bound=BaseModel)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The JSON text of a request, held only up to ``limit`` bytes, whatever its headers say.
+    """Read the JSON text of a request, at most `limit` bytes, regardless of its headers.
 
     Raises:
-        ApiError: it is longer (413), of another type (415), too slow (408), or the client is gone.
+        ApiError: it is too long (413), of another type (415), too slow (408), or the client disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"content-type {shown(kind)} is not served: send application/json")
+        raise ApiError(415, f"content-type {shown(kind)} is not supported: send application/json")
     seconds = BODY_SECONDS + limit / SLOWEST
     try:
         return await asyncio.wait_for(_read(request, limit), seconds)
-    except asyncio.TimeoutError as error:  # another class before Python 3.11
+    except asyncio.TimeoutError as error:  # a different class before Python 3.11
         raise ApiError(408, f"the request did not arrive within {seconds:.0f} s", close=True) from error
     except ClientDisconnect as error:
         raise ApiError(499, "the client closed the connection") from error
@@ -60,30 +60,30 @@ async def _read(request: Request, limit: int) -> bytes:
         if size > DRAINED * limit or asyncio.get_running_loop().time() > deadline:
             break
     if size > limit:
-        message = f"the request is larger than the {limit:,} bytes that are read (--max-body)"
+        message = f"the request is larger than the limit of {limit:,} bytes (--max-body)"
         raise ApiError(413, message, code="request_too_large", close=True)
     return bytes(body)
 
 
 async def disconnected(request: Request) -> None:
-    """Return once the client is gone."""
+    """Return when the client has disconnected."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)
 
 
 def parse(body: bytes, model: type[M]) -> M:
-    """A body as the request it must be. Takes its time for large ones: nothing for the event loop.
+    """Parse a body as a request. Slow for large bodies, so not for the event loop.
 
     Raises:
-        ApiError: no JSON, or values that no JSON text may hold.
-        pydantic.ValidationError: fields that are missing, unknown or wrong.
+        ApiError: not JSON, or values not allowed in JSON.
+        pydantic.ValidationError: fields that are missing, unknown or invalid.
     """
     if _parts(body) > MAX_PARTS:
-        raise ApiError(400, f"the body holds more than {MAX_PARTS:,} lists and objects")
+        raise ApiError(400, f"the body has more than {MAX_PARTS:,} lists and objects")
     try:
         content = json.loads(body, parse_constant=_not_json)
     except RecursionError as error:
-        raise ApiError(400, f"the JSON is nested more than {MAX_DEPTH} deep") from error
+        raise ApiError(400, f"the JSON is nested more than {MAX_DEPTH} levels deep") from error
     except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -95,7 +95,7 @@ def parse(body: bytes, model: type[M]) -> M:
 
 
 def to_json(answer: Mapping[str, Any]) -> bytes:
-    """An answer as JSON text. Items of a list are written one by one, so that other threads get their turn."""
+    """Serialise an answer as JSON. Items of a list are serialised one by one, so that other threads can run."""
     fields = []
     for name, value in answer.items():
         items = ",".join(map(_written, value)) if isinstance(value, list) else None
@@ -108,28 +108,28 @@ def _written(value: Any) -> str:
 
 
 def _parts(body: bytes) -> int:
-    """At most how many lists and objects a JSON text holds, in a time that is linear for whatever bytes."""
+    """An upper bound on the number of lists and objects in a JSON text, in linear time for any bytes."""
     found = body.count(b"[") + body.count(b"{")
     if found <= MAX_PARTS:
         return found
-    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", body, flags=re.DOTALL))  # brackets within texts are none
+    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", body, flags=re.DOTALL))  # brackets in strings do not count
     return bare.count(b"[") + bare.count(b"{")
 
 
 def _problem(value: Any) -> str | None:
-    """What is wrong with a JSON value, whichever field it belongs to."""
+    """What is wrong with a JSON value, independent of its field."""
     left = [(value, 1)]
     while left:
         item, depth = left.pop()
         if isinstance(item, str):
             if not _is_unicode(item):
-                return "holds half of a surrogate pair, which is no text"
+                return "contains half of a surrogate pair, which is not text"
         elif isinstance(item, float):
             if not math.isfinite(item):
-                return "holds a number beyond what a float64 can"
+                return "contains a number beyond the range of float64"
         elif isinstance(item, list | dict):
             if depth >= MAX_DEPTH:
-                return f"is nested more than {MAX_DEPTH} deep"
+                return f"is nested more than {MAX_DEPTH} levels deep"
             left += [(part, depth + 1) for part in item]
             if isinstance(item, dict):
                 left += [(part, depth + 1) for part in item.values()]
@@ -145,4 +145,4 @@ def _is_unicode(text: str) -> bool:
 
 
 def _not_json(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

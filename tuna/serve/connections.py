@@ -1,4 +1,4 @@
-"""Bounds on connections that ask for nothing: uvicorn waits for a request's headers for ever, and for any number."""
+"""Limits on idle connections: uvicorn waits for headers without time limit, on any number of connections."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["BoundedProtocol", "Server"]
 
 HEADER_SECONDS = 20.0  # from the connection, or a request's first byte, to the end of its headers
-SPARE = 64  # files the process needs besides connections
+SPARE = 64  # files the process needs in addition to connections
 MOST = 8192
 LAST_WORDS = 1.0  # seconds for requests that were cancelled at the end to be answered
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol, which lets connections go that do not come to a request.
+    """uvicorn's protocol with limits on connections without a request.
 
-    One is closed `HEADER_SECONDS` after it began, or began a request, if that is not there. Where there are as many
-    connections as the process may hold open, a new one takes the place of the one that has waited longest.
+    A connection is closed if the headers of a request are not complete within `HEADER_SECONDS` of the connection or of
+    the request's first byte. At the limit of open connections, a new one replaces the one that has waited longest.
     """
 
     _due: asyncio.TimerHandle | None = None
@@ -45,7 +45,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Have a time limit where there is no request, and none where there is one."""
+        """Set the time limit while there is no request, and remove it during one."""
         asks = self.cycle is not None and not self.cycle.response_complete
         if asks:
             self._unwatch()
@@ -74,6 +74,6 @@ class Server(uvicorn.Server):
 
 
 def most_connections() -> int:
-    """How many connections may be open at once."""
+    """Maximum number of open connections."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if files == resource.RLIM_INFINITY else max(1, min(MOST, files - SPARE))

@@ -1,4 +1,4 @@
-"""The one thread that runs the model: requests wait in a queue and are taken as many at a time as fit a batch."""
+"""The thread that runs the model: requests wait in a queue and are processed in batches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 
 class Busy(RuntimeError):
-    """The engine does not do this: its queue is full, it shuts down, or the caller has cancelled."""
+    """The engine cannot do this: its queue is full, it is shutting down, or the caller has cancelled."""
 
 
 @dataclass
 class RowTask:
-    """A row in the engine's hands.
+    """A row submitted to the engine.
 
     Attributes:
-        row: what to draw; the engine's thread writes it until ``done``.
+        row: the answer to sample; written by the engine's thread until `done`.
         on_token: called on the engine's thread after each token.
         done: resolves to the row when it is finished.
     """
@@ -49,16 +49,16 @@ class _Call:
 class Engine:
     """Runs a model for many callers.
 
-    Rows that wait are taken in order of arrival, together as long as they stay within ``max_rows`` and the
-    padded cache within ``max_tokens``; the next batch starts when the last row of this one has ended (a row
-    that ends early is answered at once). A single row always runs. Other work on the model takes its turn.
+    Waiting rows are batched in order of arrival, within `max_rows` and with the padded cache within `max_tokens`; the
+    next batch starts when the last row of the current one has ended (a row that ends early is answered immediately). A
+    single row always runs. Other work on the model waits in the same queue.
 
     Args:
-        model, tokenizer: what to run; nobody else may run the model meanwhile.
-        max_rows: most rows of a batch. With 1 a seed gives the same bits whatever else is asked.
-        max_tokens: most rows times (longest prompt + longest answer) of a batch: the memory of the cache.
-        max_waiting: most waiting rows and calls; more are refused.
-        linger: seconds an idle engine waits for company of a first request.
+        model, tokenizer: the model to run; nothing else may run it at the same time.
+        max_rows: maximum rows per batch. With 1, a seed gives bit-identical results under any load.
+        max_tokens: maximum of rows times (longest prompt + longest answer) per batch: the memory of the cache.
+        max_waiting: maximum number of waiting rows and calls; more are refused.
+        linger: seconds an idle engine waits for further requests after the first.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, tasks: list[RowTask]) -> None:
-        """Queue rows, all or none.
+        """Queue all of the rows or none.
 
         Raises:
             Busy: the queue is full.
@@ -103,10 +103,10 @@ class Engine:
         return done
 
     def close(self, timeout: float | None = None) -> bool:
-        """Cancel what waits and runs, and end the thread, which first ends the step it is at.
+        """Cancel waiting and running work, and end the thread after its current step.
 
         Returns:
-            Whether it has ended within ``timeout`` seconds (None: it is waited for).
+            Whether the thread ended within `timeout` seconds (None: no limit).
         """
         with self._changed:
             self._stopped = True
@@ -122,7 +122,7 @@ class Engine:
             if self._stopped:
                 raise Busy("the server is shutting down")
             if len(self._waiting) + len(items) > self.max_waiting:
-                raise Busy(f"{len(self._waiting)} answers wait already, the limit is {self.max_waiting}")
+                raise Busy(f"{len(self._waiting)} answers are already waiting, the limit is {self.max_waiting}")
             self._waiting.extend(items)
             self._changed.notify_all()
 
@@ -144,7 +144,7 @@ class Engine:
                 self._run(taken)
 
     def _take(self) -> list[RowTask] | _Call:
-        """What runs next: one call, or as many rows as fit, with the lock held."""
+        """The next work: one call, or as many rows as fit; called with the lock held."""
         batch: list[RowTask] = []
         longest = answer = 0
         while self._waiting:
@@ -161,7 +161,7 @@ class Engine:
             if batch and not fits:
                 break
             self._waiting.popleft()
-            # From here on nobody but this thread ends it: a caller that gives up sets `cancelled`.
+            # From here on only this thread ends it: a caller that gives up sets `cancelled`.
             if item.done.set_running_or_notify_cancel():
                 batch.append(item)
         return batch
@@ -180,7 +180,7 @@ class Engine:
 
         try:
             generate(self.model, self.tokenizer, [task.row for task in batch], on_token)
-        except Exception as error:  # whatever it is, the callers must hear of it and the thread go on
+        except Exception as error:  # any error must reach the callers, and the thread must continue
             for task in batch:
                 if not task.done.done():
                     task.done.set_exception(error)
@@ -194,5 +194,5 @@ def _resolve(done: Future[Any], function: Callable[[], Any]) -> None:
         return
     try:
         done.set_result(function())
-    except Exception as error:  # handed to the caller
+    except Exception as error:  # passed to the caller
         done.set_exception(error)

@@ -1,4 +1,4 @@
-"""Errors in the shape clients of the OpenAI API expect, whatever went wrong."""
+"""Errors in the format of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tuna.system.validation import reason
 
 __all__ = ["ApiError", "Ending", "answer_errors", "shown"]
 
-SHOWN = 80  # characters of a client's value that a message repeats
+SHOWN = 80  # characters of a client's value repeated in a message
 
 
 class ApiError(Exception):
-    """An error the client is told of, in OpenAI's shape; ``close`` ends the connection with it."""
+    """An error sent to the client in OpenAI's format; with `close` the connection is closed afterwards."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, close: bool = False
@@ -28,7 +28,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.close = status, message, param, code, close
 
     def response(self) -> JSONResponse:
-        """``{"error": {message, type, param, code}}``."""
+        """`{"error": {message, type, param, code}}`."""
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else None
         body = {"message": self.message, "type": kind or "invalid_request_error"}
         more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status, {})
@@ -37,13 +37,13 @@ class ApiError(Exception):
 
 
 class Ending:
-    """ASGI middleware: a request cut off because the server ends is told so, where it has not been answered yet."""
+    """ASGI middleware that answers requests cancelled by a shutdown of the server with status 503."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and end without a traceback."""
+        """Forward the request; a cancellation ends without a traceback."""
         started = False
 
         async def sent(message: Message) -> None:
@@ -53,13 +53,13 @@ class Ending:
 
         try:
             await self.app(scope, receive, sent)
-        except asyncio.CancelledError:  # uvicorn's, when the time for requests under way is over
+        except asyncio.CancelledError:  # raised by uvicorn when the time for running requests is over
             if scope["type"] == "http" and not started:
                 await ApiError(503, "the server is shutting down").response()(scope, receive, send)
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Give every error of ``app`` OpenAI's shape: ours, bad fields, unknown routes, and what nobody foresaw."""
+    """Convert all errors of `app` to OpenAI's format: `ApiError`, invalid fields, unknown routes, unexpected ones."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -73,7 +73,7 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    """One message of the first problems; `param` is the field of the first."""
+    """One message for the first problems; `param` is the field of the first."""
     details = error.errors()
     places = [shown(".".join(map(str, detail["loc"])), quoted=False) for detail in details]
     reasons = [reason(detail) for detail in details]
@@ -97,6 +97,6 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def shown(value: str, most: int = SHOWN, *, quoted: bool = True) -> str:
-    """A client's text as a message repeats it: cut, and without line breaks and the like where it is quoted."""
+    """A client's text for a message: truncated, and if quoted without line breaks and control characters."""
     text = value if len(value) <= most else value[: most - 1] + "…"
     return repr(text) if quoted else text

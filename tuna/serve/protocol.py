@@ -1,6 +1,6 @@
-"""The requests of the OpenAI API that are served, checked by pydantic.
+"""The supported requests of the OpenAI API, validated by pydantic.
 
-What is not served is refused, never ignored: an unknown field is an error, and so is a known one with a value
+Unsupported fields are rejected, never ignored: an unknown field is an error, and so is a known one with a value
 that would change the answer (penalties, logit bias, tools).
 """
 
@@ -15,24 +15,24 @@ from tuna.data.records import Message
 MAX_TOP = 20
 MAX_N = 128
 MAX_TOKENS = (1 << 31) - 1
-MAX_PENALTY = 4.0  # 1e6 tokens to this power are still a float32
+MAX_PENALTY = 4.0  # 1e6 tokens to this power still fit in a float32
 Stop = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=16)]
 Prompt = str | list[int]
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """One entry a prompt. By hand: pydantic would go through a million tokens once for each kind they might be."""
+    """One entry per prompt. Not by pydantic, which would validate a million tokens once per possible type."""
     several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
     for prompt in value if several else [value]:
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(item) is int for item in prompt)):
             raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists")
     if value == []:
-        raise ValueError("holds no prompt")
+        raise ValueError("has no prompt")
     return list(value) if several else [value]
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries besides text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -40,7 +40,7 @@ class StreamOptions(BaseModel):
 
 
 class SamplingRequest(BaseModel):
-    """What both kinds of completion take."""
+    """The common fields of completions and chat completions."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,7 +52,7 @@ class SamplingRequest(BaseModel):
     stop: Stop = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # Known, and served only with the values that change nothing.
+    # Known fields, supported only with values that have no effect.
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -72,7 +72,7 @@ class SamplingRequest(BaseModel):
     @classmethod
     def _no_empty_stop(cls, value: list[str]) -> list[str]:
         if "" in value:
-            raise ValueError("holds an empty text, which would end every answer before it begins")
+            raise ValueError("contains an empty text, which would end every answer at once")
         return value
 
     @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
@@ -110,12 +110,12 @@ class CompletionRequest(SamplingRequest):
         if self.best_of is not None and self.best_of != self.n:
             raise ValueError(f"best_of = {self.best_of} is not supported: it must equal n = {self.n}")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens = 0 needs echo: there would be nothing to answer")
+            raise ValueError("max_tokens = 0 needs echo: otherwise the answer would be empty")
         return self
 
 
 class JsonSchema(BaseModel):
-    """The schema of a structured answer; its name and `strict` change nothing here."""
+    """The schema of a structured answer; its name and `strict` have no effect here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -123,7 +123,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """Free text, any JSON object, or one that keeps to a schema."""
+    """Free text, any JSON object, or a JSON object under a schema."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -137,7 +137,7 @@ class ResponseFormat(BaseModel):
         return self
 
     def schema_asked(self) -> dict[str, Any] | None:
-        """The JSON schema that answers must keep to, None for free text."""
+        """The JSON schema of the answers, None for free text."""
         if self.json_schema is not None and self.type == "json_schema":
             return self.json_schema.json_schema
         return {"type": "object"} if self.type == "json_object" else None
@@ -166,7 +166,7 @@ class ChatRequest(SamplingRequest):
 
 
 class RankRequest(BaseModel):
-    """`POST /v1/rank`: k responses to one prompt, scored by ``sum(log p) / tokens ** length_penalty``."""
+    """`POST /v1/rank`: k responses to one prompt, scored by `sum(log p) / tokens ** length_penalty`."""
 
     model_config = ConfigDict(extra="forbid")
 

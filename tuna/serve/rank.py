@@ -18,7 +18,7 @@ __all__ = ["Scored", "parts_of", "rank_answer", "score_part"]
 
 @dataclass
 class Scored:
-    """Responses scored so far: for each its score, and its tokens with their log-probabilities; tokens computed."""
+    """Scores of responses, their tokens with log-probabilities, and the number of tokens computed."""
 
     scores: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
@@ -27,9 +27,9 @@ class Scored:
 
 
 def parts_of(group: Group, max_tokens: int) -> Iterator[Group]:
-    """The group's responses in runs whose tokens, with the prompt, stay within ``max_tokens``; one always goes.
+    """Split a group into parts of at most `max_tokens` tokens, prompt included, but at least one response each.
 
-    What a response scores does not depend on its company.
+    The score of a response does not depend on the others in its part.
     """
     run: list[Any] = []
     size = len(group.prompt)
@@ -43,7 +43,7 @@ def parts_of(group: Group, max_tokens: int) -> Iterator[Group]:
 
 
 def score_part(model: PreTrainedModel, group: Group, length_penalty: float) -> Scored:
-    """Score all responses of a group, on the engine's thread."""
+    """Score all responses of a group; runs on the engine's thread."""
     tree = pack_groups([group])
     with torch.inference_mode():
         found = score_groups(model, tree, length_penalty=length_penalty)
@@ -58,10 +58,10 @@ def score_part(model: PreTrainedModel, group: Group, length_penalty: float) -> S
 
 
 def rank_answer(group: Group, parts: Sequence[Scored], *, length_penalty: float, with_logprobs: bool) -> dict[str, Any]:
-    """What the client is told: responses in order of their scores, equal ones with the same rank.
+    """The answer to the client: responses in order of their scores; equal scores have the same rank.
 
     Raises:
-        ValueError: a score that is no number.
+        ValueError: non-finite score.
     """
     scores = [score for part in parts for score in part.scores]
     tokens = [ids for part in parts for ids in part.tokens]

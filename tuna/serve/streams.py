@@ -1,4 +1,4 @@
-"""An answer under way as server-sent events."""
+"""Streaming of an answer as server-sent events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tuna.serve.errors import ApiError
 __all__ = ["Choice", "stream"]
 
 Choice = Callable[[int, Part, "str | None", bool], dict[str, Any]]
-"""From the index of a row, some of its tokens, how it ended and whether they are its first, to OpenAI's shape."""
+"""From row index, part, finish reason and whether it is the row's first part, to a choice in OpenAI's format."""
 
 
 def stream(
@@ -33,16 +33,16 @@ def stream(
     prompt_tokens: int,
     with_usage: bool,
 ) -> Response:
-    """A chunk whenever a row has text that may be sent.
+    """Stream the rows, with a chunk whenever a row has new text that may be sent.
 
     Args:
-        tasks: the rows; none where only prompts are echoed.
-        submit: hands them to the engine.
-        choice: makes a chunk's choice.
+        tasks: the rows; empty if only prompts are echoed.
+        submit: submits them to the engine.
+        choice: makes the choice of a chunk.
         tokenizer: of the model.
-        head: what all chunks begin with.
-        echoes: what stands before each row's own text.
-        prompt_tokens, with_usage: for a last chunk that counts tokens.
+        head: the common fields of all chunks.
+        echoes: the echoed prompt before each row's text.
+        prompt_tokens, with_usage: for a last chunk with token counts.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
@@ -52,7 +52,7 @@ def stream(
         def on_token(row: Row) -> None:  # on the engine's thread
             part, finish = unsent.take(row), row.finish_reason
             if part is not None:
-                with suppress(RuntimeError):  # the loop may be closed by then
+                with suppress(RuntimeError):  # the loop may already be closed
                     loop.call_soon_threadsafe(queue.put_nowait, (index, part, finish))
 
         def on_done(future: Any) -> None:
@@ -92,7 +92,7 @@ def stream(
                 counted = usage(prompt_tokens, [task.row for task in tasks])
                 yield _event({**head, "choices": [], "usage": counted})
             yield "data: [DONE]\n\n"
-        finally:  # also when the client hangs up
+        finally:  # also if the client disconnects
             for task in tasks:
                 task.cancelled = True
 

@@ -1,4 +1,4 @@
-"""The bytes and the text of a single token: pieces of a character have bytes, but no text of their own."""
+"""The bytes and the text of a single token; a part of a character has bytes but no text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 __all__ = ["token_bytes", "token_text"]
 
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece names a byte
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a byte
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """What a token adds to the bytes of a text, also where these are only part of a character."""
+    """The bytes a token adds to a text, possibly only part of a character."""
     kinds = _decoders(tokenizer)
     if token not in tokenizer.added_tokens_decoder:  # added ones are text
         piece: Any = tokenizer.convert_ids_to_tokens(token)
@@ -30,14 +30,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 
 @lru_cache(maxsize=1 << 15)
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text, special ones by name. What precedes it decides about a leading space: it is asked twice over."""
+    """A token as text, special tokens by name. Decoded after a copy of itself, so that a leading space is kept."""
     once, twice = (_decode(tokenizer, [token] * count) for count in (1, 2))
     return twice[len(once) :] if twice.startswith(once) and len(twice) > len(once) else once
 
 
 @lru_cache(maxsize=8)
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The kinds of decoders of a tokenizer; a slow one names bytes as SentencePiece does."""
+    """The decoder types of a tokenizer; a slow one names bytes like SentencePiece."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return frozenset(["ByteFallback"])

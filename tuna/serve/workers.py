@@ -1,7 +1,6 @@
-"""Threads for what takes time besides the model: reading requests, tokenising, writing answers.
+"""Threads for slow work outside the model: parsing requests, tokenising, serialising answers.
 
-On the event loop one client's megabytes would keep everyone waiting, also those who only ask whether the server
-is there.
+On the event loop, one client's megabytes would block all others, including health checks.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Some threads, each with a tokenizer of its own: a fast one cannot be set up in one thread and used in another.
+    """Threads with one tokenizer each: a fast tokenizer cannot be set up in one thread and used in another.
 
     Args:
-        tokenizer: what the threads' tokenizers are copies of.
-        max_waiting: most jobs that wait; more are refused.
-        count: threads.
+        tokenizer: copied for each thread.
+        max_waiting: maximum number of waiting jobs; more are refused.
+        count: number of threads.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_waiting: int, count: int = 2) -> None:
@@ -38,13 +37,13 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="tuna-worker")
 
     async def run(self, function: Callable[[PreTrainedTokenizerBase], T]) -> T:
-        """What ``function`` makes of a tokenizer.
+        """Run `function` with a tokenizer in one of the threads.
 
         Raises:
-            ApiError: too many jobs wait (429), or the server shuts down (503).
+            ApiError: too many jobs are waiting (429), or the server is shutting down (503).
         """
         if not self._places.acquire(blocking=False):
-            raise ApiError(429, f"{self.max_waiting} requests wait to be read already", code="queue_full")
+            raise ApiError(429, f"{self.max_waiting} requests are already waiting to be parsed", code="queue_full")
         try:
             future = self._pool.submit(lambda: function(self._own()))
         except RuntimeError as error:
@@ -54,7 +53,7 @@ class Workers:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Take no more jobs; those that run are left alone."""
+        """Accept no more jobs; running ones are not interrupted."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _own(self) -> PreTrainedTokenizerBase:

@@ -1,1 +1,1 @@
-"""Processes, folders and texts of settings: what every command leans on."""
+"""Processes, locks, atomic writing and settings files, used by every command."""

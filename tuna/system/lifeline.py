@@ -1,9 +1,9 @@
-"""Processes that end with the one that started them, however that one ends.
+"""Processes that end when the process that started them ends, for whatever reason.
 
-`start` gives a child the reading end of a pipe whose writing end only we hold: it ends with us, even by SIGKILL. The
-child's command line (`watch_parent`) waits for that on a thread and stops as on Ctrl-C, so that training saves a
-checkpoint and paid answers on their way are written down. Ranks are started by launchers that are not ours, and so
-look after their launcher by its process id (`watch_launcher`).
+`start` gives a child the read end of a pipe whose write end is held by this process only, so the child notices when
+this process ends, even by SIGKILL. In the child, `watch_parent` waits for that in a thread and stops as on Ctrl-C, so
+that training saves a checkpoint and paid answers in flight are recorded. Ranks are started by third-party launchers
+and therefore watch the launcher's process id (`watch_launcher`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 __all__ = ["start", "watch_launcher", "watch_parent"]
 
 VARIABLE = "TUNA_LIFELINE"
-GRACE = 60.0  # seconds from the stop to the end by force
-LOOK = 0.5  # seconds between looks at the launcher
+GRACE = 60.0  # seconds from the stop to a forced exit
+LOOK = 0.5  # seconds between checks of the launcher
 
 
 def start(command: Sequence[str], *, pass_fds: Sequence[int] = (), **options: Any) -> subprocess.Popen[Any]:
-    """`subprocess.Popen` of a command that calls `watch_parent` first: it ends with this process."""
+    """`subprocess.Popen` of a command that calls `watch_parent` at its start: it ends with this process."""
     reading, writing = os.pipe()
     env = {**(options.pop("env", None) or os.environ), VARIABLE: str(reading)}
     try:
@@ -35,19 +35,19 @@ def start(command: Sequence[str], *, pass_fds: Sequence[int] = (), **options: An
         raise
     finally:
         os.close(reading)
-    # The writing end is left open: the system closes it when this process ends. It costs a descriptor a child.
+    # The write end stays open until this process ends, at the cost of one descriptor per child.
     return process
 
 
 def watch_parent() -> None:
-    """If `start` started this process, stop it when the process that did so is gone."""
-    descriptor = os.environ.pop(VARIABLE, None)  # not for children of ours: they do not have the pipe
+    """If this process was started by `start`, stop it when its parent ends."""
+    descriptor = os.environ.pop(VARIABLE, None)  # not for child processes: they do not inherit the pipe
     if descriptor is not None:
         _watch(lambda: os.read(int(descriptor), 1) == b"")
 
 
 def watch_launcher() -> None:
-    """Stop this rank when the launcher that started it is gone; nothing where none did."""
+    """Stop this rank when its launcher ends; does nothing without a launcher."""
     if "RANK" not in os.environ:
         return
     parents = _launchers()
@@ -72,18 +72,18 @@ def _watch(gone: Callable[[], bool]) -> None:
 
 def _stop() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # may be pipes that nobody reads any more: a line would end us before the checkpoint is saved
+    for stream in (1, 2):  # pipes without a reader: a write would end this process before the checkpoint is saved
         os.dup2(nowhere, stream)
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as of a command that a script put in the background
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # for example a background command of a script
     os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
     time.sleep(GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _launchers() -> list[tuple[int, float]]:
-    """Process ids and start times of the launcher: the parent, and what started that as part of one launcher.
+    """Process ids and start times of the launcher: the parent, and its ancestors that belong to the same launcher.
 
-    Not of a shell: ranks may be started by hand and outlive it.
+    Shells are excluded: ranks may be started by hand and outlive the shell.
     """
     import psutil
 
@@ -97,7 +97,7 @@ def _launchers() -> list[tuple[int, float]]:
 
 
 def _is_launcher(process: Any) -> bool:
-    """Whether a process is one of `deepspeed`'s, `accelerate`'s, torchrun's or an MPI's own."""
+    """Whether a process belongs to `deepspeed`, `accelerate`, torchrun or an MPI."""
     if process.name() in ("bash", "dash", "fish", "sh", "zsh"):
         return False
     words = " ".join(os.path.basename(word) for word in process.cmdline()[:4])

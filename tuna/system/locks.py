@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock of the system's, so that a process that died does not block the next."""
+"""Exclusive use of a folder, by an operating-system lock that is released when the process ends."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["FolderInUse", "hold"]
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network file systems have no locks
-_held: set[str] = set()  # folders this process holds, so that what it calls may ask again
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network file systems do not support locks
+_held: set[str] = set()  # folders held by this process, so that nested calls succeed
 
 
 class FolderInUse(ValueError):
-    """Another process works in the folder."""
+    """The folder is in use by another process."""
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[int | None]:
-    """Hold ``folder`` (made where it does not exist) for this process; yields the descriptor of the lock.
+    """Lock `folder` (created if missing) for this process; yields the descriptor of the lock.
 
-    A child process that inherits the descriptor holds the folder too. None where this process holds it already, or
-    where the file system has no locks.
+    A child process that inherits the descriptor holds the lock too. Yields None if this process already holds the lock
+    or the file system does not support locks.
 
     Raises:
         FolderInUse: another process holds it.
@@ -45,11 +45,11 @@ def hold(folder: Path) -> Iterator[int | None]:
     finally:
         _held.discard(real)
         if descriptor is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # ours still, so nobody else holds a file of this name
+            (folder / LOCK).unlink(missing_ok=True)  # still locked here, so no other process holds a file of this name
             os.close(descriptor)
         if made:
             with suppress(OSError):
-                folder.rmdir()  # nothing came of it
+                folder.rmdir()  # nothing was written
 
 
 def _take(folder: Path) -> int | None:
@@ -62,7 +62,9 @@ def _take(folder: Path) -> int | None:
             owner = os.read(descriptor, 64).decode(errors="replace").strip()
             os.close(descriptor)
             if error.errno in UNSUPPORTED:
-                logger.warning("%s: its file system has no locks; two runs in it would not notice each other", folder)
+                logger.warning(
+                    "%s: the file system does not support locks; two runs here would not be detected", folder
+                )
                 return None
             by = f" ({owner})" if owner else ""
             raise FolderInUse(
@@ -73,4 +75,4 @@ def _take(folder: Path) -> int | None:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
                 return descriptor
-        os.close(descriptor)  # its holder removed it in between: it is no lock any more
+        os.close(descriptor)  # removed by its holder in the meantime: no longer a lock

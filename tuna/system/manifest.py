@@ -1,4 +1,4 @@
-"""The list of a folder's files with sizes and digests: says later which file is missing, cut, damaged or swapped."""
+"""A list of a folder's files with sizes and digests, to detect missing, truncated, damaged or replaced files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tuna.system.writing import content_hash, replacing
 
 __all__ = ["fault", "files_in", "read", "write"]
 
-# Kinds of files that a loader may take in place of a listed one. Others (notes, pictures) do no harm.
+# File types that a loader may prefer over a listed file. Others (notes, pictures) are harmless.
 LOADED = {".bin", ".json", ".metadata", ".pt", ".pth", ".safetensors", ""}
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files of a folder and below, in a fixed order."""
+    """All files below a folder, in a fixed order."""
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[Path]) -> None:
-    """Write ``content`` and the list of ``files`` to ``folder / name``, atomically."""
+    """Write `content` and the list of `files` to `folder / name`, atomically."""
     paths = list(files)
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
@@ -36,10 +36,10 @@ def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[P
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    """What `write` wrote.
+    """Read a list written by `write`.
 
     Raises:
-        ValueError: the list is missing or is not as it was written; the message names it.
+        ValueError: the list is missing or was changed; the message names it.
     """
     path = folder / name
     try:
@@ -50,7 +50,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
     if not whole:
-        raise ValueError(f"{path} is damaged: it is not what was written")
+        raise ValueError(f"{path} is damaged: its content has changed")
     found: dict[str, Any] = body
     return found
 
@@ -62,13 +62,13 @@ def fault(
     apart: Callable[[str], bool] = lambda place: False,
     hashed: Callable[[str], bool] = lambda place: True,
 ) -> str | None:
-    """What is wrong with the files that ``folder / name`` lists, naming the first at fault; None if nothing is.
+    """The first fault in the files listed by `folder / name`, as a sentence; None if there is none.
 
     Args:
         folder: the folder.
         name: of the list.
-        apart: whether another list answers for a file, by its place in the folder.
-        hashed: whether a file's bytes are looked at, and not its size alone.
+        apart: whether a file, by its path in the folder, belongs to another list.
+        hashed: whether to check a file's digest, not just its size.
     """
     try:
         listed = read(folder, name)["files"]
@@ -85,7 +85,7 @@ def fault(
         if place in listed or place == name or apart(place):
             continue
         if path.suffix in LOADED and path.name[0] != ".":
-            return f"{path} is not in the list of {name}"
+            return f"{path} is not listed in {name}"
     listed = {file: entry for file, entry in listed.items() if hashed(file)}
     try:
         digests = _digests([folder / file for file in listed])
@@ -93,12 +93,12 @@ def fault(
         return f"{error.filename} cannot be read: {error.strerror}"
     for (file, entry), digest in zip(listed.items(), digests, strict=True):
         if digest != entry["sha256"]:
-            return f"{folder / file} is damaged: its bytes are not those that were written"
+            return f"{folder / file} is damaged: its content has changed"
     return None
 
 
 def _digests(paths: list[Path]) -> list[str]:
-    """SHA-256 of each file; some at a time, since hashing lets go of Python's lock."""
+    """SHA-256 of each file, several in parallel, since hashing releases the GIL."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(content_hash, paths))
 

@@ -1,4 +1,4 @@
-"""Errors of pydantic in plain words, without its speak of types and validators."""
+"""Errors of pydantic in plain words, without its jargon of types and validators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["place", "reason"]
 
 MESSAGES = {
     "missing": "is missing",
-    "extra_forbidden": "is not known here",
+    "extra_forbidden": "is unknown",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
 }
@@ -24,12 +24,12 @@ WANTED = {
 
 
 def place(location: Sequence[int | str]) -> str:
-    """``messages[0].role`` of ``("messages", 0, "role")``."""
+    """The location `("messages", 0, "role")` as `messages[0].role`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
 def reason(detail: Any) -> str:
-    """What is wrong with a value, as it follows its name: one of ``ValidationError.errors()`` in words."""
+    """One of `ValidationError.errors()` in words, to follow the name of the value."""
     kind = detail["type"]
     if kind == "value_error":
         return str(detail["ctx"]["error"])

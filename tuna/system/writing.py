@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a file holds."""
+"""Atomic writing of files, and content hashes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["content_hash", "finite", "replacing", "write_json"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all went well, and leaves no trace when not."""
+    """A temporary file that replaces `path` on success and is removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: a rename is atomic only within one file system.
+    # In the target's folder: a rename is atomic only within one file system.
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as file:
             yield file
         with draft.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
+            os.fsync(file.fileno())  # otherwise a power failure could leave the new name without its content
         draft.replace(path)
     finally:
         with suppress(FileNotFoundError):
@@ -32,13 +32,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically; numbers that are not finite become null, which JSON can hold."""
+    """Write `content` as JSON, atomically; non-finite numbers become null, since JSON has none."""
     with replacing(path) as file:
         file.write((json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite replaced by None."""
+    """`value` with every non-finite number replaced by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ def finite(value: Any) -> Any:
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256, in hexadecimal, of a file's bytes, or of a folder's files and their names.
+    """SHA-256 (hexadecimal) of a file's bytes, or of the names and bytes of a folder's files.
 
     Raises:
         FileNotFoundError: no such file or folder.

@@ -1,1 +1,1 @@
-"""Training: settings, the trainer, what makes a run survive, what it leaves behind."""
+"""Training: configuration, trainer, checkpoints and resuming, export."""

@@ -1,16 +1,16 @@
-"""AdamW whose every state has the weights' own dtype, for weights in bfloat16 without float32 masters.
+"""AdamW with all states in the dtype of the weights, for training in bfloat16 without float32 master weights.
 
-A bfloat16 number has 8 significant bits. A weight of 0.02 stands 6e-5 from its neighbours' midpoint, so steps of 1e-6,
-rounded one by one, are all lost. Two remedies:
+A bfloat16 number has 8 significant bits. A weight of 0.02 is 6e-5 away from the midpoint to its neighbours, so updates
+of 1e-6 are all lost to rounding. Two remedies:
 
-- **Weights** carry what rounding took from them (Kahan's compensated summation): the lost part of every step is
-  added to the next one. Weight and compensation together hold 16 bits.
-- **Moments** are rounded stochastically, up or down with the probability that makes the mean right. The second moment
-  changes by a thousandth of itself a step; rounded to nearest it would never shrink.
+- **Weights** have a compensation term (Kahan summation): the part of an update lost to rounding is added to the next
+  update. Weight and compensation together hold 16 bits.
+- **Moments** are rounded stochastically, up or down with probabilities that keep the mean unbiased. The second moment
+  changes by a thousandth per step; rounded to nearest it would never shrink.
 
-A trained weight then takes 10 bytes (weight, gradient, compensation, two moments) where float32 masters take 16.
-The random bits come from the step and the weight's place in the list, not from torch's own generator: replicas stay
-the same on all ranks, and a resumed run goes on with the same bits.
+A trained weight then takes 10 bytes (weight, gradient, compensation, two moments) instead of 16 with float32 masters.
+The random bits are derived from the step and the weight's index, not from torch's generator: replicas stay identical on
+all ranks, and a resumed run continues with the same bits.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch import Tensor
 __all__ = ["AdamWKahan"]
 
 _LOST_BITS = {torch.bfloat16: 16}
-"""Bits of a float32 that a dtype of its exponents leaves off."""
+"""Low bits of a float32 that a dtype with the same exponent range drops."""
 
 
 class AdamWKahan(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) with compensated bfloat16 weights; float32 and float64 weights are treated plainly.
+    """AdamW (arXiv 1711.05101) with compensated bfloat16 weights; float32 and float64 weights get plain AdamW.
 
     Args:
-        params: parameters or groups of them, in float64, float32 or bfloat16.
+        params: parameters or parameter groups, in float64, float32 or bfloat16.
         lr: learning rate.
-        betas: decay of the first and of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay.
+        betas: decay rates of the first and second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay.
 
     Raises:
         ValueError: a setting out of range, or a weight of another dtype.
@@ -61,11 +61,11 @@ class AdamWKahan(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16):
-                    raise ValueError(f"a weight is {weight.dtype}; AdamWKahan takes float64, float32 and bfloat16")
+                    raise ValueError(f"a weight is {weight.dtype}; AdamWKahan supports float64, float32 and bfloat16")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step from the parameters' gradients."""
+        """Perform one optimizer step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -106,12 +106,12 @@ class AdamWKahan(torch.optim.Optimizer):
 
 
 def _store(target: Tensor, value: Tensor, step: int, place: int) -> None:
-    """``target`` = ``value``, rounded stochastically where ``target`` has fewer bits."""
+    """`target` = `value`, rounded stochastically if `target` has fewer bits."""
     lost = _LOST_BITS.get(target.dtype)
     if lost is None:
         target.copy_(value)
         return
     generator = torch.Generator(target.device).manual_seed(step * 1_000_003 + place)
     noise = torch.randint(1 << lost, value.shape, dtype=torch.int32, device=value.device, generator=generator)
-    # Adding below the last bit kept carries into it with the right probability; then the low bits are cut off.
+    # Random bits added below the last kept bit carry into it with the right probability; then the low bits are cut.
     target.copy_(noise.add_(value.contiguous().view(torch.int32)).bitwise_and_(-(1 << lost)).view(torch.float32))

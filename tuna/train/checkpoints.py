@@ -1,16 +1,15 @@
-"""Checkpoints that are whole or not there, belong to one run, and can be gone on from on another number of ranks.
+"""Checkpoints that are written atomically, belong to one run, and can be resumed on another number of ranks.
 
-A checkpoint is written into a draft folder by the stock trainer (and DeepSpeed), on all ranks; when all are done,
-the list of its files, their sizes and digests is written beside them (`MARKER`), everything is flushed to the disk,
-and the folder gets its name by a rename. So a process killed at any moment leaves the checkpoints before it and a
-draft, which the next start removes, and a full disk leaves the same. The marker also names the run, the step and the
-settings. `last_complete` checks all of that: a folder that lost, changed or swapped a file is passed over, and so
-is one of another run.
+All ranks write a checkpoint to a draft folder, through transformers' `Trainer` (and DeepSpeed); then the list of its
+files with sizes and digests is added (`MARKER`), everything is flushed to disk, and the folder is renamed to its final
+name. A process killed at any moment, or a full disk, leaves the earlier checkpoints and a draft, which the next start
+removes. The marker also names the run, the step and the settings. `last_complete` checks all of this and skips a
+folder with a missing, changed or replaced file, or of another run.
 
-A run is named by `RUN_FILE` in its folder, written when it begins.
+The name of a run is in `RUN_FILE` in its folder, written when the run begins.
 
-Optimizer states under ZeRO are cut by the number of ranks. DeepSpeed's universal format is not; `make_universal`
-converts a checkpoint to it, in the checkpoint's own folder, once.
+Optimizer states under ZeRO are sharded by the number of ranks; DeepSpeed's universal format does not depend on it.
+`make_universal` converts a checkpoint to it once, in the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a run must have in common with the checkpoint it goes on from.
+    """Properties of a run that decide whether it can resume from a checkpoint.
 
     Attributes:
-        ranks: processes that wrote it; may change.
+        ranks: number of processes; may change.
         zero_stage: ZeRO stage, 0 without DeepSpeed.
-        batches_a_step: micro-batches of an optimizer step over all ranks: what the place in the data counts by.
+        batches_a_step: micro-batches per optimizer step over all ranks, the unit of the position in the data.
     """
 
     ranks: int
@@ -61,17 +60,17 @@ class Shape:
 def publish(
     draft: Path, target: Path, shape: Shape, *, run: str | None = None, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Give a finished draft its name; one process does it, after all have written.
+    """Complete a draft and rename it; called by one process after all have written.
 
     Args:
-        draft: where the files are.
-        target: its name, which ends in its step.
+        draft: the folder of the files.
+        target: the final folder, whose name ends in the step.
         shape: of the run.
-        run: its name.
-        settings: those it was trained with so far, as `tuna.train.resuming` compares them.
+        run: name of the run.
+        settings: the settings so far, as compared by `tuna.train.resuming`.
 
     Raises:
-        OSError: the disk is full; the draft has no marker and no name then.
+        OSError: for example a full disk; the draft is then neither complete nor renamed.
     """
     files = manifest.files_in(draft)
     for file in files:
@@ -82,7 +81,7 @@ def publish(
     _flush(draft / MARKER)
     for folder in {draft, *(file.parent for file in files)}:
         _flush(folder)
-    if target.exists():  # written before, by a run that went on from an earlier step
+    if target.exists():  # written before the run was resumed from an earlier step
         target.rename(draft.with_name("replaced"))
     draft.rename(target)
     _flush(target.parent)
@@ -92,25 +91,25 @@ def publish(
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint is not as it was written, naming the file; None where nothing is wrong."""
+    """The first fault found in a checkpoint, naming the file; None if it is intact."""
     found = manifest.fault(folder, MARKER, apart=is_universal)
     if found is not None:
         return found
     marker = manifest.read(folder, MARKER)
     name = NAME.fullmatch(folder.name)
     if name and int(name[1]) != marker.get("step"):
-        return f"{folder} holds the checkpoint of step {marker.get('step')}: it was renamed"
+        return f"{folder} is the checkpoint of step {marker.get('step')}: it was renamed"
     return None
 
 
 def numbered(run: Path) -> list[Path]:
-    """The folders in a run's folder that are named as checkpoints, last step first."""
+    """The checkpoint folders of a run by name, last step first."""
     found = {int(match[1]): folder for folder in run.glob("checkpoint-*") if (match := NAME.fullmatch(folder.name))}
     return [found[step] for step in sorted(found, reverse=True)]
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the highest step that is whole and of this run, and why later ones of this run are not.
+    """The last complete checkpoint of this run, and the faults of later ones.
 
     Raises:
         CheckpointError: as `run_name`.
@@ -123,20 +122,20 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
         elif name in (None, _named(folder)):
             return folder, faults
         else:
-            logger.warning("%s is of another run than %s: passed over", folder, run / RUN_FILE)
+            logger.warning("%s belongs to another run than %s: skipped", folder, run / RUN_FILE)
     return None, faults
 
 
 def last_complete(run: Path) -> Path | None:
-    """As `newest`; what is wrong with later ones goes to the log."""
+    """As `newest`; the faults of later checkpoints are logged."""
     found, faults = newest(run)
     for wrong in faults:
-        logger.warning("%s; that checkpoint is passed over", wrong)
+        logger.warning("%s; that checkpoint is skipped", wrong)
     return found
 
 
 def run_name(run: Path) -> str | None:
-    """The name of the run in a folder, None where there is none.
+    """The name of the run in a folder, None if there is none.
 
     Raises:
         CheckpointError: `RUN_FILE` is damaged, or it is missing and there are checkpoints of several runs.
@@ -149,50 +148,50 @@ def run_name(run: Path) -> str | None:
             name = None
         if not isinstance(name, str) or not name:
             raise CheckpointError(
-                f"{path} is damaged: it names no run. Remove it if all checkpoints beside it are of one run"
+                f"{path} is damaged: it names no run. Remove it if all checkpoints in the folder belong to one run"
             )
         return name
     names = {name for folder in numbered(run) if (name := _named(folder)) is not None}
     if len(names) > 1:
         raise CheckpointError(
-            f"{path} is missing and the checkpoints beside it are of {len(names)} runs: remove those not wanted"
+            f"{path} is missing and the checkpoints in the folder belong to {len(names)} runs: remove those not wanted"
         )
     return names.pop() if names else None
 
 
 def begin_run(run: Path, *, clear: bool = False) -> str:
-    """Give the run that begins in a folder a name, so that no checkpoint of an earlier one is ever taken.
+    """Start a new run in a folder under a new name, so that checkpoints of earlier runs are never used.
 
     Args:
         run: the folder.
-        clear: remove the checkpoints of earlier runs; else they are moved to `SET_ASIDE`.
+        clear: remove the checkpoints of earlier runs; otherwise they are moved to `SET_ASIDE`.
     """
     name = uuid.uuid4().hex
     write_json(run / RUN_FILE, {"run": name})
     for folder in numbered(run):
         set_aside(folder, tell=not clear)
-    if clear:  # all of them are out of the way: a kill from here on leaves nothing that looks like a damaged one
+    if clear:  # moved first: a kill from here on leaves nothing that looks like a damaged checkpoint
         shutil.rmtree(run / SET_ASIDE, ignore_errors=True)
     return name
 
 
 def go_on(run: Path, checkpoint: Path) -> str:
-    """The name of the run that goes on from ``checkpoint`` in its folder ``run``.
+    """The name of the run that is resumed from `checkpoint` in its folder `run`.
 
-    What cannot be gone on from later is moved to `SET_ASIDE`: checkpoints of other runs and of later steps.
+    Checkpoints of other runs and of later steps, which are no longer valid, are moved to `SET_ASIDE`.
     """
     name = run_name(run) or _named(checkpoint) or uuid.uuid4().hex
     if not (run / RUN_FILE).exists():
         write_json(run / RUN_FILE, {"run": name})
     for folder in numbered(run):
         if folder == checkpoint:
-            break  # those before it stay
+            break  # earlier ones stay
         set_aside(folder)
     return name
 
 
 def set_aside(folder: Path, *, tell: bool = True) -> None:
-    """Move a checkpoint that is not to be taken, nor counted, into a folder of its run."""
+    """Move a checkpoint that must not be used into the folder `SET_ASIDE` of its run."""
     target = folder.parent / SET_ASIDE / folder.name
     number = 1
     while target.exists():
@@ -201,11 +200,11 @@ def set_aside(folder: Path, *, tell: bool = True) -> None:
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
     if tell:
-        logger.warning("%s is not gone on from and was moved to %s", folder, target)
+        logger.warning("%s is not used and was moved to %s", folder, target)
 
 
 def remove_drafts(run: Path) -> None:
-    """Remove what a killed run was writing; a replaced checkpoint whose successor got no name comes back."""
+    """Remove the drafts of a killed run; a checkpoint that was about to be replaced is restored."""
     drafts = run / DRAFT
     replaced = drafts / "replaced"
     if replaced.is_dir() and fault(replaced) is None:
@@ -216,7 +215,7 @@ def remove_drafts(run: Path) -> None:
 
 
 def shape_of(checkpoint: Path) -> Shape | None:
-    """The shape a checkpoint was written with, None where it was not written by us."""
+    """The shape a checkpoint was written with, None if it was not written by Tuna."""
     try:
         return Shape(**manifest.read(checkpoint, MARKER)["shape"])
     except (ValueError, KeyError, TypeError):
@@ -224,20 +223,20 @@ def shape_of(checkpoint: Path) -> Shape | None:
 
 
 def check_shape(checkpoint: Path, now: Shape) -> bool:
-    """Whether ``checkpoint`` has to be converted for ``now``.
+    """Whether `checkpoint` must be converted for a run of shape `now`.
 
     Raises:
-        CheckpointError: an optimizer step would have another number of micro-batches, or optimizer states of
-            another kind are needed.
+        CheckpointError: the number of micro-batches per optimizer step differs, or optimizer states of another kind
+            are needed.
     """
     then = shape_of(checkpoint)
     if then is None:
         return False
     if then.batches_a_step != now.batches_a_step:
         raise CheckpointError(
-            f"{checkpoint} was written with {then.batches_a_step} micro-batches a step ({then.ranks} ranks x "
+            f"{checkpoint} was written with {then.batches_a_step} micro-batches per step ({then.ranks} ranks x "
             f"{then.batches_a_step // then.ranks}), this run has {now.batches_a_step} ({now.ranks} ranks x "
-            f"{now.batches_a_step // now.ranks}): choose gradient_accumulation_steps so that the product stays"
+            f"{now.batches_a_step // now.ranks}): choose gradient_accumulation_steps so that the product is the same"
         )
     kinds = [
         ("without DeepSpeed", "under ZeRO-1 or 2", "under ZeRO-1 or 2", "under ZeRO-3")[s.zero_stage]
@@ -249,23 +248,23 @@ def check_shape(checkpoint: Path, now: Shape) -> bool:
 
 
 def make_universal(checkpoint: Path, *, trust: bool = False) -> None:
-    """Convert the optimizer states of a DeepSpeed checkpoint so that any number of ranks and any stage loads them.
+    """Convert the optimizer states of a DeepSpeed checkpoint for loading on any number of ranks and any ZeRO stage.
 
-    One process does it, in a process of its own (DeepSpeed's converter starts workers); a second call does
-    nothing, unless what the first one wrote has been damaged since. Takes the disk space of the states once more.
+    Called by one process; runs in a subprocess (DeepSpeed's converter starts workers). A second call does nothing
+    unless the result has been damaged since. Doubles the disk space of the states.
 
     Args:
         checkpoint: the checkpoint.
         trust: whether code in it may run, see `tuna.train.trust`.
 
     Raises:
-        CheckpointError: the converter failed; with the end of its output.
+        CheckpointError: the converter failed; the message has the end of its output.
     """
     if manifest.fault(checkpoint, UNIVERSAL, apart=lambda place: not is_universal(place)) is None:
         return
     tag = (checkpoint / "latest").read_text("utf-8").strip()
     target = checkpoint / f"{tag}_universal"
-    shutil.rmtree(target, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(target, ignore_errors=True)  # left by a killed conversion
     for name in (UNIVERSAL, "latest_universal"):
         (checkpoint / name).unlink(missing_ok=True)
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -285,7 +284,7 @@ def make_universal(checkpoint: Path, *, trust: bool = False) -> None:
 
 
 def _named(folder: Path) -> str | None:
-    """The run a checkpoint says it is of."""
+    """The name of a checkpoint's run."""
     try:
         name = manifest.read(folder, MARKER).get("run")
     except ValueError:

@@ -1,4 +1,4 @@
-"""The curves of a training run, as a picture."""
+"""A plot of the curves of a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Log = Sequence[Mapping[str, float]]
 
 
 def plot_log(path: Path, log: Log) -> None:
-    """Picture of a trainer's ``log_history``: the loss and its parts, and the rank accuracy, over steps."""
+    """Plot a trainer's `log_history`: the loss and its parts, and the rank accuracy, over steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def plot_log(path: Path, log: Log) -> None:
     _curve(accuracy, log, "rank/accuracy", "training batches")
     _curve(accuracy, log, "eval_rank/accuracy", "held out", marker="o")
     losses.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    accuracy.set(xlabel="step", ylabel="pairs ranked right", ylim=(0, 1))
+    accuracy.set(xlabel="step", ylabel="pairs ranked correctly", ylim=(0, 1))
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)
         if axes.lines:

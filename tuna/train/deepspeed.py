@@ -1,14 +1,14 @@
-"""DeepSpeed under `TunaTrainer`: reading its settings, starting it, and making sure it really is there.
+"""DeepSpeed under `TunaTrainer`: reading its settings, starting it, and checking that it is in use.
 
-Nothing of DeepSpeed is wrapped: settings are DeepSpeed's own, as a mapping, or a JSON or YAML file (YAML, since
-settings want comments). What is here keeps known traps away:
+DeepSpeed is not wrapped: settings are DeepSpeed's own, as a mapping or a JSON or YAML file (YAML allows comments).
+This module avoids known problems:
 
-- On a machine without an accelerator DeepSpeed must be told so before its first import, and accelerate may
-  leave DeepSpeed out without a word; `check_engine` holds that it is in use, on all ranks.
-- DeepSpeed compiles helpers on first use. The one for CPU inference takes minutes and training never calls it:
-  it is marked as not to be had. Adam on the CPU is compiled by one process a node at a time, under a lock that
-  the system takes back from a killed process (the lock file of torch's own builder stays and hangs every
-  later run).
+- On a machine without an accelerator, DeepSpeed must be configured before its first import, and accelerate may
+  silently not use DeepSpeed; `check_engine` checks on all ranks that it is in use.
+- DeepSpeed compiles helpers on first use. The one for CPU inference takes minutes and is never called in training:
+  it is marked as unavailable. Adam on the CPU is compiled by one process per node at a time, under a lock that
+  the system releases when a process is killed (the lock file of torch's own builder remains and hangs every later
+  run).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_settings(source: str | os.PathLike[str] | Mapping[str, Any]) -> Setting
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no mapping of settings, or settings that cannot work here; the message names the key.
+        ValueError: not a mapping, or unsupported settings; the message names the key.
     """
     if isinstance(source, Mapping):
         where, content = "deepspeed", dict(source)
@@ -66,32 +66,32 @@ def _check(where: str, settings: Settings) -> None:
     if stage not in (1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage = {stage!r} is not one of 1, 2, 3")
     if enabled(settings, "fp16") and not torch.accelerator.is_available():
-        raise ValueError(f"{where}: fp16.enabled needs a GPU: DeepSpeed has no float16 on the CPU; use bf16 or float32")
+        raise ValueError(f"{where}: fp16.enabled is not supported without a GPU; use bf16 or float32")
     if "gradient_clipping" not in settings:
         raise ValueError(
-            f"{where}: gradient_clipping is missing: DeepSpeed then clips at 1.0 whatever max_grad_norm says; "
-            'give "auto" (max_grad_norm) or a number (0: off)'
+            f"{where}: gradient_clipping is missing: DeepSpeed would then clip at 1.0 and ignore max_grad_norm; "
+            'set "auto" (max_grad_norm) or a number (0: off)'
         )
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if settings.get(key, "auto") != "auto":
             raise ValueError(
-                f"{where}: {key} = {settings[key]!r} must be left out or 'auto': batches are set by "
+                f"{where}: {key} = {settings[key]!r} must be omitted or 'auto': batches are set by "
                 "per_device_train_batch_size (groups) or tokens_per_batch, and gradient_accumulation_steps"
             )
 
 
 def stage_of(settings: Mapping[str, Any]) -> Any:
-    """The ZeRO stage, 0 where none is given."""
+    """The ZeRO stage, 0 if none is given."""
     return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 def enabled(settings: Mapping[str, Any], precision: str) -> bool:
-    """Whether ``bf16`` or ``fp16`` is switched on outright ("auto" is the trainer's setting)."""
+    """Whether `bf16` or `fp16` is explicitly enabled ("auto" follows the trainer's setting)."""
     return settings.get(precision, {}).get("enabled") is True
 
 
 def prepare(settings: Settings) -> Settings:
-    """Make DeepSpeed ready in this process, and ``settings`` complete; before anything imports DeepSpeed.
+    """Set up DeepSpeed in this process and complete `settings`; call before anything imports DeepSpeed.
 
     Raises:
         ImportError: DeepSpeed is missing or too old.
@@ -103,11 +103,11 @@ def prepare(settings: Settings) -> Settings:
     except ImportError as error:
         raise ImportError("deepspeed is not installed: pip install 'tuna-kernels[deepspeed]'") from error
     if Version(deepspeed.__version__) < Version(MINIMUM):
-        raise ImportError(f"deepspeed {deepspeed.__version__} is too old: {MINIMUM} or later")
-    # The table of what this machine can compile; an entry set to False is not compiled. This one serves
-    # inference on CPUs alone and takes minutes.
+        raise ImportError(f"deepspeed {deepspeed.__version__} is too old: {MINIMUM} or later is needed")
+    # DeepSpeed's table of what this machine can compile; an entry set to False is not compiled. This one is for
+    # inference on CPUs only and takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # started by no launcher: DeepSpeed and accelerate ask for one rank's surroundings
+    if "RANK" not in os.environ:  # no launcher: DeepSpeed and accelerate expect the environment of a single rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -120,7 +120,7 @@ def prepare(settings: Settings) -> Settings:
 
 
 def needs_cpu_adam(settings: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed will use its own Adam on the CPU, which it has to compile."""
+    """Whether DeepSpeed will use its own CPU Adam, which must be compiled."""
     device = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     optimizer = settings.get("optimizer", {})
     ours = optimizer.get("params", {}).get("torch_adam", False) or not settings.get("zero_force_ds_cpu_optimizer", True)
@@ -128,7 +128,7 @@ def needs_cpu_adam(settings: Mapping[str, Any]) -> bool:
 
 
 def build_cpu_adam() -> None:
-    """Compile and load DeepSpeed's Adam for the CPU, one process of a node after the other."""
+    """Compile and load DeepSpeed's CPU Adam, one process per node at a time."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -139,10 +139,10 @@ def build_cpu_adam() -> None:
 
 @contextmanager
 def build_lock(root: Path, name: str) -> Iterator[None]:
-    """The right to compile the extension ``name`` under ``root``, for one process at a time.
+    """A lock on compiling the extension `name` under `root`, for one process at a time.
 
-    The lock is the system's, so a killed process gives it back. Torch's own builder marks a build by a file that a
-    killed process leaves behind, for which every later one waits; whoever holds our lock may remove it.
+    The operating system releases the lock of a killed process. Torch's own builder uses a lock file, which a killed
+    process leaves behind and every later one waits for; the holder of this lock removes it.
     """
     import fcntl
 
@@ -156,34 +156,34 @@ def build_lock(root: Path, name: str) -> Iterator[None]:
 
 
 def check_engine(wrapped: Any, world_size: int) -> None:
-    """Hold that ``wrapped`` is a DeepSpeed engine over ``world_size`` ranks.
+    """Check that `wrapped` is a DeepSpeed engine over `world_size` ranks.
 
     Raises:
-        RuntimeError: accelerate left DeepSpeed out, or they count ranks differently.
+        RuntimeError: accelerate does not use DeepSpeed, or the numbers of ranks differ.
     """
     import deepspeed
 
     if not isinstance(wrapped, deepspeed.DeepSpeedEngine):
         raise RuntimeError(
-            f"DeepSpeed was asked for but is not in use: the model is wrapped in {type(wrapped).__name__}. Start with "
+            f"DeepSpeed was requested but is not in use: the model is wrapped in {type(wrapped).__name__}. Start with "
             "torchrun, deepspeed or accelerate launch"
         )
     if wrapped.world_size != world_size:
-        raise RuntimeError(f"DeepSpeed counts {wrapped.world_size} ranks, the trainer {world_size}")
+        raise RuntimeError(f"DeepSpeed has {wrapped.world_size} ranks, the trainer {world_size}")
 
 
 def on_nvme(settings: Mapping[str, Any]) -> bool:
-    """Whether states or weights live on a disk, where DeepSpeed cannot load a universal checkpoint into them."""
+    """Whether states or weights are offloaded to NVMe, where DeepSpeed cannot load a universal checkpoint."""
     parts = ("offload_optimizer", "offload_param")
     return any(settings.get("zero_optimization", {}).get(part, {}).get("device") == "nvme" for part in parts)
 
 
 def mend_universal(engine: Any, checkpoint: str | os.PathLike[str]) -> None:
-    """Set right what DeepSpeed's ZeRO-3 gets wrong when it loads a universal checkpoint (seen in 0.19.8).
+    """Correct two errors of DeepSpeed's ZeRO-3 in loading a universal checkpoint (seen in 0.19.8).
 
-    It puts one and the same ``step`` tensor into the states of all sub-groups, so that each update counts as
-    many steps as there are sub-groups, and gives the settings of the first parameter group (its weight decay)
-    to all. Both change the steps that follow. Other stages are left as they are. Called under `trust.loading`.
+    It shares one `step` tensor between the states of all sub-groups, so that each update advances it once per
+    sub-group, and applies the settings of the first parameter group (its weight decay) to all groups. Both change the
+    following steps. Other stages are not changed. Called under `trust.loading`.
     """
     if engine.zero_optimization_stage() != 3:
         return

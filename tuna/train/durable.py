@@ -1,4 +1,4 @@
-"""The stock trainer, made to survive: whole checkpoints, exact resume on any number of ranks, DeepSpeed for sure."""
+"""Transformers' `Trainer` with atomic checkpoints, exact resuming on any number of ranks, and a checked DeepSpeed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ RESUMABLE = ("optimizer.pt", "optimizer.bin", "optimizer_*", "latest")
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins.
+    """How a run starts.
 
     Attributes:
-        run: its name.
-        checkpoint: to go on from, if any.
-        universal: whether that is loaded in DeepSpeed's universal form.
-        changed: names of settings that are others than the checkpoint's.
+        run: name of the run.
+        checkpoint: the checkpoint to resume from, if any.
+        universal: whether it is loaded in DeepSpeed's universal format.
+        changed: names of settings that differ from the checkpoint's.
     """
 
     run: str
@@ -47,10 +47,10 @@ class Start:
 
 
 class DurableTrainer(Trainer):
-    """`transformers.Trainer` with checkpoints as in `tuna.train.checkpoints`; knows nothing of what is trained."""
+    """`transformers.Trainer` with the checkpoints of `tuna.train.checkpoints`, for any model and loss."""
 
     overwrite = False
-    """Whether a run that begins removes the checkpoints of an earlier one in its folder."""
+    """Whether a new run removes the checkpoints of an earlier one in its folder."""
 
     _draft: Path | None = None
     _start = Start("")
@@ -59,25 +59,25 @@ class DurableTrainer(Trainer):
 
     @property
     def shape(self) -> Shape:
-        """What a checkpoint of this run has to fit."""
+        """The shape that checkpoints of this run must fit."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         ranks = self.accelerator.num_processes
         return Shape(ranks, int(plugin.zero_stage) if plugin else 0, ranks * self.args.gradient_accumulation_steps)
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint says it was trained with, see `tuna.train.resuming`."""
+        """The settings saved in a checkpoint, see `tuna.train.resuming`."""
         return resuming.describe_arguments(self.args.to_dict())  # type: ignore[no-untyped-call]
 
-    # Going on
+    # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock trainer's; ``True`` goes on from the last complete checkpoint, or begins where there is none.
+        """As `transformers.Trainer.train`; `True` resumes from the last complete checkpoint, or starts without one.
 
-        SIGTERM and SIGINT end the run after the running step, with a checkpoint (unless ``save_strategy`` is "no").
+        SIGTERM and SIGINT end the run after the current step, with a checkpoint (unless `save_strategy` is "no").
 
         Raises:
-            CheckpointError: a checkpoint that this run cannot go on from.
-            FloatingPointError: a loss or a gradient that is no number.
+            CheckpointError: the checkpoint cannot be resumed.
+            FloatingPointError: non-finite loss or gradient.
             FolderInUse: another process trains in the same folder.
             Stopped: a signal ended the run.
         """
@@ -87,7 +87,7 @@ class DurableTrainer(Trainer):
             self._settings = self.settings()
         with hold(run) if first else nullcontext(), StopSignals() as self.stop:
             decided: list[Any] = [None, None]
-            if first:  # one looks, all do the same
+            if first:  # one process decides for all
                 try:
                     decided[0] = self._decide(run, resume_from_checkpoint)
                 except CheckpointError as error:
@@ -102,28 +102,28 @@ class DurableTrainer(Trainer):
             return super().train(self._start.checkpoint, *args, **kwargs)
 
     def _decide(self, run: Path, wanted: str | bool | None) -> Start:
-        """Where to begin; makes the universal form of a checkpoint where it takes one."""
+        """Choose where to start; converts a checkpoint to the universal format if needed."""
         checkpoints.remove_drafts(run)
         found = self._found(run, wanted)
         if found is None:
             return Start(checkpoints.begin_run(run, clear=self.overwrite and not wanted))
         if not (found / checkpoints.STATE).exists():
-            raise CheckpointError(f"resume_from_checkpoint = {found} is no checkpoint: it holds no {checkpoints.STATE}")
+            raise CheckpointError(f"resume_from_checkpoint = {found} is not a checkpoint: no {checkpoints.STATE}")
         marked = (found / MARKER).exists()
         changed = self._compare(found) if marked else frozenset()
         if not marked:
-            logger.warning("%s was not written here: neither its files nor its settings can be checked", found)
+            logger.warning("%s was not written by Tuna: its files and settings cannot be checked", found)
         if not any(list(found.glob(name)) for name in RESUMABLE):
             raise CheckpointError(
-                f"{found} holds a model and no optimizer (save_only_model): it cannot be gone on from. Begin a new run "
+                f"{found} has a model but no optimizer (save_only_model) and cannot be resumed. Start a new run "
                 f"with it as the model (--model {found}), in another folder"
             )
         universal = checkpoints.check_shape(found, self.shape)
         if universal:
             if deepspeed.on_nvme(self.accelerator.state.deepspeed_plugin.deepspeed_config):
                 raise CheckpointError(
-                    f"{found} was written by another number of ranks or under another ZeRO stage, which cannot be "
-                    "loaded into states on NVMe: go on with states in host memory (device: cpu)"
+                    f"{found} was written by another number of ranks or under another ZeRO stage and cannot be "
+                    "loaded into states on NVMe: resume with states in host memory (device: cpu)"
                 )
             logger.warning("converting %s for another number of ranks or ZeRO stage", found)
             checkpoints.make_universal(found, trust=self._trust)
@@ -132,13 +132,13 @@ class DurableTrainer(Trainer):
         return Start(name, str(found), universal, changed)
 
     def _found(self, run: Path, wanted: str | bool | None) -> Path | None:
-        """The checkpoint that is wanted, whole."""
+        """The requested checkpoint, verified."""
         if wanted is True:
             found, faults = checkpoints.newest(run)
             for fault in faults if found else ():
-                logger.warning("%s; going on from the one before, %s", fault, found)
+                logger.warning("%s; resuming from the one before, %s", fault, found)
             if found is None and faults:
-                raise CheckpointError("\n".join([f"{run} holds no checkpoint to go on from:", *faults]))
+                raise CheckpointError("\n".join([f"{run} has no checkpoint that can be resumed:", *faults]))
             if found is None:
                 logger.warning("no complete checkpoint in %s: starting from the beginning", run)
             return found
@@ -150,32 +150,32 @@ class DurableTrainer(Trainer):
         return given
 
     def _compare(self, found: Path) -> frozenset[str]:
-        """The settings that differ from the checkpoint's; those that may not differ are an error."""
+        """The settings that differ from the checkpoint's; raises if one of them must not differ."""
         marker = manifest.read(found, MARKER)
         differences = resuming.compare(marker.get("settings") or {}, self._settings)
         step, limit = int(marker["step"]), self.args.max_steps
         if 0 < limit < step:
             raise CheckpointError(
-                f"max_steps = {limit}, but {found} is at step {step} already: train no more of it, "
-                "give more steps, or begin again in another folder"
+                f"max_steps = {limit}, but {found} is already at step {step}: raise max_steps, or start a new run "
+                "in another folder"
             )
         allowed = getattr(self.args, "allow_changes", False)
         if differences.kind:
-            lines = [f"{found} was written by another kind of run:", *differences.kind]
-            raise CheckpointError("\n  ".join(lines) + "\nUse those settings, or begin a new run in another folder.")
+            lines = [f"{found} was written by a different kind of run:", *differences.kind]
+            raise CheckpointError("\n  ".join(lines) + "\nUse those settings, or start a new run in another folder.")
         if differences.fixed and not allowed:
             lines = [f"{found} differs from this run:", *differences.fixed]
             raise CheckpointError(
-                "\n  ".join(lines) + "\nUse those settings, begin a new run in another folder, or give --allow-changes "
-                "to go on all the same: groups may then come twice in an epoch, or not at all."
+                "\n  ".join(lines) + "\nUse those settings, start a new run in another folder, or give --allow-changes "
+                "to resume anyway: groups may then occur twice in an epoch, or not at all."
             )
         if differences.fixed or differences.told:
-            lines = [f"settings differ from those of {found}; from step {step + 1} on the new ones hold:"]
+            lines = [f"settings differ from those of {found}; the new ones apply from step {step + 1} on:"]
             logger.warning("\n  ".join([*lines, *differences.fixed, *differences.told]))
         ranks = checkpoints.Shape(**marker["shape"]).ranks
         if ranks != self.shape.ranks:
             logger.warning(
-                "%s was written by %d ranks, this run has %d: random states begin anew (they matter to dropout alone)",
+                "%s was written by %d ranks, this run has %d: random states are reset (this affects dropout only)",
                 found,
                 ranks,
                 self.shape.ranks,
@@ -183,7 +183,7 @@ class DurableTrainer(Trainer):
         return differences.names
 
     def _from_first(self, value: list[Any]) -> list[Any]:
-        """``value`` of the first process, on all."""
+        """The first process's `value`, on all processes."""
         return value if self.accelerator.num_processes == 1 else list(broadcast_object_list(value))
 
     @property
@@ -200,10 +200,10 @@ class DurableTrainer(Trainer):
         with reading(Path(checkpoint)) if checkpoint else nullcontext():
             found = super()._init_training_state(max_steps, *args, **kwargs)
         if checkpoint:
-            # How often to log, evaluate and save is this run's to say; the checkpoint's state holds the old run's.
+            # This run decides how often to log, evaluate and save; the checkpoint's state has the old run's intervals.
             self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
             best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
-            if best.is_dir():  # where the folder was moved or copied, its own and not the old place's
+            if best.is_dir():  # if the folder was moved or copied, use its own, not that of the old location
                 self.state.best_model_checkpoint = str(best)
         return found
 
@@ -220,7 +220,7 @@ class DurableTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As the stock trainer's; called before a checkpoint is loaded into optimizer and schedule."""
+        """As `transformers.Trainer.create_scheduler`; called before a checkpoint is loaded."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         groups = getattr(self.optimizer, "param_groups", [])
         self._fresh_groups = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -250,7 +250,7 @@ class DurableTrainer(Trainer):
     # Saving, and stopping early
 
     def _stop_agreed(self) -> bool:
-        """Whether all ranks know that the run is to end after this step."""
+        """Whether all ranks know that the run ends after this step."""
         return self.stop.received is not None and self.accelerator.num_processes == 1
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -258,7 +258,9 @@ class DurableTrainer(Trainer):
         if stopping:
             self.control.should_log = True
             self.control.should_save = str(getattr(self.args.save_strategy, "value", "")) != "no"
-            if self.args.metric_for_best_model is None:  # else the run that goes on would choose among others
+            if (
+                self.args.metric_for_best_model is None
+            ):  # otherwise the resumed run would choose among other evaluations
                 self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stopping:
@@ -280,7 +282,7 @@ class DurableTrainer(Trainer):
         draft, target = run / checkpoints.DRAFT / name, run / name
         writes = self.args.should_save
         try:
-            self._draft = draft.parent  # where the stock trainer puts it
+            self._draft = draft.parent  # where transformers writes it
             super()._save_checkpoint(model, trial)
             self._draft = None
             if self.state.best_model_checkpoint == str(draft):
@@ -290,11 +292,11 @@ class DurableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if writes:
                 checkpoints.publish(draft, target, self.shape, run=self._start.run, settings=self._settings)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError where the disk is full
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when the disk is full
             self._draft = None
             shutil.rmtree(draft.parent, ignore_errors=True)
             last = checkpoints.last_complete(run)
-            kept = f"{last} is complete: go on from it with --resume" if last else "there is none before it"
+            kept = f"{last} is complete: resume from it with --resume" if last else "there is no earlier one"
             raise CheckpointError(f"{target} could not be written ({error}); {kept}") from error
         self.accelerator.wait_for_everyone()
         if writes:
@@ -307,6 +309,6 @@ class DurableTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        if not self.args.fp16 and norm is not None:  # loss scaling lets float16 overflow and skips the step
+        if not self.args.fp16 and norm is not None:  # with float16, loss scaling skips steps that overflow
             check_gradient(float(norm), self.state.global_step + 1)
         return norm

@@ -1,6 +1,6 @@
-"""Settings that would have no effect in a run: refused, or where they may stand in a file for other runs, warned of.
+"""Settings without effect in a run: an error, or a warning if they may be in a file shared with other runs.
 
-One table each. A setting is idle where it was given (its value is not the default) and its condition holds.
+One table each. A setting is idle if it was given (its value is not the default) and its condition holds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["check_effects", "check_mappings"]
 
 logger = logging.getLogger(__name__)
 
-# Settings of the stock trainer that no code of ours asks for, by what they are about.
+# Settings of transformers' `Trainer` that have no meaning here, by reason.
 OURS = {
-    "the loss is divided by counts over all devices in any case": ("average_tokens_across_devices",),
+    "the loss is always divided by counts over all devices": ("average_tokens_across_devices",),
     "a pass over a tree uses no cache": ("use_cache",),
     "evaluation keeps scores and no predictions": (
         "prediction_loss_only",
@@ -35,14 +35,14 @@ OURS = {
         "batch_eval_metrics",
     ),
     "a batch is a packed tree, it has no columns": ("label_names", "length_column_name"),
-    "batches are packed by a thread of their own": (
+    "batches are packed in a separate thread": (
         "dataloader_persistent_workers",
         "dataloader_prefetch_factor",
         "dataloader_in_order",
         "dataloader_multiprocessing_context",
     ),
-    "SIGTERM saves a checkpoint in any case": ("enable_jit_checkpoint",),
-    "launchers say it in LOCAL_RANK": ("local_rank",),
+    "SIGTERM always saves a checkpoint": ("enable_jit_checkpoint",),
+    "launchers set it in LOCAL_RANK": ("local_rank",),
     "use tuna score": ("do_predict",),
 }
 PACKED = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
@@ -71,15 +71,15 @@ NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
 NO_WARMUP = ("constant", "greedy", "reduce_lr_on_plateau")
 WITH_TARGETS = ("galore", "apollo", "lomo", "layerwise")
 NAMED_RUNS = ("wandb", "mlflow", "comet_ml", "swanlab", "trackio")
-# The packages of the services that report_to names, where they are called otherwise.
+# Packages of `report_to` services whose names differ from the service's.
 SERVICES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit"}
 
 
 def check_effects(config: Any) -> None:
-    """Refuse or warn of the settings of a `tuna.train.config.TunaConfig` that would do nothing.
+    """Check a `tuna.train.config.TunaConfig` for settings without effect.
 
     Raises:
-        ValueError: a setting without effect, or one that needs what is missing; the message names it and why.
+        ValueError: a setting without effect, or one that needs a missing package; the message names it and the reason.
     """
     for name, reason in _idle(config):
         if is_given(config, name):
@@ -95,16 +95,16 @@ def check_effects(config: Any) -> None:
 
 
 def _shown(config: Any, name: str) -> str:
-    """A setting with its value, as it is written; a token without."""
+    """A setting with its value, as the user writes it; a token without its value."""
     value = getattr(config, name)
     return name if name == "hub_token" else f"{name} = {getattr(value, 'value', value)!r}"
 
 
 def check_mappings(config: Any) -> None:
-    """Refuse values that transformers would take for a file's descriptor and wait for, or fail on far from here.
+    """Reject values that transformers would treat as a file descriptor and wait for, or fail on much later.
 
     Raises:
-        ValueError: a setting that is neither a mapping, nor text (a file, or JSON).
+        ValueError: a setting is neither a mapping nor text (a file, or JSON).
     """
     for name in MAPPINGS:
         value = getattr(config, name, None)
@@ -113,7 +113,7 @@ def check_mappings(config: Any) -> None:
 
 
 def is_given(config: Any, name: str) -> bool:
-    """Whether a field has another value than its default."""
+    """Whether the value of a field differs from its default."""
     field = next((item for item in fields(config) if item.name == name), None)
     if field is None:  # of another version of transformers
         return False
@@ -122,12 +122,12 @@ def is_given(config: Any, name: str) -> bool:
 
 
 def _idle(config: Any) -> Iterator[tuple[str, str]]:
-    """Settings that do nothing in this run, each with the reason."""
+    """Settings without effect in this run, each with the reason."""
     for reason, names in OURS.items():
         yield from ((name, reason) for name in names)
     if config.device.type == "cpu":
-        yield "fp16", "the CPU has no float16 training; use bf16, or float32"
-        yield "torch_empty_cache_steps", "there is no cache of a GPU to empty"
+        yield "fp16", "training in float16 is not supported on the CPU; use bf16 or float32"
+        yield "torch_empty_cache_steps", "there is no GPU cache to empty"
     if config.tokens_per_batch is not None:
         yield "auto_find_batch_size", "tokens_per_batch decides how many groups a batch holds"
     for name, strategy in (("logging_steps", "logging"), ("eval_steps", "eval"), ("save_steps", "save")):
@@ -157,16 +157,16 @@ def _idle(config: Any) -> Iterator[tuple[str, str]]:
     if any(part in optimizer for part in NO_ADAM):
         yield from ((name, f"optim = {optimizer!r} is not Adam") for name in OF_ADAM)
     if optimizer in NO_ARGUMENTS:
-        yield "optim_args", f"optim = {optimizer!r} takes none"
+        yield "optim_args", f"optim = {optimizer!r} has no arguments"
     schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
-    if schedule in NO_WARMUP and config.warmup_steps:  # 0 says the same
+    if schedule in NO_WARMUP and config.warmup_steps:  # 0 is equivalent
         yield "warmup_steps", f"lr_scheduler_type = {schedule!r} has no warm-up"
     if not any(part in optimizer for part in WITH_TARGETS):
         yield "optim_target_modules", f"optim = {optimizer!r} updates all weights alike"
 
 
 def _perhaps_idle(config: Any) -> Iterator[tuple[str, str]]:
-    """Settings that do nothing in this run, but stand in files beside what overrides them."""
+    """Settings without effect in this run that are common in files together with what overrides them."""
     if config.max_steps > 0:
         yield "num_train_epochs", f"max_steps = {config.max_steps} decides"
     if config.tokens_per_batch is not None:
@@ -177,14 +177,14 @@ def _perhaps_idle(config: Any) -> Iterator[tuple[str, str]]:
     if config.world_size == 1:
         yield from ((name, "there is one process") for name in OF_RANKS)
     if not any(name in config.report_to for name in NAMED_RUNS):
-        yield "run_name", f"report_to names none of {', '.join(NAMED_RUNS)}"
+        yield "run_name", f"report_to has none of {', '.join(NAMED_RUNS)}"
 
 
 def _check_packages(config: Any) -> None:
     for service in config.report_to:
         if not isinstance(service, str):
             raise ValueError(f"report_to = {service!r} must be a name, or a list of names")
-        if service == "kubeflow":  # added by transformers inside one of its jobs; it needs no package
+        if service == "kubeflow":  # added by transformers inside a Kubeflow job; needs no package
             continue
         if service == "tensorboard":
             there = find_spec("tensorboard") or find_spec("tensorboardX")
@@ -204,7 +204,7 @@ def _check_packages(config: Any) -> None:
 
 
 def _check_numbers(config: Any) -> None:
-    """Refuse numbers that the stock trainer takes for "not given", or counts down from for ever."""
+    """Reject numbers that transformers treats as "not given" or that lead to an endless loop."""
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(f"max_steps = {config.max_steps} must be at least 1 (-1: num_train_epochs decides)")
     if config.max_steps < 0 and config.num_train_epochs <= 0:
@@ -222,7 +222,7 @@ def _check_numbers(config: Any) -> None:
 
 
 def _check_names(config: Any) -> None:
-    """Refuse names that transformers and torch look up late, and do not find."""
+    """Reject unknown names that transformers and torch would look up only later."""
     allowed: dict[str, Any] = dict.fromkeys(("log_level", "log_level_replica"), trainer_log_levels)
     values = {name: getattr(config, name) for name in allowed}
     compiling = config.compile_options or {}
@@ -248,7 +248,7 @@ def _package(service: str) -> str:
 
 
 def _check_schedule(config: Any) -> None:
-    """Refuse arguments that the schedule does not take, before the run comes to it."""
+    """Reject arguments that the schedule does not accept, at the start rather than during the run."""
     given = config.lr_scheduler_kwargs
     if not given:
         return
@@ -262,11 +262,11 @@ def _check_schedule(config: Any) -> None:
     for key in given:
         if key not in known and "kwargs" not in taken:
             possible = ", ".join(known) or "none"
-            raise ValueError(f"lr_scheduler_kwargs has {key!r}; the schedule {name.value!r} takes {possible}")
+            raise ValueError(f"lr_scheduler_kwargs has {key!r}; the schedule {name.value!r} accepts {possible}")
 
 
 def _check_loaders(config: Any) -> None:
-    """Refuse settings of accelerate's loaders: ours is none of them."""
+    """Reject settings of accelerate's loaders, which are not used."""
     settings = config.accelerator_config
     for name in PACKED:
         if settings is not None and is_given(settings, name):

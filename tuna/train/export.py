@@ -25,30 +25,30 @@ ADAPTER = "adapter_config.json"
 def export(
     source: Path, output: Path, *, model: str | None = None, dtype: torch.dtype | None = None, trust: bool = False
 ) -> Path:
-    """Write the model of a checkpoint as a plain one: ZeRO shards joined, an adapter merged.
+    """Write the model of a checkpoint as a plain model: ZeRO shards joined, an adapter merged.
 
     Args:
-        source: a checkpoint, an adapter, or the folder of a run (its last complete checkpoint is taken).
+        source: a checkpoint, an adapter, or the folder of a run (for its last complete checkpoint).
         output: a folder that does not exist yet.
-        model: what an adapter was trained on; default: what the adapter says.
-        dtype: of the weights written; default: that of the model. Under DeepSpeed they come from the float32
+        model: the base model of an adapter; default: the one recorded in the adapter.
+        dtype: of the weights written; default: that of the model. Under DeepSpeed they are converted from the float32
             master weights.
-        trust: let a checkpoint that holds more than tensors and plain values run code.
+        trust: load a checkpoint that contains more than tensors and plain values, which may run code.
 
     Returns:
-        The checkpoint exported.
+        The exported checkpoint.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: ``output`` exists or lies in the checkpoint, a checkpoint without a model, or an adapter without
+        FileNotFoundError: no checkpoint found.
+        ValueError: `output` exists or is inside the checkpoint, a checkpoint without a model, or an adapter without
             its base.
-        CheckpointError: the checkpoint is damaged, or holds code that is not trusted.
+        CheckpointError: the checkpoint is damaged, or contains code that is not trusted.
     """
     checkpoint = _checkpoint(source)
     if output.exists() or output.is_symlink():
         raise ValueError(f"output = {output} exists: choose another folder")
     if is_in(output, checkpoint):
-        raise ValueError(f"output = {output} lies in the checkpoint {checkpoint}: choose another folder")
+        raise ValueError(f"output = {output} is inside the checkpoint {checkpoint}: choose another folder")
     if (checkpoint / MARKER).exists() and (wrong := checkpoints.fault(checkpoint)) is not None:
         raise CheckpointError(wrong)
     sharded = (checkpoint / "latest").exists()
@@ -84,7 +84,7 @@ def export(
 
 
 def zero_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Float32 weights of a DeepSpeed checkpoint by name (an adapter's alone where the rest is frozen)."""
+    """Float32 weights of a DeepSpeed checkpoint by name (only the adapter's if the rest is frozen)."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     frozen = (checkpoint / ADAPTER).exists()
@@ -93,7 +93,7 @@ def zero_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def filled(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """``model`` with these weights; a tied one may be given once.
+    """Load these weights into `model`; a tied weight may be given once.
 
     Raises:
         ValueError: a weight is missing or unknown.
@@ -108,11 +108,11 @@ def filled(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedM
 
 
 def merged_from(adapted: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A plain model with the adapter merged, from a `peft` model whose own weights may be sharded.
+    """A plain model with the adapter merged, from a `peft` model whose weights may be sharded.
 
     Args:
         adapted: the `peft` model; only its configuration is read.
-        weights: all its weights, whole, by name.
+        weights: all its weights by name, unsharded.
     """
     from peft import get_peft_model
 
@@ -127,12 +127,12 @@ def merged_from(adapted: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 def _checkpoint(source: Path) -> Path:
     if not source.is_dir():
-        raise FileNotFoundError(f"no checkpoint or run folder {source}")
+        raise FileNotFoundError(f"no such checkpoint or run folder: {source}")
     if (source / checkpoints.STATE).exists() or (source / ADAPTER).exists():
         return source
     found = checkpoints.last_complete(source)
     if found is None:
-        raise FileNotFoundError(f"{source} is no checkpoint and holds no complete one")
+        raise FileNotFoundError(f"{source} is not a checkpoint and has no complete one")
     return found
 
 
@@ -142,7 +142,7 @@ def _merged(checkpoint: Path, masters: Mapping[str, Tensor] | None, model: str |
     config = PeftConfig.from_pretrained(str(checkpoint))
     name = model or config.base_model_name_or_path
     if not name:
-        raise ValueError(f"model = None, and the adapter in {checkpoint} does not say of which model it is: name it")
+        raise ValueError(f"model = None, and the adapter in {checkpoint} does not name its base model: give it")
     base, _ = load_model(name)
     if masters is None:
         adapted = PeftModel.from_pretrained(base, checkpoint)

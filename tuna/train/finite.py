@@ -1,4 +1,4 @@
-"""What stops a run before it does harm: a loss that is no number."""
+"""Stops a run at a non-finite loss, before the weights are updated."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SHOWN_IDS = 20
 
 
 class FiniteLoss:
-    """Looks at the losses of an optimizer step once, before its last backward and so before the weights move.
+    """Checks the losses of an optimizer step once, before its last backward and so before the weights change.
 
-    All ranks look together and stop together. One host synchronisation a step.
+    All ranks check together and stop together. One host synchronisation per step.
 
     Args:
-        wish: whether this rank wants the run to end after the step; the ranks come to know of it together, too.
+        wish: whether this rank wants the run to end after the step; shared between the ranks at the same time.
 
     Attributes:
-        wished: whether any rank did, at the last look.
+        wished: whether any rank wanted to end at the last check.
     """
 
     def __init__(self, wish: Callable[[], bool] = lambda: False) -> None:
@@ -30,14 +30,14 @@ class FiniteLoss:
         self._seen: list[tuple[Tensor, list[str]]] = []
 
     def start_step(self, batches: int) -> None:
-        """A step of so many micro-batches of this rank begins."""
+        """Start a step of `batches` micro-batches on this rank."""
         self._expected, self._seen = batches, []
 
     def add(self, loss: Tensor, ids: list[str], step: int) -> None:
-        """Take in the loss of a micro-batch of these records; at the step's last one, look at all.
+        """Add the loss of a micro-batch of these records; the step's last call checks all of them.
 
         Raises:
-            FloatingPointError: on all ranks, with the step and the records of the micro-batches at fault.
+            FloatingPointError: non-finite loss; raised on all ranks, names the step and the records.
         """
         self._seen.append((torch.isfinite(loss.detach()), ids))
         if len(self._seen) != self._expected:
@@ -53,20 +53,20 @@ class FiniteLoss:
         records = [record for batch in gather_object(mine) for record in batch]
         more = f" and {len(records) - SHOWN_IDS} more" if len(records) > SHOWN_IDS else ""
         raise FloatingPointError(
-            f"the loss of step {step} is not finite, in micro-batches of the records "
-            f"{', '.join(records[:SHOWN_IDS])}{more}; the weights are those before the step and the last checkpoint is "
-            "untouched: look at these records, lower learning_rate or set max_grad_norm, and go on with --resume"
+            f"non-finite loss at step {step}, in micro-batches with the records "
+            f"{', '.join(records[:SHOWN_IDS])}{more}; this step did not change the weights and the last checkpoint is "
+            "intact: check these records, lower learning_rate or set max_grad_norm, and continue with --resume"
         )
 
 
 def check_gradient(norm: float, step: int) -> None:
-    """Hold that the gradient's norm is a number.
+    """Check that the gradient norm is finite.
 
     Raises:
-        FloatingPointError: it is not; nothing of this step gets into a checkpoint.
+        FloatingPointError: it is not; nothing of this step is saved in a checkpoint.
     """
     if not abs(norm) < float("inf"):
         raise FloatingPointError(
-            f"the gradient norm of step {step} is {norm}: stopped before a checkpoint could hold it; go on from the "
-            "last checkpoint with --resume and a lower learning_rate or max_grad_norm"
+            f"non-finite gradient at step {step} (norm {norm}): stopped before saving; continue from the last "
+            "checkpoint with --resume and a lower learning_rate or max_grad_norm"
         )

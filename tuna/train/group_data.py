@@ -1,4 +1,4 @@
-"""What a trainer is given as data, as tokenised groups, and what is to be said of it before the first step."""
+"""A trainer's datasets as tokenised groups, and their checks before the first step."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ GroupData = Sequence[TokenizedGroup] | Sequence[Record] | Sequence[Mapping[str, 
 
 
 def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[TokenizedGroup]:
-    """``dataset`` as tokenised groups; records, and rows of records, are tokenised by the settings in ``args``.
+    """`dataset` as tokenised groups; records, and rows of records, are tokenised with the settings in `args`.
 
     Raises:
-        TypeError: elements of another kind.
-        ValueError: records without a tokenizer, or none that can be used; several splits of a dataset.
+        TypeError: elements of another type.
+        ValueError: records without a tokenizer, no usable record, or several splits of a dataset.
     """
     if isinstance(dataset, Mapping):
-        raise ValueError(f"train_dataset holds several splits, pass one of them: {', '.join(map(str, dataset))}")
+        raise ValueError(f"train_dataset has several splits, pass one of them: {', '.join(map(str, dataset))}")
     items: list[Any] = list(dataset)
     if all(isinstance(item, TokenizedGroup) for item in items):
         return items
     wrong = next((item for item in items if not isinstance(item, Record | Mapping)), None)
     if wrong is not None or len({isinstance(item, Record) for item in items}) > 1:
-        odd = type(wrong).__name__ if wrong is not None else "several of them"
-        raise TypeError(f"a dataset holds TokenizedGroup, Record or rows of records, all of one kind, not {odd}")
+        odd = type(wrong).__name__ if wrong is not None else "a mixture"
+        raise TypeError(f"a dataset must have TokenizedGroup, Record or rows of records, all of one kind, not {odd}")
     if tokenizer is None:
         raise ValueError("records need a tokenizer: pass processing_class=tokenizer")
     rows = items and isinstance(items[0], Mapping)
@@ -50,14 +50,14 @@ def tokenized(dataset: GroupData, args: TunaConfig, tokenizer: PreTrainedTokeniz
     for line in problem_lines(problems):
         logger.warning("%s", line)
     if not groups:
-        raise ValueError(f"none of the {len(items)} records can be used; the first problem: {problems[0]}")
+        raise ValueError(f"none of the {len(items)} records can be used; first problem: {problems[0]}")
     return groups
 
 
 def check_data(
     model: nn.Module, train: Any, evaluation: Any, args: TunaConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Refuse tokens without an embedding, tell what is odd, and let the model's generation end where responses do."""
+    """Reject tokens without an embedding, log warnings, and set the end token in the model's generation config."""
     sets = dict(evaluation) if isinstance(evaluation, Mapping) else {"": evaluation} if evaluation else {}
     for groups in (train or (), *sets.values()):
         check_vocabulary(model, groups, tokenizer)

@@ -1,4 +1,4 @@
-"""The log of a run as lines of JSON, beside whatever `report_to` names (TensorBoard, Weights & Biases …)."""
+"""The log of a run as JSON lines, in addition to the services in `report_to` (TensorBoard, Weights & Biases …)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ LOG_FILE = "log.jsonl"
 
 
 def default_reports() -> list[str]:
-    """TensorBoard where it is installed."""
+    """TensorBoard if it is installed."""
     return ["tensorboard"] if find_spec("tensorboard") is not None else []
 
 
 class JsonLines(TrainerCallback):
-    """Appends every log entry, with its step and epoch, to a file; the first process writes.
+    """Appends every log entry, with its step and epoch, to a file; only the first process writes.
 
-    A run that goes on from a checkpoint first drops the entries after it: they come again. A ``fresh`` one
-    begins a new file.
+    A resumed run first drops the entries after its checkpoint, since those steps are run again. A `fresh` run starts
+    a new file.
     """
 
     def __init__(self, path: Path, *, fresh: bool) -> None:
@@ -32,7 +32,7 @@ class JsonLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines up to the step that training goes on from."""
+        """Keep the lines up to the step at which training resumes."""
         if not state.is_world_process_zero:
             return
         self._begin()
@@ -41,7 +41,7 @@ class JsonLines(TrainerCallback):
             file.writelines(line + b"\n" for line in kept)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One line."""
+        """Write one line."""
         if state.is_world_process_zero:
             self._begin()
             entry = {"step": state.global_step, "epoch": state.epoch, **(kwargs.get("logs") or {})}
@@ -56,7 +56,7 @@ class JsonLines(TrainerCallback):
 
 
 def _lines(path: Path) -> list[bytes]:
-    """Whole lines; one cut by a kill is no JSON and goes."""
+    """The complete lines; one truncated by a kill is not JSON and is dropped."""
     if not path.exists():
         return []
     lines = []

@@ -1,8 +1,8 @@
-"""One pass or two phases: what each would hold in memory, and what is free.
+"""One pass or two phases: estimates of the memory of each, and of the free memory.
 
-An estimate from the model's configuration, in bytes per packed token; `docs/memory.md` has the derivation and
-how far measurements are from it. It decides `TunaConfig.memory` = ``"auto"``, where the safe side costs a forward
-and the other side the run, so it adds a margin.
+Estimated from the model's configuration in bytes per packed token; `docs/memory.md` has the derivation and a
+comparison with measurements. It decides `TunaConfig.memory = "auto"`. An estimate that is too high costs a forward, one
+that is too low the run, so a margin is added.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tuna_kernels.integrations.transformers.two_phase.requests import why_not_tw
 logger = logging.getLogger(__name__)
 
 MARGIN = 1.25
-"""On activations: gradients of one layer's activations, temporaries, fragments of the allocator."""
+"""Factor on activations: gradients of one layer's activations, temporaries, allocator fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class ActivationModel:
     """Bytes of a decoder's training step per packed token.
 
     Attributes:
-        layers: number of them.
-        inside: what one layer keeps for its backward.
+        layers: number of layers.
+        inside: activations one layer keeps for its backward.
         boundary: the hidden state between two layers.
         keys: keys and values of one layer.
-        exact_keys: the same in float32, as the sums of gradients are kept.
-        checkpointed: layers are computed again in the backward.
-        head: bytes that do not depend on the tokens.
+        exact_keys: the same in float32, the dtype of the gradient sums.
+        checkpointed: layers are recomputed in the backward.
+        head: bytes that do not depend on the number of tokens.
     """
 
     layers: int
@@ -54,17 +54,17 @@ class ActivationModel:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, *, checkpointed: bool, logits_budget: int) -> ActivationModel:
-        """The model of a Llama-like decoder of this configuration, whose activations have ``dtype``."""
+        """The estimate for a Llama-like decoder of this configuration with activations in `dtype`."""
         config = config.get_text_config()
         width, heads = config.hidden_size, config.num_attention_heads
         size = getattr(config, "head_dim", None) or width // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
         item = dtype.itemsize
-        # Inputs of the projections, the normalised states before their gain, and what attention keeps: q, k, v, out
-        # (which is the input of the output projection). The MLP keeps gate, its activation, up and their product.
+        # Inputs of the projections, the normalised states before the gain, and what attention keeps: q, k, v, out
+        # (the input of the output projection). The MLP keeps gate, its activation, up and their product.
         elements = 4 * width + 2 * heads * size + 2 * key_heads * size + 4 * inner
-        norms = 2 * width * (item if item >= 4 else 4)  # norms are taken in float32
+        norms = 2 * width * (item if item >= 4 else 4)  # norms are computed in float32
         return cls(
             layers=config.num_hidden_layers,
             inside=item * elements + norms,
@@ -76,7 +76,7 @@ class ActivationModel:
         )
 
     def graph(self, tokens: int, shared: int = 0) -> float:
-        """The graph of ``tokens`` rows that attend to ``shared`` kept ones besides; a layer joins their keys anew."""
+        """Bytes of the graph of `tokens` rows that also attend to `shared` kept ones (keys concatenated per layer)."""
         layer = tokens * self.inside + shared * self.keys
         if self.checkpointed:
             return self.layers * tokens * self.boundary + layer
@@ -101,14 +101,14 @@ class ActivationModel:
 
 
 class MemoryMode:
-    """Chooses for every micro-batch how it is run, and keeps what there is to log about it.
+    """Chooses one pass or two phases for every micro-batch, and collects the figures to log.
 
     Args:
         model: prepared for trees.
         args: the settings.
 
     Raises:
-        ValueError: ``memory="two_phase"`` and a model that cannot be trained so.
+        ValueError: `memory="two_phase"` with a model that does not support it.
     """
 
     def __init__(self, model: nn.Module, args: TunaConfig) -> None:
@@ -136,14 +136,14 @@ class MemoryMode:
             reason = reason or f"no estimate of the activations: {error}"
         self._possible = not reason
         if args.memory == "auto" and reason:
-            logger.info("memory: one pass, whatever the size of a micro-batch; %s", reason)
+            logger.info("memory: one pass for micro-batches of any size; %s", reason)
 
     def wants_two_phase(self, tree: PackedTree, *, states_made: bool) -> bool:
-        """Whether this rank wants a micro-batch run in two phases.
+        """Whether this rank prefers to run a micro-batch in two phases.
 
         Args:
             tree: the micro-batch.
-            states_made: the optimizer has its states, so that they are no longer free memory.
+            states_made: the optimizer states are already allocated, so free memory no longer has to hold them.
         """
         mode, free = self._args.memory, None
         if mode == "auto":
@@ -157,7 +157,7 @@ class MemoryMode:
         return mode == "two_phase"
 
     def _announce(self, mode: str, tree: PackedTree, free: int | None) -> None:
-        """Say what was chosen, the first time it is."""
+        """Log the choice when it is first made."""
         size, model = self._args.candidates_per_pass, self.estimate
         logger.info(
             "memory: %s for a micro-batch of %d packed tokens%s%s",
@@ -171,16 +171,16 @@ class MemoryMode:
         )
 
     def add(self, tree: PackedTree, output: TwoPhaseOutput) -> None:
-        """Take in a micro-batch that was run in two phases."""
+        """Add a micro-batch that was run in two phases."""
         self._window.append((tree.num_tokens, output))
 
     def flush(self) -> dict[str, float]:
-        """Figures of this rank since the last flush; none where everything ran in one pass.
+        """Figures of this rank since the last flush; empty if everything ran in one pass.
 
-        - ``memory/two_phase``: micro-batches run in two phases, ``memory/passes``: their gradient passes.
-        - ``memory/rows_alive``: packed rows of the largest pass; ``memory/rows_one_pass``: those of one pass.
-        - ``memory/shared_bytes``: keys, values and sums of gradients of prompts, at most.
-        - ``memory/skipped``: candidates left out since they have no gradient.
+        - `memory/two_phase`: micro-batches run in two phases, `memory/passes`: their gradient passes.
+        - `memory/rows_alive`: packed rows of the largest pass; `memory/rows_one_pass`: those of one pass.
+        - `memory/shared_bytes`: maximum bytes of keys, values and gradient sums of prompts.
+        - `memory/skipped`: candidates skipped because they have no gradient.
         """
         window, self._window = self._window, []
         if not window:
@@ -197,8 +197,8 @@ class MemoryMode:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that activations could take: on CUDA what is free and what torch's allocator holds unused; else this
-    process's share of the host's available memory."""
+    """Memory available to activations: on CUDA the free memory and what torch's allocator holds unused; otherwise
+    this process's share of the host's available memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -206,10 +206,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def pending_bytes(model: nn.Module, args: TunaConfig, states_made: bool) -> int:
-    """Gradients, and optimizer states before the first step, that this step has yet to allocate.
+    """Bytes of gradients, and before the first step of optimizer states, that this step will allocate.
 
-    Two states of each trained weight's size: right for AdamW, too much for smaller ones. DeepSpeed allocates both
-    when it starts.
+    Assumes two states of the size of each trained weight: exact for AdamW, too high for optimizers with fewer states.
+    DeepSpeed allocates both at its start.
     """
     if args.deepspeed:
         return 0
@@ -222,7 +222,7 @@ def pending_bytes(model: nn.Module, args: TunaConfig, states_made: bool) -> int:
 
 
 def _lengths(tree: PackedTree) -> Iterator[tuple[int, list[int]]]:
-    """Tokens of each group's prompt and of its responses, from the host's arrays and one look at the rest."""
+    """Tokens of each group's prompt and responses, from host arrays and one copy from the device."""
     lengths = (tree.candidate_offsets_host[1:] - tree.candidate_offsets_host[:-1]).tolist()
     groups = tree.group_offsets_host.tolist()
     first = tree.rows[tree.candidate_offsets[:-1]]

@@ -1,7 +1,7 @@
-"""What a training run logs: everything since the last line of the log, of all ranks together.
+"""Metrics of a training run since its last log line, over all ranks.
 
-A meter keeps what the loss computed anyway, on the device, and looks at it only when a line is due: no host
-synchronisation in between, and nothing of a graph kept alive.
+A meter keeps results of the loss on the device, without their graph, and reads them only for a log line: no host
+synchronisation in between.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Tokens:
 
 @dataclass
 class TrainingMeter:
-    """Collects the micro-batches of one rank; `flush` gives the figures of all ranks since the last flush."""
+    """Collects the micro-batches of one rank; `flush` returns the figures of all ranks since the last flush."""
 
     _steps: int = 0
     _started: float = 0.0
@@ -36,13 +36,13 @@ class TrainingMeter:
     _tokens: _Tokens = field(default_factory=_Tokens)
 
     def start_step(self) -> None:
-        """An optimizer step begins."""
+        """Start an optimizer step."""
         if self._steps == 0:
             self._started = time.perf_counter()
         self._steps += 1
 
     def add(self, batch: Batch, output: RankingLossOutput) -> None:
-        """Take in a counted micro-batch and its loss, as normalised over the whole optimizer step."""
+        """Add a counted micro-batch and its loss, normalised over the whole optimizer step."""
         tree = batch["tree"]
         self._scores.append(PendingScores.of(tree, output.scores, output.logprobs))
         self._parts.append((output.ranking.detach(), output.mle.detach(), output.active.sum()))
@@ -51,15 +51,15 @@ class TrainingMeter:
         self._tokens.padded += batch["padded_tokens"]
 
     def flush(self) -> dict[str, float]:
-        """Figures since the last flush, the same on all ranks; every rank has to call it. Empty if no step.
+        """Figures since the last flush, the same on all ranks; all ranks must call it. Empty without a step.
 
-        - ``loss/rank``, ``loss/mle``: parts of the loss, mean over optimizer steps.
-        - ``rank/…``, ``margin/mean``, ``logps/rank_r``: `tuna.score.metrics.ranking_metrics` of all groups, each
-          scored just before the step that it took part in.
-        - ``active_share``: share of candidates whose log-probabilities had a gradient.
-        - ``tokens/computed``: packed tokens through the model. ``tokens/saved``: how many more k separate
-          unpadded sequences take; ``tokens/padded``: what k padded copies take, the released code's way.
-        - ``tokens/s``: packed tokens per second of wall time, evaluation included.
+        - `loss/rank`, `loss/mle`: parts of the loss, mean over optimizer steps.
+        - `rank/…`, `margin/mean`, `logps/rank_r`: `tuna.score.metrics.ranking_metrics` of all groups, each
+          scored with the weights before its own step.
+        - `active_share`: fraction of candidates whose log-probabilities had a gradient.
+        - `tokens/computed`: packed tokens through the model. `tokens/saved`: additional tokens of k separate
+          unpadded sequences; `tokens/padded`: tokens of k padded copies, as in the released code.
+        - `tokens/s`: packed tokens per second of wall time, evaluation included.
         """
         if self._steps == 0:
             return {}
@@ -82,5 +82,5 @@ class TrainingMeter:
             "tokens/padded": sum(rank.padded for rank in tokens),
             "tokens/s": computed / (time.perf_counter() - self._started),
         }
-        self.__init__()  # type: ignore[misc]  # a fresh window
+        self.__init__()  # type: ignore[misc]  # reset
         return figures

@@ -1,9 +1,9 @@
-"""What a run must share with the checkpoint it goes on from, what may differ, and how a difference is told.
+"""Which settings must be the same as in the checkpoint, which may differ, and how differences are reported.
 
-Settings come in four kinds. A difference in `KIND` cannot be gone on with. One in `FIXED` would make a run that is
-neither the old one nor a new one (the place in the data is counted in its micro-batches), so it takes
-``allow_changes``. `UNTOLD` settings change nothing that is learned. All others are honoured from the next step on,
-and told: the learning rate is one, for a run that stopped on a bad loss.
+Settings come in four kinds. With a difference in `KIND` a checkpoint cannot be resumed. One in `FIXED` gives a run that
+is neither the old one nor a new one (the position in the data is counted in micro-batches), so it needs
+`allow_changes`. `UNTOLD` settings do not affect what is learned and are not reported. All others apply from the next
+step on and are reported, for example the learning rate after a run stopped on a bad loss.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ UNTOLD = (
     "restore_callback_states_from_checkpoint", "run_name", "save_", "skip_memory_metrics", "torch_empty_cache_steps",
     "trackio_", "trust_checkpoint", "use_cpu",
 )  # fmt: skip
-# Schedules whose rate is what they have seen so far, not a function of the step.
+# Schedules whose rate depends on what they have seen so far, not on the step alone.
 STATEFUL = ("reduce_lr_on_plateau", "greedy")
-# What a model's configuration says that is none of its function, or changes as it is loaded, saved and trained.
+# Fields of a model's configuration that do not affect its function, or change by loading, saving and training.
 NO_FUNCTION = (
     "architectures", "chunk_size_feed_forward", "dtype", "id2label", "label2id", "output_", "return_dict",
     "torch_dtype", "transformers_version", "use_cache", "_",
 )  # fmt: skip
-SAMPLED = 64  # values of each frozen weight: enough to tell one model from another
+SAMPLED = 64  # values of each frozen weight: enough to distinguish models
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Lines that name each old and new value.
+    """Differences between a checkpoint and a run, as lines that name the old and the new value.
 
     Attributes:
-        kind: why the checkpoint cannot be gone on from.
-        fixed: what takes ``allow_changes``.
-        told: what is honoured.
+        kind: differences with which the checkpoint cannot be resumed.
+        fixed: differences that need `allow_changes`.
+        told: differences that are applied and reported.
         names: of the settings that differ.
     """
 
@@ -70,7 +70,7 @@ class Differences:
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
-    """The settings that differ. One that only one side knows is of another version of the program: left out."""
+    """The settings that differ. A setting that only one side has is from another version and is ignored."""
     kind: list[str] = []
     fixed: list[str] = []
     told: list[str] = []
@@ -81,12 +81,12 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
         (kind if name in KIND or stateful else fixed if name in FIXED else told).extend(lines)
     if now.get("lr_scheduler_type") in STATEFUL and "learning_rate" in names:
         told.remove(_lines("learning_rate", then["learning_rate"], now["learning_rate"])[0])
-        kind.append(f"learning_rate: {then['learning_rate']} there and changed since by {now['lr_scheduler_type']}")
+        kind.append(f"learning_rate: {then['learning_rate']} before and changed since by {now['lr_scheduler_type']}")
     return Differences(kind, fixed, told, frozenset(names))
 
 
 def describe_arguments(arguments: Mapping[str, Any]) -> Settings:
-    """The trainer's settings as JSON values; one inside another gets a name with a dot."""
+    """The trainer's settings as JSON values; nested settings get names with a dot."""
     kept = {name: value for name, value in arguments.items() if not name.startswith(UNTOLD)}
     found: Settings = {}
 
@@ -103,7 +103,7 @@ def describe_arguments(arguments: Mapping[str, Any]) -> Settings:
 
 
 def describe_data(groups: Sequence[TokenizedGroup], sources: Mapping[str, Any]) -> Settings:
-    """Digests of what is trained on, in order and out of order, and where it is from (for messages alone)."""
+    """Digests of the training data, with and without regard to order, and its sources (for messages only)."""
     each = [_digest_of(group) for group in groups]
     order, content = hashlib.sha256(b"".join(each)), hashlib.sha256(b"".join(sorted(each)))
     named = json.loads(json.dumps(dict(sources), default=str))
@@ -111,7 +111,7 @@ def describe_data(groups: Sequence[TokenizedGroup], sources: Mapping[str, Any]) 
 
 
 def describe_model(model: nn.Module) -> Settings:
-    """What decides whether a checkpoint's weights fit a model, and whether they mean the same there."""
+    """What decides whether a checkpoint's weights fit a model and have the same meaning in it."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     shapes = {name: list(getattr(value, "ds_shape", value.shape)) for name, value in trained.items()}
     settings: Settings = {
@@ -140,17 +140,17 @@ def describe_model(model: nn.Module) -> Settings:
 
 
 def apply_schedule(optimizer: Any, scheduler: Any, fresh: Sequence[Mapping[str, Any]]) -> None:
-    """Let an optimizer and its schedule, both just loaded, go on with the settings of this run.
+    """Apply the settings of this run to an optimizer and its schedule that were just loaded.
 
     Args:
-        optimizer: of torch, with the parameter groups of the checkpoint.
+        optimizer: a torch optimizer with the parameter groups of the checkpoint.
         scheduler: at the checkpoint's step, with the functions of this run.
-        fresh: the settings of each parameter group as this run made them.
+        fresh: the settings of each parameter group in this run.
     """
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return  # DeepSpeed's own, which computes its rates from its settings alone
+        return  # DeepSpeed's schedule computes its rates from its settings alone
     rates: list[Any] = [float(group.get("initial_lr", group["lr"])) for group in fresh]
     scheduler.base_lrs = rates
     now: list[Any] = [
@@ -172,28 +172,28 @@ def _lines(name: str, then: Any, now: Any) -> list[str]:
     if name == "data":
         return [_data_line(then, now)]
     if name == "base":
-        return ["model: other weights under the adapter than there"]
+        return ["model: different weights under the adapter"]
     if name == "weights":
-        return [f"weights: {then['number']} trained there, {now['number']} now, or of other names or shapes"]
+        return [f"weights: {then['number']} trained before, {now['number']} now, or with other names or shapes"]
     if name in ("config", "adapter_settings") and isinstance(then, Mapping) and isinstance(now, Mapping):
         prefix = "model." if name == "config" else ""
         changed = [key for key in now if key in then and then[key] != now[key]]
-        return [f"{prefix}{key}: {_short(then[key])} there, {_short(now[key])} now" for key in changed]
-    return [f"{name}: {_short(then)} there, {_short(now)} now"]
+        return [f"{prefix}{key}: {_short(then[key])} before, {_short(now[key])} now" for key in changed]
+    return [f"{name}: {_short(then)} before, {_short(now)} now"]
 
 
 def _data_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before, after = then.get("from", {}), now.get("from", {})
     named = [
-        f"{key}: {_short(before.get(key))} there, {_short(after.get(key))} now"
+        f"{key}: {_short(before.get(key))} before, {_short(after.get(key))} now"
         for key in {**before, **after}
         if before.get(key) != after.get(key)
     ]
     more = f" ({'; '.join(named)})" if named else ""
     if then["content"] == now["content"]:
-        return f"data: the same {now['groups']:,} groups in another order than there{more}"
-    what = "other ones" if then["groups"] == now["groups"] else "now"
-    return f"data: {then['groups']:,} groups there, {now['groups']:,} {what}{more}"
+        return f"data: the same {now['groups']:,} groups in another order{more}"
+    what = "different ones now" if then["groups"] == now["groups"] else "now"
+    return f"data: {then['groups']:,} groups before, {now['groups']:,} {what}{more}"
 
 
 def _short(value: Any) -> str:
@@ -202,7 +202,7 @@ def _short(value: Any) -> str:
 
 
 def _digest_of(item: TokenizedGroup) -> bytes:
-    """Of a group's tokens and ranks; not of its name, nor of scores beyond the order they make."""
+    """Digest of a group's tokens and ranks, not of its id nor of scores beyond their order."""
     group, digest = item.group, hashlib.sha256()
     order = np.asarray(group.ranks if group.scores is None else [-float(score) for score in group.scores])
     ranks = np.unique(order, return_inverse=True)[1] if order.ndim else np.zeros(len(group.responses))
@@ -214,7 +214,7 @@ def _digest_of(item: TokenizedGroup) -> bytes:
 
 
 def _sample(frozen: Iterable[torch.Tensor]) -> str | None:
-    """Digest of some values of each frozen weight; None where there are none, or only parts of them on this rank."""
+    """Digest of some values of each frozen weight; None if there are none, or if they are sharded."""
     digest, seen = hashlib.sha256(), False
     for value in frozen:
         if value.numel() == 0 or value.is_meta or hasattr(value, "ds_tensor") or hasattr(value, "placements"):

@@ -1,4 +1,4 @@
-"""A stop that is asked for by a signal: at the end of the running step, with a checkpoint."""
+"""Stopping on a signal: at the end of the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tuna.train.distributed import launched
 __all__ = ["StopSignals", "Stopped"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher passes on what its ranks have got as well, from the terminal or the scheduler: one wish, two signals.
+# A launcher forwards a signal that its ranks also get from the terminal or the scheduler: one request, two signals.
 ECHO = 5.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended early, as a signal asked for."""
+    """A run was ended early by a signal."""
 
 
 class StopSignals:
-    """Within, SIGTERM (a scheduler's pre-emption) and SIGINT (Ctrl-C) ask for a stop; a second one ends at once.
+    """A context in which SIGTERM (a scheduler's pre-emption) and SIGINT (Ctrl-C) request a stop; a second ends at once.
 
     Attributes:
-        received: the name of the signal that came, None before.
+        received: the name of the signal received, None before.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            # One that is ignored stays so: a script's background jobs have no business with its Ctrl-C.
+            # An ignored signal stays ignored: Ctrl-C in a script must not stop its background jobs.
             mine = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._receive) for number in mine}
         return self
@@ -57,9 +57,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received, self._since = signal.Signals(number).name, time.monotonic()
-        if ranks == 1:  # from now on the system ends us, also in the midst of a long call
+        if ranks == 1:  # the next signal ends the process, even during a long call
             for each in self._before:
                 signal.signal(each, signal.SIG_DFL)
         if rank == 0:
-            text = f"{self.received}: stopping after this step, with a checkpoint; again to stop at once"
+            text = f"{self.received}: stopping after this step, with a checkpoint; repeat to stop at once"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())

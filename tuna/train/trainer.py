@@ -1,13 +1,13 @@
-"""`TunaTrainer`: the stock trainer of transformers, with the Tuna loss over packed trees.
+"""`TunaTrainer`: transformers' `Trainer` with the Tuna loss over packed trees.
 
-What is ours: batches (`tuna.data.batching`), the loss and what it is divided by, evaluation, the logged figures.
-The loop, schedules, checkpoints, callbacks, launchers and mixed precision are the stock trainer's.
+Implemented here: batches (`tuna.data.batching`), the loss and its normalisation, evaluation, logged metrics.
+The loop, schedules, checkpoints, callbacks, launchers and mixed precision are those of transformers' `Trainer`.
 
-**Exact under accumulation.** A loss over groups, pairs and tokens is no mean over micro-batches. So the
-counts of all micro-batches of an optimizer step, on all ranks, are added up before the first of them runs
-(`get_batch_samples` sees them all), every micro-batch is divided by those, and the stock trainer's own
-division is switched off. Data-parallel wrappers average gradients over ranks; the loss is multiplied by their
-number.
+**Exact under accumulation.** A loss over groups, pairs and tokens is not a mean over micro-batches. So the
+counts of all micro-batches of an optimizer step, on all ranks, are summed before the first of them runs
+(`get_batch_samples` sees them all), every micro-batch is divided by these sums, and the division in transformers'
+`Trainer` is switched off. Data-parallel wrappers average gradients over ranks, so the loss is multiplied by the number
+of ranks.
 """
 
 from __future__ import annotations
@@ -61,23 +61,23 @@ class TunaTrainer(DurableTrainer):
         model: a causal language model of transformers, or a `peft` model around one. It is prepared for trees
             (`tuna_kernels.integrations.transformers.models.prepare_model`) and keeps working as before otherwise.
         args: the settings.
-        train_dataset: tokenised groups, or records (also as a `datasets.Dataset` or rows of any shape that
-            `read_records` knows), which are tokenised here by ``args.template``, ``args.max_length`` and
-            ``args.on_bad`` with ``processing_class``.
+        train_dataset: tokenised groups, or records (also as a `datasets.Dataset` or rows of any format that
+            `read_records` knows), which are tokenised with `processing_class` by `args.template`,
+            `args.max_length` and `args.on_bad`.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; saved with the model.
-        callbacks: as for the stock trainer.
-        optimizers: optimizer and schedule, as for the stock trainer.
+        callbacks: as for `transformers.Trainer`.
+        optimizers: optimizer and schedule, as for `transformers.Trainer`.
 
     Raises:
-        ValueError: DataParallel (several GPUs in one process), an empty dataset, tokens that the model has no
-            embedding for, a model or a setting that cannot be trained exactly on trees.
-        TypeError: ``args`` is no `TunaConfig`, or a dataset of something else.
+        ValueError: DataParallel (several GPUs in one process), an empty dataset, tokens without an embedding in the
+            model, a model or a setting that cannot be trained exactly on trees.
+        TypeError: `args` is not a `TunaConfig`, or a dataset has elements of another type.
     """
 
     args: TunaConfig
-    sources: dict[str, Any]  # where model and data are from, by name; shown in errors about another run's checkpoint
-    # Our losses are normalised over the whole optimizer step: no division by the number of micro-batches.
+    sources: dict[str, Any]  # sources of model and data by name, for errors about another run's checkpoint
+    # Losses are normalised over the whole optimizer step: no division by the number of micro-batches.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -119,16 +119,16 @@ class TunaTrainer(DurableTrainer):
             optimizers=optimizers,
         )
         if args.deepspeed and optimizers != (None, None):
-            raise ValueError("optimizers must be left out under DeepSpeed: set optim, or an optimizer in its settings")
+            raise ValueError("optimizers is not supported under DeepSpeed: set optim, or an optimizer in its settings")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process means DataParallel, which cannot split a packed tree: "
                 "start one process per GPU with torchrun, or choose one GPU with CUDA_VISIBLE_DEVICES"
             )
-        # The stock trainer turns the cache off for good, and a saved model would generate without it. Passes
-        # over a tree never use it.
+        # transformers' `Trainer` would disable the cache permanently, also for generation with the saved model.
+        # Passes over a tree never use it.
         config.use_cache = use_cache
-        # What says the same to versions of transformers without loss_is_scaled_for_ga.
+        # The equivalent for versions of transformers without loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.meter = TrainingMeter()
         self.memory_mode = MemoryMode(model, args)
@@ -144,12 +144,12 @@ class TunaTrainer(DurableTrainer):
         return self._loader(cast(Any, self.train_dataset), self._train_batch_size, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> GroupLoader:
-        """This rank's share of an evaluation set, given as groups, by its name, or the only one there is."""
+        """This rank's share of an evaluation set, given as groups or by name; default: the only one."""
         dataset = self._evaluation_set(eval_dataset)
         return self._loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
 
     def _evaluation_set(self, dataset: Any = None) -> Any:
-        """An evaluation set given itself, by its name, or the only one there is (or all, by name)."""
+        """An evaluation set given directly or by name; default: the only one (or a mapping of all)."""
         known: Any = self.eval_dataset
         if isinstance(dataset, str):
             return known[dataset]
@@ -166,7 +166,7 @@ class TunaTrainer(DurableTrainer):
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             share=share,
-            lone_groups=not shuffle,  # no step of training may outgrow its memory unasked; evaluation goes on
+            lone_groups=not shuffle,  # a training step must not exceed its memory unasked; evaluation may
         )
         return group_loader(dataset, sampler, share=share, num_workers=args.dataloader_num_workers)
 
@@ -174,7 +174,7 @@ class TunaTrainer(DurableTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """The stock trainer's optimizers, and our own."""
+        """The optimizers of transformers' `Trainer`, and `AdamWKahan`."""
         if not args.kahan:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         names = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -183,8 +183,8 @@ class TunaTrainer(DurableTrainer):
     def get_batch_samples(  # type: ignore[override]  # the count of items is a LossCounts
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], LossCounts]:
-        """This rank's micro-batches of an optimizer step, and what the whole step's loss is divided by."""
-        if self.state.global_step >= self.state.max_steps:  # gone on from its last step: the stock trainer adds one
+        """This rank's micro-batches of an optimizer step, and the counts that normalise the whole step's loss."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its last step: transformers would add one
             self.control.should_training_stop = True
             return [], LossCounts(0, (), 0)
         self.meter.start_step()
@@ -195,12 +195,12 @@ class TunaTrainer(DurableTrainer):
         states_made = bool(getattr(self.optimizer, "state", None))
         wishes = [self.memory_mode.wants_two_phase(batch["tree"], states_made=states_made) for batch in batches]
         all_counts, all_wishes = zip(*gather_object([(counts, wishes)]), strict=True)
-        for batch, *wanted in zip(batches, *all_wishes, strict=True):  # ranks step together, so in one mode
+        for batch, *wanted in zip(batches, *all_wishes, strict=True):  # ranks run in lockstep, so in one mode
             batch["two_phase"] = any(wanted)
         return batches, functools.reduce(operator.add, all_counts)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
-        """Move a batch; the stock version casts floating-point inputs under DeepSpeed."""
+        """Move a batch; transformers' version casts floating-point inputs under DeepSpeed."""
         tree = inputs["tree"].to(self.args.device)
         return Batch({**inputs, "input_ids": tree.input_ids, "tree": tree})
 
@@ -211,7 +211,7 @@ class TunaTrainer(DurableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: LossCounts | None = None,
     ) -> Tensor | tuple[Tensor, RankingLossOutput]:
-        """This micro-batch's part of the loss of the optimizer step, times the number of ranks."""
+        """This micro-batch's share of the optimizer step's loss, times the number of ranks."""
         counted = inputs["counted"]
         counts = num_items_in_batch if counted else None
         output = model_ranking_loss(self._carrier(model), inputs["tree"], counts=counts, **self._loss_settings())
@@ -224,7 +224,7 @@ class TunaTrainer(DurableTrainer):
     def training_step(  # type: ignore[override]  # a batch is a Batch, its count a LossCounts
         self, model: nn.Module, inputs: Batch, num_items_in_batch: LossCounts | None = None
     ) -> Tensor:
-        """Forward and backward of a micro-batch, in one pass or in two phases; the loss as `compute_loss` gives it."""
+        """Forward and backward of a micro-batch, in one pass or two phases; returns the loss as `compute_loss`."""
         if not inputs.get("two_phase", False):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
         model.train()
@@ -252,14 +252,14 @@ class TunaTrainer(DurableTrainer):
     def _backward_of_a_pass(self, loss: Tensor, last: bool) -> None:
         accelerator = self.accelerator
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # Straight to the engine's wrapper, which steps where gradients are synchronised: only after the last pass.
+            # Direct call to the engine's wrapper, which steps when gradients are synchronised: after the last pass.
             last = last and accelerator.sync_gradients
             accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last, scale_wrt_gas=False)
         else:
             accelerator.backward(loss)
 
     def _context_of_a_pass(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """DDP reduces gradients once, after the last pass; FSDP after each, which keeps them in shards."""
+        """DDP reduces gradients once, after the last pass; FSDP after each, which keeps them sharded."""
         if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()
@@ -269,11 +269,11 @@ class TunaTrainer(DurableTrainer):
         return {name: getattr(self.args, name) for name in names}
 
     def _carrier(self, model: nn.Module) -> Carrier:
-        """Carries requests out on the bare model, through the wrappers around it.
+        """A function that runs requests on the bare model through the wrappers around it.
 
-        Wrappers (DDP, DeepSpeed, FSDP) set up gradient reduction and gather parameters when they are called, so the
-        request runs in the place of the model's own forward. A `RankingModel` around it would do the same, but the
-        stock trainer saves, resumes and unwraps what it was given: that has to stay the language model itself.
+        Wrappers (DDP, DeepSpeed, FSDP) set up gradient reduction and gather parameters when they are called, so a
+        request replaces the model's forward. A `RankingModel` around the model would do the same, but transformers'
+        `Trainer` saves, resumes and unwraps the model it was given, which must be the language model itself.
         """
         bare = self.accelerator.unwrap_model(model)
 
@@ -282,9 +282,7 @@ class TunaTrainer(DurableTrainer):
                 return request(bare)
 
         def carry(request: ModelRequest) -> tuple[Tensor, ...]:
-            with _forward_replaced(
-                bare, forward
-            ):  # also where nothing wraps it: FSDP2 turns the model into its wrapper
+            with _forward_replaced(bare, forward):  # also without a wrapper: FSDP2 turns the model itself into one
                 return cast(tuple[Tensor, ...], model(request))
 
         return carry
@@ -302,7 +300,7 @@ class TunaTrainer(DurableTrainer):
         Args:
             eval_dataset: groups, records, the name of an evaluation set, or several by name; default: all.
             ignore_keys: not used.
-            metric_key_prefix: in front of every metric, as in ``eval_loss`` and ``eval_rank/accuracy``.
+            metric_key_prefix: prefix of every metric, as in `eval_loss` and `eval_rank/accuracy`.
         """
         data = self._evaluation_set(eval_dataset)
         if isinstance(data, Mapping):
@@ -347,20 +345,20 @@ class TunaTrainer(DurableTrainer):
         return in_dataset_order(gather_object(mine), list(itertools.chain.from_iterable(by_rank)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: a tree has no labels to predict. `score` gives what the model makes of each response."""
+        """Not supported: a tree has no labels to predict. Use `score` for the model's scores of responses."""
         raise TypeError("TunaTrainer has no predict: use score(dataset) or evaluate(dataset)")
 
-    # Going on and stopping
+    # Resuming and stopping
 
     def settings(self) -> dict[str, Any]:
-        """Those of the stock trainer, and what the data and the model are."""
+        """The settings of the base class, and descriptions of data and model."""
         found = super().settings() | resuming.describe_model(cast(nn.Module, self.model))
         if self.args.kahan:
             found["optim"] = "adamw_kahan"
         return found | {"data": resuming.describe_data(cast(Any, self.train_dataset) or (), self.sources)}
 
     def _stop_agreed(self) -> bool:
-        """One process knows by itself; ranks tell each other with their losses (`tuna.train.finite`)."""
+        """A single process knows at once; ranks share it with their losses (`tuna.train.finite`)."""
         return self.finite.wished if self.accelerator.num_processes > 1 else super()._stop_agreed()
 
     # Saving
@@ -372,12 +370,12 @@ class TunaTrainer(DurableTrainer):
     # Logging
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock trainer's ``train``."""
+        """As `DurableTrainer.train`."""
         self.meter = TrainingMeter()
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; a line of the training loop gets the meter's figures."""
+        """Log; lines of the training loop also get the meter's figures."""
         if "loss" in logs:
             logs |= self.meter.flush() | self.memory_mode.flush()
         super().log(logs, start_time)
@@ -385,9 +383,9 @@ class TunaTrainer(DurableTrainer):
 
 @contextmanager
 def _forward_replaced(module: nn.Module, function: Callable[[ModelRequest], Any]) -> Iterator[None]:
-    """Let the wrappers around ``module`` run ``function`` where they would run its forward, for one call.
+    """Make the wrappers around `module` run `function` instead of its forward, for one call.
 
-    While ``function`` runs the module has its own forward again.
+    While `function` runs, the module has its own forward again.
     """
     own = module.__dict__.get("forward")
 

@@ -1,8 +1,8 @@
-"""Loading files that somebody else may have written: tensors and plain values, never code.
+"""Loading untrusted files: tensors and plain values, never code.
 
-A pickle is a program. Transformers and peft load theirs with ``weights_only``; DeepSpeed does not, in its engine, in
-its converters and in their worker processes alike. Torch has a switch for all of them, `FORCE`, and takes a list of
-the classes of DeepSpeed's that its checkpoints hold.
+A pickle can run code. Transformers and peft load theirs with `weights_only`; DeepSpeed does not, neither in its engine
+nor in its converters and their worker processes. Torch has an environment variable for all of them (`FORCE`) and
+accepts a list of allowed classes: here those in DeepSpeed's checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def allow_deepspeed() -> list[Any]:
-    """The classes that DeepSpeed writes into its checkpoints beside tensors: numbers and names in attributes."""
+    """The classes in DeepSpeed's checkpoints other than tensors: their attributes are numbers and names."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -36,7 +36,7 @@ def allow_deepspeed() -> list[Any]:
 
 @contextmanager
 def tensors_only(*, deepspeed: bool = False) -> Iterator[None]:
-    """Within, and in child processes, `torch.load` runs no code, whatever its caller asks for."""
+    """A context in which `torch.load` runs no code, whatever its arguments; also in child processes."""
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
     try:
@@ -49,7 +49,7 @@ def tensors_only(*, deepspeed: bool = False) -> Iterator[None]:
 
 @contextmanager
 def loading(source: Path, *, trust: bool, deepspeed: bool = False) -> Iterator[None]:
-    """Load a checkpoint within, without running code of its own unless ``trust`` is given.
+    """A context for loading a checkpoint, which runs code in it only if `trust` is given.
 
     Args:
         source: the checkpoint.
@@ -57,7 +57,7 @@ def loading(source: Path, *, trust: bool, deepspeed: bool = False) -> Iterator[N
         deepspeed: whether DeepSpeed wrote it.
 
     Raises:
-        CheckpointError: it holds code.
+        CheckpointError: it contains code.
     """
     from tuna.models.integrity import CheckpointError
 
@@ -68,17 +68,17 @@ def loading(source: Path, *, trust: bool, deepspeed: bool = False) -> Iterator[N
             yield
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{source} cannot be loaded as tensors and plain values ({_short(str(error))}): what else it holds may run "
-            "code. If you know who wrote it, give --trust-checkpoint"
+            f"{source} cannot be loaded as tensors and plain values ({_short(str(error))}): its other content may run "
+            "code. If you trust its author, give --trust-checkpoint"
         ) from error
 
 
 @contextmanager
 def reading(source: Path) -> Iterator[None]:
-    """Read files of a checkpoint within: one that cannot be read becomes an error that names the checkpoint.
+    """A context for reading files of a checkpoint; read errors become errors that name the checkpoint.
 
     Raises:
-        CheckpointError: a file is damaged, or is not what its name says.
+        CheckpointError: a file is damaged or has another format than its name says.
     """
     from safetensors import SafetensorError
 
@@ -93,7 +93,7 @@ def reading(source: Path) -> Iterator[None]:
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads the table of contents of a checkpoint in shards (FSDP's), which torch reads as any pickle."""
+    """Reads the metadata of a sharded (FSDP) checkpoint, which torch would load as an unrestricted pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
         plain = (module, name) in {
@@ -115,7 +115,7 @@ def _check_sharded(source: Path) -> None:
 
 
 def _short(text: str) -> str:
-    """Torch explains itself at length: its first lines, as one."""
+    """The first lines of torch's long explanations, as one line."""
     line = " ".join(text.split())
     for start in ("WeightsUnpickler error:", "Unsupported global:"):
         if start in line:

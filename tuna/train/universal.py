@@ -1,6 +1,6 @@
-"""DeepSpeed's converter to its universal format, as a program that runs no code of the checkpoint's.
+"""DeepSpeed's converter to its universal format, as a program that runs no code in the checkpoint.
 
-Its worker processes import this file again where they are not forked: what is allowed stands at its top level.
+Its worker processes import this file again if they are not forked, so the allowed classes are set at its top level.
 """
 
 from __future__ import annotations

@@ -157,10 +157,10 @@ def test_a_tokenizer_that_puts_a_blank_before_every_text_does_not_double_it() ->
     ("template", "turns", "answer", "reason"),
     [
         (LOOP + TURN + "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}", QUESTION, "yes", "cannot be split where the answer begins"),
-        (LOOP + "<|{{m.role}}|>\n{{m.content.split('</think>')[-1]}}<|end|>\n" + GENERATION, QUESTION, "<think>why</think>yes", "leaves out a part of responses"),
-        (LOOP + "{% if m.role != 'system' %}" + TURN + "<|end|>\n{% endif %}" + GENERATION, LONG, "yes", "leaves out messages.0., the turn of 'system'"),
-        (LOOP + "{% if m.role in ('user', 'assistant') %}" + TURN + "<|end|>\n{% endif %}" + GENERATION, [{"role": "tool", "content": "Hi"}, *QUESTION], "yes", "leaves out messages.0., the turn of 'tool'"),
-        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + LOOP + TURN + "<|end|>\n" + GENERATION, LONG, "yes", "record 'r': the chat template refuses these messages: no system turns"),
+        (LOOP + "<|{{m.role}}|>\n{{m.content.split('</think>')[-1]}}<|end|>\n" + GENERATION, QUESTION, "<think>why</think>yes", "drops part of responses"),
+        (LOOP + "{% if m.role != 'system' %}" + TURN + "<|end|>\n{% endif %}" + GENERATION, LONG, "yes", "drops messages.0., role 'system'"),
+        (LOOP + "{% if m.role in ('user', 'assistant') %}" + TURN + "<|end|>\n{% endif %}" + GENERATION, [{"role": "tool", "content": "Hi"}, *QUESTION], "yes", "drops messages.0., role 'tool'"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + LOOP + TURN + "<|end|>\n" + GENERATION, LONG, "yes", "record 'r': the chat template rejects these messages: no system turns"),
         (LOOP + "{% if loop.last %}last {% endif %}" + TURN + "<|end|>\n" + GENERATION, QUESTION, "yes", "cannot be split"),
     ],
 )  # fmt: skip

@@ -152,11 +152,11 @@ def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("data", "stats", "absent.jsonl"), "error: no file or folder absent.jsonl"),
+        (("data", "stats", "absent.jsonl"), "error: no such file or folder: absent.jsonl"),
         (("data", "validate", DEMO, "--format", "csv"), "error: --format = 'csv' is unknown"),
-        (("data", "convert", DEMO, "out.csv"), "error: out.csv: the kind of file is told by its suffix"),
+        (("data", "convert", DEMO, "out.csv"), "error: out.csv: unknown file type; the suffix must be one of"),
         (("data", "stats", DEMO, "--model", "./absent"), "error: no model folder './absent'"),
-        (("data", "stats", DEMO, "--model", "tiny", "--template", "x"), "error: --template = 'x' is none of"),
+        (("data", "stats", DEMO, "--model", "tiny", "--template", "x"), "error: --template = 'x' must be 'none'"),
         (("data", "stats", DEMO, "--on-bad", "x"), "Invalid value for '--on-bad'"),
         (("data", "stats"), "Missing argument"),
         (("dtaa",), "No such command 'dtaa'"),

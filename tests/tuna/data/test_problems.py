@@ -37,7 +37,7 @@ class Example(BaseModel, extra="forbid"):
         ({"count": "x", "names": []}, "count Input should be a valid integer, unable to parse string as an integer"),
         ({"count": 1}, "names is missing"),
         ({"count": 1, "names": ["a", 2]}, "names[1] must be text, not 2"),
-        ({"count": 1, "names": [], "more": 1}, "more is not known here"),
+        ({"count": 1, "names": [], "more": 1}, "more is unknown"),
     ],
 )
 def test_errors_of_pydantic_are_given_in_plain_words(given: dict[str, object], words: str) -> None:

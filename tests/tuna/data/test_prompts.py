@@ -57,7 +57,7 @@ def test_every_shape_carries_what_stands_beside_its_prompt(shape: str) -> None:
             told = record_of({**row, "system": "In French.", "history": history}, format)
             assert told == {"messages": [SYSTEM, *EARLIER, USER]}
         for name in ("tools", "functions", "images", "chat_template_kwargs", "context"):
-            with pytest.raises(BadRecords, match=f"field '{name}' cannot be carried"):
+            with pytest.raises(BadRecords, match=f"field '{name}' has no place in a record"):
                 record_of({**row, name: ["x"]}, format)
 
 
@@ -103,15 +103,15 @@ def test_the_conversation_of_a_pair_and_its_prompt_are_joined(
         ({"prompt": "p", "messages": [USER], "responses": ["a"]}, "'prompt' and 'messages' both hold a prompt"),
         ({"prompt": [USER], "input": "x", "responses": ["a"]}, "'input' cannot be joined"),
         ({"prompt": "p", "history": ["x"], **PAIR}, "'history' must be"),
-        ({"prompt": "p", "chosen": [said("", tool_calls=CALL)], "rejected": [said("no")]}, r"chosen\[0\] holds 'tool_calls'"),
+        ({"prompt": "p", "chosen": [said("", tool_calls=CALL)], "rejected": [said("no")]}, r"chosen\[0\] has 'tool_calls'"),
         ({"prompt": "p", "chosen": [said("4", reasoning_content="2+2")], "rejected": [said("5")]}, "'reasoning_content'"),
-        ({"messages": [USER, said("", tool_calls=CALL), {"role": "tool", "content": "22 C"}], "responses": ["22"]}, r"messages\[1\] holds 'tool_calls'"),
+        ({"messages": [USER, said("", tool_calls=CALL), {"role": "tool", "content": "22 C"}], "responses": ["22"]}, r"messages\[1\] has 'tool_calls'"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}], "responses": ["22"]}, "'tool_call_id'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "responses": ["a"]}, "a part that is no text"),
-        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1, "tool_calls": CALL}, {"answer": "b", "rank": 2}]}, r"answers\[0\] holds 'tool_calls'"),
-        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2, "reasoning_content": "hm"}]}, r"answers\[1\] holds 'reasoning_content'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "responses": ["a"]}, "a part that is not text"),
+        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1, "tool_calls": CALL}, {"answer": "b", "rank": 2}]}, r"answers\[0\] has 'tool_calls'"),
+        ({"prompt": "p", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2, "reasoning_content": "hm"}]}, r"answers\[1\] has 'reasoning_content'"),
         ({"prompt": "p", "answers": [{"answer": "a", "rank": 1, "score": 0.1}, {"answer": "b", "rank": 2, "score": 0.9}]}, "which one is better"),
-        ({"prompt": "p", "passage": "It says so.", **PAIR}, "'passage' cannot be carried"),
+        ({"prompt": "p", "passage": "It says so.", **PAIR}, "'passage' has no place in a record"),
         ({"prompt": "p", **PAIR, "score_chosen": 1.0, "score_rejected": 2.0}, "which one is better"),
     ],
 )  # fmt: skip
@@ -194,7 +194,7 @@ def test_instructions_and_responses_are_read_alike() -> None:
     for row in ({"prompt": "fruit?", "system": "In French."}, {"question": "fruit?", "systemPrompt": "In French."}):
         (found,), _ = read_responses([{**row, "responses": ["Pomme"]}])
         assert found.turns() == [SYSTEM, USER]
-    with pytest.raises(BadRecords, match=r"responses\[0\] holds 'tool_calls'"):
+    with pytest.raises(BadRecords, match=r"responses\[0\] has 'tool_calls'"):
         read_responses([{"prompt": "fruit?", "responses": [{"text": "", "tool_calls": CALL}]}])
 
 

@@ -272,7 +272,7 @@ def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.json line 3: not valid JSON"):
         read_records(tmp_path / "data.json", on_bad="skip")
     (tmp_path / "number.json").write_text("3")
-    with pytest.raises(ValueError, match=r"number\.json: holds neither a list"):
+    with pytest.raises(ValueError, match=r"number\.json: neither a list"):
         read_records(tmp_path / "number.json")
     (tmp_path / "data.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"data\.parquet: not a Parquet file"):
@@ -280,7 +280,7 @@ def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
     with pytest.raises(ValueError, match=r"latin\.json: not UTF-8 text \(byte 3\)"):
         read_records(tmp_path / "latin.json")
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*absent\.jsonl"):
         read_records(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="not a folder saved by datasets"):
         read_records(tmp_path)
@@ -297,7 +297,7 @@ def test_ids_are_given_or_made_and_unique(tmp_path: Path) -> None:
     path = lines(tmp_path / "mine.jsonl", GOOD, {"id": 7, **GOOD}, {"id": "7", **GOOD}, {"id": None, **GOOD})
     found = read_records(path, on_bad="skip")
     assert [record.id for record in found.records] == ["mine-1", "7", "mine-4"]
-    assert [str(problem) for problem in found.problems] == [f"{path} line 3: id '7' stands already at line 2"]
+    assert [str(problem) for problem in found.problems] == [f"{path} line 3: duplicate id '7', first at line 2"]
 
 
 def test_unknown_names_and_shapes_list_the_known_ones(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_unknown_names_and_shapes_list_the_known_ones(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{next(iter(bad))} = '{next(iter(bad.values()))}'"):
             read_records([GOOD], **bad)
     path = lines(tmp_path / "data.jsonl", {"question_id": 1, "turns": ["x"]})
-    with pytest.raises(ValueError, match=r"data\.jsonl: no record has a known shape .*question_id, turns") as caught:
+    with pytest.raises(ValueError, match=r"data\.jsonl: no record has a known format .*question_id, turns") as caught:
         read_records(path)
     assert all(f"  {name}: " in str(caught.value) for name in FORMATS)
 

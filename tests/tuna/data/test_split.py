@@ -49,7 +49,7 @@ def test_the_choice_is_the_prompts_own() -> None:
     backwards = [record.model_copy(update={"id": f"x{i}"}) for i, record in enumerate(records[::-1])]
     assert {record.prompt for record in split_records(backwards, 0.25)[1]} == held
     assert {record.prompt for record in split_records(records, 0.25, seed=1)[1]} != held
-    with pytest.raises(ValueError, match="two are needed"):
+    with pytest.raises(ValueError, match="at least two distinct ones"):
         split_records(records[:3], 0.5)
     assert len(hold_out(["a", "b", "a"], 0.99)) == 1
 

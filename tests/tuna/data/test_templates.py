@@ -53,7 +53,7 @@ def test_messages_need_chat() -> None:
 
 @pytest.mark.parametrize("template", ["", "llama", "Q: {question}", "{}"])
 def test_a_template_without_a_place_for_the_prompt_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match=r"is none of 'none', 'chat', 'alpaca' and has no \{prompt\}"):
+    with pytest.raises(ValueError, match=r"must be 'none', 'chat', 'alpaca' or a text that contains \{prompt\}"):
         check_template(template, TOKENIZER)
 
 
@@ -64,7 +64,7 @@ def test_chat_without_a_chat_template_is_refused() -> None:
 
 def test_a_chat_template_that_refuses_names_the_record() -> None:
     tokenizer = with_chat_template("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="record 'a': the chat template refuses these messages: roles must alt"):
+    with pytest.raises(ValueError, match="record 'a': the chat template rejects these messages: roles must alt"):
         render_prompt(asked("p"), "chat", tokenizer)
 
 

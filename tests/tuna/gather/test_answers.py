@@ -63,7 +63,7 @@ def test_tokens_of_reasoning_without_log_probabilities_do_not_count_either() -> 
 NONE = "log-probabilit"
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("none at all", chat("Apple", None), NONE),
-    ("an empty list", chat("Apple", []), "no token"),
+    ("an empty list", chat("Apple", []), "any token"),
     ("a sentinel", chat("Apple", [("App", -0.5), ("le", -9999.0)]), "-9999.*missing"),
     ("the least float", chat("Apple", [("Apple", -3.4e38)]), "missing"),
     ("minus infinity", chat("Apple", [("Apple", -math.inf)]), "missing"),
@@ -155,11 +155,11 @@ STORED: list[tuple[Any, str | None]] = [
     ({"text": "a", "finish_reason": "stop", "tokens": 2, "logprobs": [-1.0, -2.0]}, None),
     ({"text": "a", "finish_reason": "stop", "tokens": 2, "logprobs": [-1.0, -9999.0]}, "missing"),
     ({"text": "a", "finish_reason": "stop", "tokens": 2, "logprobs": [5.0]}, "above 0"),
-    ({"text": "a", "finish_reason": "stop", "tokens": 0, "logprobs": []}, "no token"),
+    ({"text": "a", "finish_reason": "stop", "tokens": 0, "logprobs": []}, "any token"),
     ({"text": "<think>a</think>b", "tokens": 1, "logprobs": [-1.0]}, "reasoning"),
     ({"text": "a", "tokens": 1, "logprobs": None}, "no log-probabilities"),
     ({"text": 3}, "no text"),
-    ("a", "no object"),
+    ("a", "not an object"),
 ]
 
 

@@ -54,7 +54,7 @@ def test_a_spoilt_line_is_passed_over_told_and_asked_again(name: str, tmp_path: 
         second, calls = ask_all(server, tmp_path, 3)
         assert server.calls == 4 and calls.found == 2 and calls.made == 1
     assert second.results == first.results
-    assert "journal.jsonl line 2: it is no journal entry" in calls.journal.notes[0] and len(calls.journal.notes) == 1
+    assert "journal.jsonl line 2: not a journal entry" in calls.journal.notes[0] and len(calls.journal.notes) == 1
     assert calls.budget.calls == 4 and calls.journal.lost == 1
     assert SPOILT[name] in path.read_bytes()
 
@@ -78,7 +78,7 @@ def filed(folder: Path, tool: str, parameters: dict[str, Any]) -> None:
 def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
     filed(tmp_path, "generate", {"model": "a", "n": 4, "stop": None})
     filed(tmp_path, "generate", {"stop": None, "model": "a", "n": 4})
-    with pytest.raises(OtherParameters, match=r'(?s)model: "a" there, "b" now.*seed: absent there, 1 now') as raised:
+    with pytest.raises(OtherParameters, match=r'(?s)model: "a" before, "b" now.*seed: absent before, 1 now') as raised:
         Journal(tmp_path, "generate", {"model": "b", "n": 4, "stop": None, "seed": 1}).__enter__()
     assert " n:" not in str(raised.value)
     with pytest.raises(OtherParameters, match="tuna generate"):

@@ -29,7 +29,7 @@ def test_everything_else_it_says() -> None:
     found = parse_judgement(FULL, 3)
     assert (found.kind, found.reference, found.duplicates, found.source) == ("closed", "Four.", [[1, 3]], "json")
     assert found.scores[2] == {"correctness": 0, "helpfulness": 1, "clarity": 3}
-    assert found.notes == ["candidate 3 stands with its duplicate"]
+    assert found.notes == ["candidate 3 ranked with its duplicate"]
 
 
 def test_what_it_says_can_be_written() -> None:

@@ -72,7 +72,7 @@ def test_an_impossible_plan_names_the_nearest_that_fits(llama: Planner) -> None:
         llama.checked(_request("rtx3090"))
     assert "--gpus 1 --zero 2 --offload optimizer --groups 1" in str(error.value)
     offloaded = _request("rtx3090", sharding=Sharding(1, 8, 2, "optimizer"), host_memory=64 * GIB)
-    with pytest.raises(ValueError, match="needs 151 GiB of host memory for offloaded states, 64 are there"):
+    with pytest.raises(ValueError, match="needs 151 GiB of host memory for offloaded states, 64 GiB are available"):
         llama.checked(offloaded)
     with pytest.raises(ValueError, match="precision = 'bf16' on 32 GB V100, which has no bfloat16"):
         llama.plan(_request("v100"))

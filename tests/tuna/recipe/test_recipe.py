@@ -165,17 +165,17 @@ def test_references_become_paths_addresses_and_values(folder: Path) -> None:
     [
         ({"folder": "x"}, "steps: is missing"),
         ({"folder": "x", "steps": []}, "steps"),
-        ({"folder": "x", "stepz": 1, "steps": [RANK]}, "stepz: is not known here"),
+        ({"folder": "x", "stepz": 1, "steps": [RANK]}, "stepz: is unknown"),
         ({"folder": "x", "steps": [{**RANK, "run": "rnk"}]}, r"steps.0 \(ranked\).run"),
-        ({"folder": "x", "steps": [{**RANK, "nmae": "a"}]}, r"steps.0 \(ranked\).nmae: is not known"),
-        ({"folder": "x", "steps": [RANK, RANK]}, "'ranked' is taken"),
+        ({"folder": "x", "steps": [{**RANK, "nmae": "a"}]}, r"steps.0 \(ranked\).nmae: is unknown"),
+        ({"folder": "x", "steps": [RANK, RANK]}, "duplicate name 'ranked'"),
         ({"folder": "x", "steps": [SPLIT]}, "step 'parts' refers to"),
         ({"folder": "x", "steps": [{**RANK, "options": {"data": "${rankd}"}}]}, "refers to"),
         ({"folder": "x", "steps": [{**RANK, "options": {"output": "a"}}]}, "output is set by the recipe"),
         ({"folder": "x", "steps": [{**RANK, "options": {"min_tokens": 1, "min-tokens": 2}}]}, "flag twice"),
-        ({"folder": "x", "servers": {"a": {"model": "m"}, "b": {"model": "m"}}, "steps": [RANK]}, "one port"),
+        ({"folder": "x", "servers": {"a": {"model": "m"}, "b": {"model": "m"}}, "steps": [RANK]}, "same port"),
         ({"folder": "x", "servers": {"a": {"model": "${nope}"}}, "steps": [RANK]}, "server 'a' refers to"),
-        ([1], "holds a list"),
+        ([1], "not a list"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path: Path, content: Any, message: str) -> None:
@@ -251,7 +251,7 @@ def test_held_out_ids_are_chosen_by_themselves() -> None:
     for wrong in (0.0, 1.0):
         with pytest.raises(ValueError, match="fraction"):
             hold_out(ids, wrong)
-    with pytest.raises(ValueError, match="two are needed"):
+    with pytest.raises(ValueError, match="at least two distinct ones"):
         hold_out(ids[:1], 0.5)
 
 
@@ -269,7 +269,7 @@ def test_split_copies_rows_and_follows_another_file(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, [*base, str(tmp_path / "c")]).exit_code != 0
     source.write_text('{"id": 1}\n{"id": "1"}\n')
     twice = CliRunner().invoke(app, [*base, str(tmp_path / "c"), "--fraction", "0.5"])
-    assert "line 2: id '1' stands there already" in str(twice.exception)
+    assert "line 2: duplicate id '1'" in str(twice.exception)
 
 
 def test_content_is_hashed_by_bytes_and_names(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_which_end_of_a_metric_is_better(tmp_path: Path) -> None:
                 ).greater_is_better
                 is expected
             )
-    with pytest.raises(ValueError, match="metric_for_best_model = 'rank/acuracy' is none of loss"):
+    with pytest.raises(ValueError, match="metric_for_best_model = 'rank/acuracy' is not one of loss"):
         TunaConfig(output_dir=str(tmp_path), eval_strategy="steps", metric_for_best_model="rank/acuracy")
     own = TunaConfig(
         output_dir=str(tmp_path), eval_strategy="steps", metric_for_best_model="mine", greater_is_better=False

@@ -262,7 +262,7 @@ def test_structured_answers_keep_to_their_schema(
         following = reference(tiny, [*prompt, 0])[-1]
         assert float((following - (first or 0.0)).abs().min()) < 1e-8
     wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
-    with pytest.raises(openai.BadRequestError, match="JSON schema cannot be followed"):
+    with pytest.raises(openai.BadRequestError, match="JSON schema not supported"):
         client.chat.completions.create(model="tiny", messages=CHAT, response_format=wrong)
 
 

@@ -33,11 +33,11 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bit": (lambda at: flip(at / "global_step" / "rank0.bin"), "global_step/rank0.bin is damaged: its bytes"),
+    "bit": (lambda at: flip(at / "global_step" / "rank0.bin"), "global_step/rank0.bin is damaged: its content"),
     "cut": (lambda at: (at / "model.bin").write_text(""), "model.bin is damaged: 0 bytes instead of 1"),
     "missing": (lambda at: (at / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "folder": (lambda at: ((at / "model.bin").unlink(), (at / "model.bin").mkdir()), "model.bin is missing"),
-    "added": (lambda at: (at / "adapter_model.safetensors").write_text("x"), "adapter_model.safetensors is not in the"),
+    "added": (lambda at: (at / "adapter_model.safetensors").write_text("x"), "adapter_model.safetensors is not listed"),
     "swapped": (lambda at: shutil.copy(at.with_name("checkpoint-1") / "model.bin", at), "model.bin is damaged"),
     "list": (lambda at: flip(at / MARKER), "complete.json"),
     "no list": (lambda at: (at / MARKER).unlink(), "complete.json is missing"),
@@ -68,7 +68,7 @@ def test_a_renamed_checkpoint_is_not_one_of_another_step(tmp_path: Path) -> None
     run_of(tmp_path, 1, 2)
     (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-9")
     found, faults = checkpoints.newest(tmp_path)
-    assert found == tmp_path / "checkpoint-2" and "holds the checkpoint of step 1" in faults[0]
+    assert found == tmp_path / "checkpoint-2" and "is the checkpoint of step 1" in faults[0]
 
 
 def test_a_checkpoint_of_another_run_is_never_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_another_run_is_never_taken(tmp_path: Path, caplog: pyte
     shutil.copytree(tmp_path / SET_ASIDE / "checkpoint-16", tmp_path / "checkpoint-16")
     with caplog.at_level(logging.WARNING):
         assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoint-4", [])
-    assert "checkpoint-16 is of another run" in caplog.text
+    assert "checkpoint-16 belongs to another run" in caplog.text
 
 
 def test_what_is_not_gone_on_from_is_kept_apart(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_run_without_its_name_takes_that_of_its_checkpoints(tmp_path: Path) ->
     other = run_of(tmp_path / "other", 7)
     shutil.copytree(tmp_path / "other" / "checkpoint-7", tmp_path / "checkpoint-7")
     assert other != name
-    with pytest.raises(CheckpointError, match=r"run.json is missing and the checkpoints beside it are of 2 runs"):
+    with pytest.raises(CheckpointError, match=r"run.json is missing and the checkpoints .* belong to 2 runs"):
         checkpoints.newest(tmp_path)
     (tmp_path / RUN_FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"run.json is damaged"):

@@ -73,7 +73,7 @@ def test_train_from_files_to_files(tmp_path: Path) -> None:
     for name, value in json.loads(report.read_text())["metrics"].items():
         assert metrics["after"][f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
     again = invoke(*arguments)
-    assert again.exit_code != 0 and "holds a run already" in str(again.exception)
+    assert again.exit_code != 0 and "already has a run" in str(again.exception)
 
 
 def test_score_equals_the_baseline_scores(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_flags_win_over_yaml_and_numbers_are_numbers(tmp_path: Path) -> None:
         ("bf16: 3", "bf16 = 3 must be true or false"),
         ("eval_fraction: 1.5", "eval_fraction = 1.5"),
         ("eval_fraction: 0.1\neval_data: b.jsonl", "both given"),
-        ("- a\n- b", "holds a list"),
+        ("- a\n- b", "not a list"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -43,7 +43,7 @@ def test_every_launchers_ranks_are_known(
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(ValueError, match="srun started 2 processes that do not know of each other"):
+    with pytest.raises(ValueError, match="srun started 2 independent processes"):
         TunaConfig(output_dir=str(tmp_path))
 
 

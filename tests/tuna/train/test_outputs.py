@@ -40,18 +40,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ("model", "holds model|lies in model"),
-        ("link", "holds model|lies in model"),
-        ("model/run", "lies in model"),
-        ("link/new/deeper", "lies in model"),
-        ("data", "holds data"),
-        ("data/../data", "holds data"),
-        ("", "holds|give a folder of the run's own"),
-        ("notes", r"not empty and holds no run of tuna train \(thesis.tex\)"),
+        ("model", "contains model|is inside model"),
+        ("link", "contains model|is inside model"),
+        ("model/run", "is inside model"),
+        ("link/new/deeper", "is inside model"),
+        ("data", "contains data"),
+        ("data/../data", "contains data"),
+        ("", "contains|give a separate folder for the run"),
+        ("notes", r"not empty and has no run of tuna train \(thesis.tex\)"),
         ("nowhere", "a link to .*gone, which does not exist"),
         ("data/a.jsonl", "is a file"),
         ("loop", "a link to .*loop, which does not exist"),
-        ("run/checkpoint-2/more", "lies in the checkpoint .*/run/checkpoint-2"),
+        ("run/checkpoint-2/more", "is inside the checkpoint .*/run/checkpoint-2"),
     ],
 )
 def test_refused(place: Path, output: str, told: str, overwrite: bool) -> None:
@@ -64,11 +64,11 @@ def test_allowed(place: Path) -> None:
     inputs = {"model": place / "model", "data": place / "data" / "a.jsonl"}
     for output in ("empty", "new", "data/run", "logs"):
         check_run_folder(place / output, inputs, resume=False, overwrite=False)
-    with pytest.raises(ValueError, match=r"holds a run already: --resume goes on with it, --overwrite begins again"):
+    with pytest.raises(ValueError, match=r"already has a run: --resume continues it, --overwrite replaces it"):
         check_run_folder(place / "run", inputs, resume=False, overwrite=False)
     check_run_folder(place / "run", inputs, resume=True, overwrite=False)
     check_run_folder(place / "run", inputs, resume=False, overwrite=True)
-    with pytest.raises(ValueError, match="lies in data"):  # a folder saved by datasets
+    with pytest.raises(ValueError, match="is inside data"):  # a folder saved by datasets
         check_run_folder(place / "data" / "run", {"data": place / "data"}, resume=False, overwrite=False)
 
 
@@ -77,7 +77,7 @@ def test_a_file_is_itself_by_every_name(place: Path) -> None:
     (place / "hard.jsonl").hardlink_to(data)
     (place / "soft.jsonl").symlink_to(data)
     for name in ("data/a.jsonl", "data/../data/a.jsonl", "hard.jsonl", "soft.jsonl"):
-        with pytest.raises(ValueError, match=r"target = .* would write over source"):
+        with pytest.raises(ValueError, match=r"target = .* would overwrite source"):
             check_files({"target": place / name}, {"source": str(data)})
     check_files({"target": place / "loop"}, {"source": str(data), "like": ""})
     check_files({"target": place / "b.jsonl", "other": None}, {"source": str(data), "like": None})
@@ -89,9 +89,9 @@ def test_figures_do_not_take_the_place_of_a_model_or_of_each_other(place: Path) 
     check_files({"json": place / "model" / "score.json", "picture": place / "model" / "model.png"}, {}, model=model)
     (place / "model" / "config.json").write_text("{}")
     for name in ("config.json", "model.safetensors"):
-        with pytest.raises(ValueError, match=r"json = .* would write over model = "):
+        with pytest.raises(ValueError, match=r"json = .* would overwrite model = "):
             check_files({"json": place / "model" / name}, {}, model=model)
-    with pytest.raises(ValueError, match=r"per_record = .* is json = .* too"):
+    with pytest.raises(ValueError, match=r"per_record = .* is the same file as json = "):
         check_files({"json": place / "a.jsonl", "per_record": place / "data" / ".." / "a.jsonl"}, {})
 
 

@@ -79,7 +79,7 @@ def test_another_schedule_holds_from_the_next_step_on_and_is_told(
     assert [line["learning_rate"] for line in lines] == pytest.approx([rate(step) for step in range(4, 8)])
     for name, value in changes.items():
         before = {"learning_rate": RATE, "lr_scheduler_type": "cosine", "max_steps": 8, "warmup_steps": 0}[name]
-        assert f"{name}: {before} there, {value} now" in caplog.text
+        assert f"{name}: {before} before, {value} now" in caplog.text
 
 
 def test_another_weight_decay_reaches_the_optimizer(copied: Path) -> None:
@@ -99,16 +99,16 @@ def test_another_period_of_saving_holds(copied: Path) -> None:
     ("changes", "told"),
     [
         ({"groups": ragged(8)[::-1]}, "data: the same 8 groups in another order"),
-        ({"groups": ragged(6)}, "data: 8 groups there, 6 now"),
-        ({"groups": ragged(8, seed=1)}, "data: 8 groups there, 8 other ones"),
-        ({"seed": 7}, "seed: 42 there, 7 now"),
-        ({"data_seed": 7}, "data_seed: none there, 7 now"),
-        ({"preset": "released"}, "preset: paper there, released now"),
-        ({"margin": 0.2}, r"margin: 0\.1 there, 0\.2 now"),
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size: 1 there, 2 now"),
-        ({"tokens_per_batch": 64}, "tokens_per_batch: none there, 64 now"),
-        ({"share": "none"}, "share: tree there, none now"),
-        ({"model": tiny_llama().double()}, r'dtype: \["float32"\] there, \["float64"\] now'),
+        ({"groups": ragged(6)}, "data: 8 groups before, 6 now"),
+        ({"groups": ragged(8, seed=1)}, "data: 8 groups before, 8 different ones now"),
+        ({"seed": 7}, "seed: 42 before, 7 now"),
+        ({"data_seed": 7}, "data_seed: none before, 7 now"),
+        ({"preset": "released"}, "preset: paper before, released now"),
+        ({"margin": 0.2}, r"margin: 0\.1 before, 0\.2 now"),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size: 1 before, 2 now"),
+        ({"tokens_per_batch": 64}, "tokens_per_batch: none before, 64 now"),
+        ({"share": "none"}, "share: tree before, none now"),
+        ({"model": tiny_llama().double()}, r'dtype: \["float32"\] before, \["float64"\] now'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -119,7 +119,7 @@ def test_what_makes_another_run_is_refused_by_its_old_and_new_value(
         go_on(copied, **changes)
     if "model" not in changes:
         go_on(copied, allow_changes=True, **changes)
-        assert "from step 5 on the new ones hold" in caplog.text
+        assert "the new ones apply from step 5 on" in caplog.text
 
 
 def lora(rank: int, **more: Any) -> Any:
@@ -129,15 +129,15 @@ def lora(rank: int, **more: Any) -> Any:
 def test_another_kind_of_run_is_refused(copied: Path, tmp_path: Path) -> None:
     for changes in ({"model": lora(4)}, {"optim": "adafactor"}, {"optim": "adamw_kahan"}):
         for allowed in (False, True):
-            with pytest.raises(CheckpointError, match=r"(?s)by another kind of run:.*begin a new run"):
+            with pytest.raises(CheckpointError, match=r"(?s)by a different kind of run:.*start a new run"):
                 go_on(copied, allow_changes=allowed, **changes)
     adapted = tmp_path / "adapted"
     TunaTrainer(lora(2), settings(adapted, max_steps=4), ragged(8)).train()
     for model, told in (
         (lora(4), "kind of run:\n  weights.*\n  adapter"),
         (tiny_llama(), "kind of run:\n"),
-        (lora(2, lora_alpha=64), "lora_alpha: 8 there, 64 now"),
-        (lora(2, seed=1), "other weights under the adapter"),
+        (lora(2, lora_alpha=64), "lora_alpha: 8 before, 64 now"),
+        (lora(2, seed=1), "different weights under the adapter"),
     ):
         with pytest.raises(CheckpointError, match=told):
             go_on(adapted, model=model)
@@ -148,12 +148,12 @@ def test_a_schedule_that_lives_on_what_it_saw_takes_no_other_rate(tmp_path: Path
     more |= {"metric_for_best_model": "loss"}
     TunaTrainer(tiny_llama(), settings(tmp_path, **more), ragged(8), ragged(4)).train()
     trainer = TunaTrainer(tiny_llama(), settings(tmp_path, **{**more, "learning_rate": 1e-5}), ragged(8), ragged(4))
-    with pytest.raises(CheckpointError, match=r"learning_rate: 0.01 there and changed since by reduce_lr_on_plateau"):
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0.01 before and changed since by reduce_lr_on_plateau"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_fewer_steps_than_are_done_are_refused(copied: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"max_steps = 3, but .*checkpoint-4 is at step 4"):
+    with pytest.raises(CheckpointError, match=r"max_steps = 3, but .*checkpoint-4 is already at step 4"):
         go_on(copied, max_steps=3)
 
 
@@ -195,10 +195,10 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     words += ["--save-steps", "2", "--output", str(tmp_path / "run")]
     assert invoke(*words, "--limit", "12").exit_code == 0
     done = invoke(*words, "--limit", "12")
-    assert isinstance(done.exception, ValueError) and "--resume goes on with it" in str(done.exception)
+    assert isinstance(done.exception, ValueError) and "--resume continues it" in str(done.exception)
     done = invoke(*words, "--limit", "9", "--resume")
     assert isinstance(done.exception, CheckpointError)
-    assert "data: 12 groups there, 9 now (limit: 12 there, 9 now)" in str(done.exception)
+    assert "data: 12 groups before, 9 now (limit: 12 before, 9 now)" in str(done.exception)
     done = invoke(*words, "--limit", "9", "--resume", "--allow-changes")
     assert done.exit_code == 0, done.output
     assert torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]

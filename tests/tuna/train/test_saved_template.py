@@ -29,7 +29,7 @@ ROWS = [
     for i in range(6)
 ]
 RUN = ["--set", "use_cpu=true", "--logging-steps", "1", "--groups", "2", "--lr", "1e-3", "--steps", "3"]
-UNUSED = "has a chat template"
+UNUSED = "chat template is not used"
 
 
 def flat(done: Result) -> str:

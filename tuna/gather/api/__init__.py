@@ -1,1 +1,1 @@
-"""Paid calls to an OpenAI-compatible endpoint: asked, checked, written down, never paid twice."""
+"""Paid calls to an OpenAI-compatible endpoint: validated, recorded in a journal, never paid twice."""

@@ -1,8 +1,8 @@
-"""What an endpoint's answer must hold: the second half of the gate before the journal (`bodies` is the first).
+"""Validation of an endpoint's answer before it is recorded; step two after `bodies`.
 
-Every field is read for itself. A count that is none, a log-probability that cannot be one, a text that no file can
-hold become None, an unusable choice or clean text here, so that nothing after the journal has to doubt a value. Of
-several choices the usable ones are kept. What stands in a journal already is read by the same rules.
+Every field is checked separately. An invalid count becomes None, an invalid log-probability makes the choice unusable
+or its log-probabilities None, and text that UTF-8 cannot encode is cleaned, so later code can rely on the values. Of
+several choices the usable ones are kept. Answers from an existing journal are checked by the same rules.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from tuna.gather.api.remedies import error_message
 __all__ = ["LEAST", "MISSING", "ROUNDING", "Api", "parse_choices", "reported_usage", "stored_choices"]
 
 Api = Literal["completions", "chat"]
-MOST_TOKENS = 10_000_000  # of a call; no model takes or gives more, so a larger count is none
+MOST_TOKENS = 10_000_000  # per call; beyond the limit of every model, so a larger count is invalid
 MOST_LABEL = 200  # characters of a model's name or a finish reason
-LEAST = -1000.0  # no sampled token is less likely: -9999 (OpenAI, vLLM), -1e9 and the like say that a value is missing
-MISSING = "which stands for a missing one"
-ROUNDING = 1e-3  # a log-probability may be so much above 0 by rounding
+LEAST = -1000.0  # no sampled token is less likely: -9999 (OpenAI, vLLM) or -1e9 mark a missing value
+MISSING = "a placeholder for a missing value"
+ROUNDING = 1e-3  # rounding may put a log-probability this much above 0
 # End tokens as endpoints list them: <|im_end|>, </s>, <end_of_turn>.
 _SPECIAL = re.compile(rb"\s*(?:<[|/]?[\w\xef\xbd\x9c\xe2\x96\x81:-]{1,40}[|\xef\xbd\x9c]{0,3}>)?\s*", re.ASCII)
 
 
 def parse_choices(api: Api, *, logprobs: bool, probe: bool = False) -> Callable[[Any], dict[str, Any]]:
-    """A parser of answers, to be kept as JSON.
+    """A parser of answers to JSON values for the journal.
 
-    It returns ``{"model", "choices": [{"text", "finish_reason", "tokens", "logprobs"}]}``; a choice of a model that
-    thinks has ``reasoning`` too, one without log-probabilities may have ``missing`` (why), and ``left_out`` says of
-    choices that could not be used why. It raises `UnusableAnswer` where none can.
+    It returns `{"model", "choices": [{"text", "finish_reason", "tokens", "logprobs"}]}`; a choice of a reasoning model
+    also has `reasoning`, one without log-probabilities may have `missing` (the reason), and `left_out` has the reasons
+    for unusable choices. It raises `UnusableAnswer` if no choice is usable.
 
     Args:
-        api: whose shape the answer has.
-        logprobs: whether a choice is of use only with the log-probabilities of its tokens.
-        probe: take a choice without text too.
+        api: the API, which decides the format of the answer.
+        logprobs: whether a choice needs the log-probabilities of its tokens.
+        probe: accept a choice without text.
     """
 
     def parse(reply: Any) -> dict[str, Any]:
         choices = reply.get("choices") if isinstance(reply, Mapping) else None
         if not isinstance(choices, list) or not choices:
             words = short(error_message(reply))
-            raise UnusableAnswer("it has no choices" + (f", but says: {words}" if words else ""))
+            raise UnusableAnswer("it has no choices" + (f", but an error: {words}" if words else ""))
         usage = reply.get("usage")
         alone = usage if len(choices) == 1 and isinstance(usage, Mapping) else {}
         return _usable(reply.get("model"), choices, lambda choice: _choice(api, choice, alone, probe), logprobs)
@@ -55,7 +55,7 @@ def parse_choices(api: Api, *, logprobs: bool, probe: bool = False) -> Callable[
 
 
 def stored_choices(*, logprobs: bool) -> Callable[[Any], dict[str, Any]]:
-    """A reader of what `parse_choices` made, also an earlier version of it; raises `UnusableAnswer` likewise."""
+    """A reader of journal entries made by `parse_choices`, also by earlier versions; raises `UnusableAnswer` too."""
 
     def read(answer: Any) -> dict[str, Any]:
         choices = answer.get("choices") if isinstance(answer, Mapping) else None
@@ -67,7 +67,7 @@ def stored_choices(*, logprobs: bool) -> Callable[[Any], dict[str, Any]]:
 
 
 def reported_usage(reply: Any) -> Usage | None:
-    """Tokens of a call as the endpoint reports them, None where it does not."""
+    """Tokens of a call as reported by the endpoint, None if it does not report them."""
     usage = reply.get("usage") if isinstance(reply, Mapping) else None
     if not isinstance(usage, Mapping):
         return None
@@ -81,7 +81,7 @@ def _usable(
     def one(choice: Any) -> dict[str, Any] | UnusableAnswer:
         try:
             if not isinstance(choice, Mapping):
-                raise UnusableAnswer("is no object")
+                raise UnusableAnswer("is not an object")
             found = read(choice)
         except UnusableAnswer as error:
             return error
@@ -100,7 +100,7 @@ def _usable(
 
 
 def _choice(api: Api, choice: Mapping[str, Any], usage: Mapping[str, Any], probe: bool) -> dict[str, Any]:
-    """A choice as it is kept; ``usage`` is that of the answer if it has no other."""
+    """A choice as recorded; `usage` is that of the answer if this is its only choice."""
     message = choice.get("message") if api == "chat" else choice
     if not isinstance(message, Mapping):
         raise UnusableAnswer("has no text")
@@ -108,7 +108,7 @@ def _choice(api: Api, choice: Mapping[str, Any], usage: Mapping[str, Any], probe
     given, thought = _parts(message.get("content" if api == "chat" else "text"))
     refused = given is None and isinstance(message.get("refusal"), str)
     if refused:
-        given = message["refusal"]  # an answer too: asking again would be answered the same
+        given = message["refusal"]  # an answer too: a retry would give the same
     for name in ("reasoning_content", "reasoning"):
         thought = thought or (message[name] if isinstance(message.get(name), str) else "")
     thinking, text = split_reasoning(clean_text(given or ""))
@@ -118,7 +118,7 @@ def _choice(api: Api, choice: Mapping[str, Any], usage: Mapping[str, Any], probe
     if (given is None or (not text.strip() and (thinking or hidden or calls))) and not probe:
         raise _no_text(message, reason, bool(thinking or hidden))
     if calls and reason in (None, "stop"):
-        reason = "tool_calls"  # the text is not all of the answer
+        reason = "tool_calls"  # the text is not the whole answer
     values, missing = _logprobs(choice.get("logprobs"), text, bool(thinking or hidden), refused)
     tokens = None if values is None else len(values)
     if tokens is None and (total := _count(usage.get("completion_tokens"))) is not None:
@@ -135,7 +135,7 @@ def _stored_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     thinking, text = split_reasoning(clean_text(text))
     missing = choice.get("missing") if isinstance(choice.get("missing"), str) else None
     values = choice.get("logprobs")
-    if thinking and values is not None:  # of an earlier version: which tokens were whose is not known any more
+    if thinking and values is not None:  # of an earlier version: which tokens are reasoning is unknown
         values, missing = None, "has log-probabilities of its reasoning too"
     elif isinstance(values, list):
         values, missing = _checked(values, text)
@@ -150,7 +150,7 @@ def _stored_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(content: Any) -> tuple[str | None, str]:
-    """The text of a message, and reasoning beside it, where it is a list of parts."""
+    """The text and the reasoning of a message given as a list of parts."""
     if isinstance(content, str):
         return content, ""
     if not isinstance(content, list):
@@ -168,7 +168,7 @@ def _parts(content: Any) -> tuple[str | None, str]:
 
 
 def _no_text(message: Mapping[str, Any], reason: str | None, thinking: bool) -> UnusableAnswer:
-    """Why a choice has no text, and whether it is worth asking again at the full price."""
+    """Why a choice has no text, and whether a retry at the full price is worthwhile."""
     if reason == "length":
         where = "went into its reasoning" if thinking else "were used up before any"
         words = f'has no text: its max_tokens {where} (finish_reason "length"); raise --max-tokens'
@@ -183,9 +183,9 @@ def _no_text(message: Mapping[str, Any], reason: str | None, thinking: bool) -> 
 
 
 def _logprobs(given: Any, text: str, reasoned: bool, refused: bool) -> tuple[list[float] | None, str | None]:
-    """The log-probability of each token of ``text``, or None and why.
+    """The log-probability of each token of `text`, or None and the reason.
 
-    Read are both shapes (`content[].logprob`, `token_logprobs`), whichever the API.
+    Both formats (`content[].logprob`, `token_logprobs`) are read under either API.
     """
     if not isinstance(given, Mapping):
         return None, None
@@ -194,7 +194,7 @@ def _logprobs(given: Any, text: str, reasoned: bool, refused: bool) -> tuple[lis
         content = given["refusal"]
     if isinstance(content, list):
         if not all(isinstance(item, Mapping) for item in content):
-            return None, "has log-probabilities that are no objects"
+            return None, "has log-probabilities that are not objects"
         values = [item.get("logprob") for item in content]
         pieces = _pieces([item["bytes"] if item.get("bytes") else item.get("token") for item in content])
     elif isinstance(values, list):
@@ -210,19 +210,19 @@ def _logprobs(given: Any, text: str, reasoned: bool, refused: bool) -> tuple[lis
 
 
 def _checked(values: Sequence[Any], text: str) -> tuple[list[float] | None, str | None]:
-    """Values as log-probabilities, or None and why they are none."""
+    """Values as log-probabilities, or None and why they are invalid."""
     if not values and text.strip():
-        return None, "has a text, but log-probabilities of no token"
-    if len(values) > len(text.encode()) + 8:  # a token is a byte at least, end tokens apart
+        return None, "has a text, but no log-probability of any token"
+    if len(values) > len(text.encode()) + 8:  # a token has at least one byte, except end tokens
         return None, f"has log-probabilities of {len(values)} tokens for a text of {len(text)} characters"
     found = []
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(number := _float(value)):
-            return None, f"has {'NaN' if isinstance(value, float) else type(value).__name__} for a log-probability"
+            return None, f"has {'NaN' if isinstance(value, float) else type(value).__name__} as a log-probability"
         if number > ROUNDING:
-            return None, f"has {number:.6g} for a log-probability, which is above 0"
+            return None, f"has {number:.6g} as a log-probability, which is above 0"
         if number <= LEAST:
-            return None, f"has {number:.6g} for a log-probability, {MISSING}"
+            return None, f"has {number:.6g} as a log-probability, {MISSING}"
         found.append(min(number, 0.0))
     return found, None
 
@@ -235,10 +235,10 @@ def _float(value: float) -> float:
 
 
 def _first_of_text(pieces: list[bytes] | None, text: bytes, reasoned: bool) -> int | str:
-    """The index of the first token that the text is made of, or why there is no telling.
+    """The index of the first token of the text, or why it cannot be determined.
 
-    Tokens before it are of reasoning that the endpoint has taken out of the text, or of a prompt that it repeats.
-    Names of tokens that do not spell the text (such as ``Ġfruit``) are passed over unless there was reasoning.
+    Tokens before it belong to reasoning that the endpoint removed from the text, or to a repeated prompt.
+    Token names that do not spell the text (such as `Ġfruit`) are accepted unless there was reasoning.
     """
     mixed = "has log-probabilities of its reasoning too, and its own cannot be told apart"
     whole = text.strip()
@@ -262,7 +262,7 @@ def _first_of_text(pieces: list[bytes] | None, text: bytes, reasoned: bool) -> i
 
 
 def _end_of_rest(pieces: Sequence[bytes], joined: bytes, whole: bytes) -> int:
-    """Where in the joined tokens the text begins if it ends them, end tokens apart; -1 where it does not."""
+    """Where the text begins in the joined tokens if they end with it, ignoring end tokens; -1 if they do not."""
     end = len(joined)
     for piece in [b"", *reversed(pieces[-4:])]:
         if not _SPECIAL.fullmatch(piece):
@@ -276,7 +276,7 @@ def _end_of_rest(pieces: Sequence[bytes], joined: bytes, whole: bytes) -> int:
 
 
 def _pieces(given: Any) -> list[bytes] | None:
-    """Tokens as bytes, from their texts or their lists of bytes; None where one has neither."""
+    """Tokens as bytes, from their texts or their lists of bytes; None if one has neither."""
     if not isinstance(given, list) or not given:
         return None
     try:
@@ -292,7 +292,7 @@ def _octets(item: Any) -> list[int]:
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens, or None."""
+    """A valid number of tokens, or None."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value if whole and 0 <= value <= MOST_TOKENS else None
 
@@ -303,5 +303,5 @@ def _reasoning_tokens(usage: Mapping[str, Any]) -> int:
 
 
 def _label(value: Any) -> str | None:
-    """A name of the endpoint's, or None."""
+    """A valid name given by the endpoint, or None."""
     return clean_text(value) if isinstance(value, str) and 0 < len(value) <= MOST_LABEL else None

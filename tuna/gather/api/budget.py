@@ -1,4 +1,4 @@
-"""What calls may cost: prices, a bound that holds while calls run side by side, and an estimate before any."""
+"""Cost of calls: prices, a budget that holds with concurrent calls, and estimates in advance."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["Budget", "BudgetSpent", "Prices", "Usage", "estimate_tokens"]
 
 
 class BudgetSpent(Exception):
-    """The next call does not fit the budget. What is done stays done; a rerun with a larger budget goes on."""
+    """The next call exceeds the budget. Completed calls are kept; a rerun with a larger budget continues."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a call or of many: ``input`` (the prompt) and ``output`` (all its choices)."""
+    """Tokens of one or more calls: `input` (prompts) and `output` (all choices)."""
 
     input: int
     output: int
@@ -25,10 +25,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices per million tokens, in any one currency.
+    """Prices per million tokens, in any currency.
 
     Raises:
-        ValueError: a price that is negative or not finite.
+        ValueError: a negative or non-finite price.
 
     Examples:
         >>> Prices(input=2.0, output=8.0).cost(Usage(500_000, 250_000))
@@ -44,32 +44,31 @@ class Prices:
                 raise ValueError(f"{name} = {price} must be a finite number, at least 0")
 
     def cost(self, usage: Usage) -> float:
-        """What so many tokens cost."""
+        """The cost of `usage`."""
         return (usage.input * self.input + usage.output * self.output) / 1e6
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of a text without its tokenizer: a third of its UTF-8 bytes, on the high side for English."""
+    """Estimated tokens of a text without its tokenizer: a third of its UTF-8 bytes, which is high for English."""
     return -(-len(text.encode("utf-8", "replace")) // 3)
 
 
 class Budget:
-    """Calls and cost of a folder over all its runs, kept below their bounds.
+    """Limits calls and cost of a folder over all its runs.
 
-    A call reserves its worst case (prompt as estimated, every choice of full length) before it is sent and is
-    charged what it used when it is back, so calls in flight together cannot overrun. ``max_calls`` counts calls
-    that are or may be billed: an answer of any quality, a cut connection, a timeout. A refusal (429, 500, …) is
-    free.
+    A call reserves its worst case (estimated prompt, every choice of full length) before it is sent and is charged its
+    actual usage when it returns, so concurrent calls cannot exceed the limits. `max_calls` counts calls that are or may
+    be billed: an answer of any quality, a broken connection, a timeout. A refusal (429, 500, …) is free.
 
     Args:
-        max_calls: most calls, or None.
-        max_cost: most cost, in the currency of ``prices``, or None.
-        prices: per million tokens; needed for ``max_cost``.
+        max_calls: maximum number of calls, or None.
+        max_cost: maximum cost, in the currency of `prices`, or None.
+        prices: per million tokens; needed for `max_cost`.
         calls: calls made by earlier runs.
         spent: their tokens.
 
     Raises:
-        ValueError: a bound below 0, or ``max_cost`` without a price.
+        ValueError: a limit below 0, or `max_cost` without prices.
     """
 
     def __init__(
@@ -94,14 +93,14 @@ class Budget:
 
     @property
     def cost(self) -> float:
-        """Cost of all calls that are back."""
+        """Cost of all returned calls."""
         return self.prices.cost(self.spent)
 
     async def reserve(self, worst: Usage) -> None:
-        """Set the worst case of a call aside; waits while only calls in flight stand in its way.
+        """Reserve the worst case of a call; waits while calls in flight may still free enough of the budget.
 
         Raises:
-            BudgetSpent: it does not fit, and no call is in flight that could turn out cheaper.
+            BudgetSpent: it exceeds the budget, and no call in flight could turn out cheaper.
         """
         while (reason := self._no_room(worst)) is not None:
             if not self._open:
@@ -110,7 +109,7 @@ class Budget:
         self._open.append(worst)
 
     def settle(self, worst: Usage, used: Usage | None) -> None:
-        """A call that reserved ``worst`` is back: charge ``used``, or nothing where None."""
+        """Settle a returned call that reserved `worst`: charge `used`, or nothing if None."""
         self._open.remove(worst)
         if used is not None:
             self.calls += 1
@@ -124,5 +123,5 @@ class Budget:
         if self.max_cost is not None:
             cost = self.cost + sum(map(self.prices.cost, self._open)) + self.prices.cost(worst)
             if cost > self.max_cost:
-                return f"max_cost = {self.max_cost:g} could be exceeded: {self.cost:.4g} is spent"
+                return f"max_cost = {self.max_cost:g} could be exceeded: {self.cost:.4g} spent so far"
         return None

@@ -1,8 +1,7 @@
-"""Paid calls as a pipeline uses them: asked once, written down at once, many side by side.
+"""Paid calls for pipelines: each made once, recorded immediately, many in parallel.
 
-`PaidCalls.ask` looks into the journal first. `run_jobs` works through a list with bounded concurrency; a job that
-fails is set aside, one that is refused (budget spent, key not taken) ends the run without cutting off what is in
-flight, for that is paid.
+`PaidCalls.ask` looks in the journal first. `run_jobs` processes a list with bounded concurrency; a failed job is set
+aside; a refusal (budget spent, key rejected) ends the run after the calls in flight, which are paid, have finished.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ __all__ = [
     "worst_usage",
 ]
 
-DOWN = 25  # jobs failed in a row: the endpoint is down, and the other thousands need not learn it one by one
+DOWN = 25  # failed jobs in a row after which the endpoint is considered down and the run ends
 J = TypeVar("J")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request not yet made; fields as the arguments of `PaidCalls.ask`."""
+    """A request to be made; fields are the arguments of `PaidCalls.ask`."""
 
     api: Api
     body: Mapping[str, Any]
@@ -59,12 +58,12 @@ class Request:
 
 @dataclass(frozen=True)
 class PaidSettings:
-    """How to ask and what to spend: all that does not change what an answer means.
+    """Endpoint and budget: the settings that do not change the meaning of an answer.
 
     Attributes:
-        endpoint: where, and how patiently.
-        concurrency: most jobs side by side; a job makes one call at a time.
-        max_calls, max_cost, prices: of the whole folder over all runs, see `tuna.gather.api.budget.Budget`.
+        endpoint: address, timeouts and retries.
+        concurrency: maximum number of jobs in parallel; a job makes one call at a time.
+        max_calls, max_cost, prices: for the whole folder over all runs, see `tuna.gather.api.budget.Budget`.
     """
 
     endpoint: EndpointSettings
@@ -74,28 +73,28 @@ class PaidSettings:
     prices: Prices = field(default_factory=Prices)
 
     def budget(self, journal: Journal | None = None) -> Budget:
-        """The budget as earlier runs left it."""
+        """The budget remaining from earlier runs."""
         calls, spent = (journal.calls, journal.spent) if journal is not None else (0, None)
         return Budget(self.max_calls, self.max_cost, self.prices, calls=calls, spent=spent)
 
 
 class Unfinished(Exception):
-    """A job that cannot be done, and why; whoever raises it has kept what was paid for."""
+    """A job cannot be done; raised after everything paid for has been recorded."""
 
 
 class PaidCalls:
     """Calls to one endpoint that are never paid for twice.
 
     Args:
-        endpoint: whom to ask.
-        journal: where answers stand.
-        budget: what may be spent.
+        endpoint: the endpoint.
+        journal: the journal of answers.
+        budget: the budget.
 
     Attributes:
-        found: calls answered by the journal.
+        found: calls answered from the journal.
         made: calls answered by the endpoint.
-        passed_over: answers of the journal that are of no use, and were asked for again.
-        closed: nothing is asked any more; what the journal answers is answered.
+        passed_over: unusable answers in the journal, which were requested again.
+        closed: no more requests are sent; only the journal answers.
     """
 
     def __init__(self, endpoint: Endpoint, journal: Journal, budget: Budget) -> None:
@@ -115,23 +114,23 @@ class PaidCalls:
         omit: Sequence[str] = (),
         probe: bool = False,
     ) -> Any:
-        """The answer to a request, from the journal or else from the endpoint.
+        """The answer to a request, from the journal or from the endpoint.
 
         Args:
             api: "completions" or "chat".
-            body: the request; it decides the key.
-            parse: makes a JSON value of the answer, to be kept, or raises `UnusableAnswer`.
-            stored: reads what ``parse`` made out of the journal, or raises `UnusableAnswer`: then it is asked again.
-            draw: which draw of the same request this is: a sampled answer may be wanted more than once.
-            omit: fields of ``body`` that do not change what is asked for (how to wrap the answer, say).
-            probe: the answer says what the endpoint can do, and is no part of a result.
+            body: the request; it determines the key.
+            parse: converts the answer to a JSON value for the journal, or raises `UnusableAnswer`.
+            stored: reads the value of `parse` from the journal, or raises `UnusableAnswer` to request it again.
+            draw: index of the sample, if the same request is made several times.
+            omit: fields of `body` that do not affect the content of the answer (for example its format).
+            probe: the answer only tests the endpoint and is not part of a result.
 
         Raises:
             CallFailed: the call was given up.
-            BudgetSpent: it does not fit the budget.
+            BudgetSpent: it exceeds the budget.
         """
         key = request_key(api, body, draw=draw, omit=omit)
-        # Equal requests side by side wait for one answer.
+        # Equal concurrent requests wait for one answer.
         async with self._asking.setdefault(key, asyncio.Lock()):
             try:
                 answer = self.journal.get(key)
@@ -144,7 +143,7 @@ class PaidCalls:
                         self.found += 1
                         return answer
                 if self.closed:
-                    raise CallFailed("it is not in the journal, and the run has ended")
+                    raise CallFailed("not in the journal, and the run has ended")
                 return await self._pay(key, api, body, parse, probe)
             finally:
                 self._asking.pop(key, None)
@@ -183,12 +182,12 @@ class PaidCalls:
 
 @dataclass
 class Outcome(Generic[R]):
-    """What became of a list of jobs.
+    """The outcome of a list of jobs.
 
     Attributes:
-        results: by the index of the job.
-        failed: reasons, by the index of the job.
-        stopped: why the run ended early, None where it did not.
+        results: results by job index.
+        failed: reasons by job index.
+        stopped: why the run ended early, None if it did not.
     """
 
     results: dict[int, R] = field(default_factory=dict)
@@ -203,14 +202,14 @@ async def run_jobs(
     concurrency: int,
     on_done: Callable[[], None] = lambda: None,
 ) -> Outcome[R]:
-    """Work through ``jobs``, at most ``concurrency`` side by side.
+    """Process `jobs`, at most `concurrency` in parallel.
 
-    `CallFailed` and `Unfinished` set one job aside. `BudgetSpent`, `EndpointRefused`, the first Ctrl-C, and `DOWN` jobs
-    in a row that failed for want of a working endpoint stop the handing out; jobs in flight are finished. Any other
-    error is raised at once.
+    `CallFailed` and `Unfinished` set one job aside. After `BudgetSpent`, `EndpointRefused`, the first Ctrl-C, or `DOWN`
+    jobs in a row that failed because the endpoint did not work, no more jobs are started; jobs in flight are finished.
+    Any other error is raised immediately.
 
     Raises:
-        ValueError: ``concurrency`` below 1.
+        ValueError: `concurrency` below 1.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency} must be at least 1")
@@ -227,7 +226,7 @@ async def run_jobs(
         )
         in_a_row = in_a_row + 1 if down else 0
         if in_a_row >= DOWN:
-            outcome.stopped = outcome.stopped or CallFailed(f"{DOWN} jobs in a row failed, the last: {error}")
+            outcome.stopped = outcome.stopped or CallFailed(f"{DOWN} jobs in a row failed; the last: {error}")
 
     async def worker() -> None:
         for index, job in queue:
@@ -266,9 +265,9 @@ async def run_paid(
     prepare: Callable[[PaidCalls], Awaitable[None]] | None = None,
     on_done: Callable[[PaidCalls], None] = lambda calls: None,
 ) -> tuple[Outcome[R], PaidCalls]:
-    """`run_jobs` with an endpoint, a journal and a budget; ``prepare`` comes before the first job, and alone.
+    """`run_jobs` with an endpoint, a journal and a budget; `prepare` runs alone before the first job.
 
-    Where the run ends early, the jobs left that the journal can answer are still done: an earlier run may have paid.
+    If the run ends early, remaining jobs that the journal can answer are still done: an earlier run may have paid.
     """
     budget = settings.budget(journal)
     async with Endpoint(settings.endpoint, answered=len(journal) > 0) as endpoint:
@@ -290,7 +289,7 @@ async def run_paid(
 
 
 def worst_case(requests: Iterable[Request], journal: Journal | None = None) -> tuple[int, int, Usage]:
-    """What requests would take at most: calls to make, calls that the journal answers, tokens of the former."""
+    """Upper bounds for requests: calls to make, calls answered from the journal, tokens of the calls to make."""
     made, found, usage = set(), 0, Usage(0, 0)
     for request in requests:
         key = request_key(request.api, request.body, draw=request.draw, omit=request.omit)
@@ -304,7 +303,7 @@ def worst_case(requests: Iterable[Request], journal: Journal | None = None) -> t
 
 @contextmanager
 def _first_interrupt(handler: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls ``handler``, and the second is one as ever."""
+    """A context in which the first Ctrl-C calls `handler` and the second interrupts as usual."""
     loop = asyncio.get_running_loop()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -322,25 +321,25 @@ def _first_interrupt(handler: Callable[[], None]) -> Iterator[None]:
 
 
 def request_key(api: Api, body: Mapping[str, Any], *, draw: int = 0, omit: Sequence[str] = ()) -> str:
-    """What a request is filed under; arguments as of `PaidCalls.ask`."""
+    """The journal key of a request; arguments as in `PaidCalls.ask`."""
     content = {name: value for name, value in body.items() if name not in omit}
     return content_key({"api": api, "body": content, "draw": draw})
 
 
 def _prompt_tokens(api: Api, body: Mapping[str, Any]) -> int:
-    """Tokens of the prompt of a request, estimated without its tokenizer."""
+    """Estimated tokens of the prompt of a request, without a tokenizer."""
     if api == "completions":
         return estimate_tokens(str(body.get("prompt", "")))
     return sum(4 + estimate_tokens(str(turn.get("content", ""))) for turn in body.get("messages", ()))
 
 
 def worst_usage(api: Api, body: Mapping[str, Any]) -> Usage:
-    """The most tokens that a request can take: every choice of full length."""
+    """Maximum usage of a request: every choice of full length."""
     limit = body.get("max_completion_tokens", body.get("max_tokens", 4096))
     return Usage(_prompt_tokens(api, body), int(body.get("n", 1)) * int(limit))
 
 
 def _used(reply: Any, worst: Usage) -> tuple[int, int]:
-    """Tokens as the endpoint reports them, or at their worst where it does not (or not in numbers)."""
+    """Tokens as reported by the endpoint, or the worst case if it does not report valid numbers."""
     used = reported_usage(reply) or worst
     return used.input, used.output

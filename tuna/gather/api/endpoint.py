@@ -1,19 +1,19 @@
-"""One request to an OpenAI-compatible endpoint, asked until it is answered.
+"""Requests to an OpenAI-compatible endpoint, with retries.
 
-What happens to an attempt:
+What happens after an attempt:
 
-| the endpoint | we |
+| the endpoint | the client |
 |---|---|
-| answers with a JSON object that the caller can use | are done |
-| 408, 409, 425, 429, 500 and above | wait (Retry-After, or exponential back-off with jitter), try again |
-| cuts the connection, is too slow, sends no JSON or an unusable object | the same; the call counts as lost |
-| sends what would come again at the full price (a text withheld, a body beyond the bound) | give this one up, lost |
-| 401, 402, or 429 for an empty account | stop the run: every other call would fare the same |
+| answers with a JSON object that the caller can use | is done |
+| 408, 409, 425, 429, 500 and above | waits (Retry-After, or exponential back-off with jitter) and retries |
+| breaks the connection, times out, sends no JSON or an unusable object | the same; the call counts as lost |
+| sends what a retry would give again at the full price (a withheld text, too large a body) | gives up the call; lost |
+| 401, 402, or 429 for an empty account | stops the run: every other call would fail too |
 | 403, 404 or a redirect to another host, before it has answered any call | the same |
-| asks all to wait beyond the total timeout | the same |
-| any other status (400: too long a prompt, …) | give this one up and say why |
+| requests a wait beyond the total timeout for all calls | the same |
+| any other status (400: prompt too long, …) | gives up the call and reports why |
 
-Redirects (307, 308) are followed on the same host only: nobody else is sent a prompt.
+Redirects (307, 308) are followed on the same host only: prompts are sent to no other host.
 """
 
 from __future__ import annotations
@@ -52,16 +52,14 @@ T = TypeVar("T")
 PATHS: dict[Api, str] = {"completions": "/completions", "chat": "/chat/completions"}
 RETRIED = frozenset({408, 409, 425, 429})
 STOPPING = frozenset({401, 402})
-UNKNOWN_PLACE = frozenset(
-    {300, 301, 302, 303, 304, 305, 307, 308, 403, 404}
-)  # the address or the model, or this call alone
+UNKNOWN_PLACE = frozenset({300, 301, 302, 303, 304, 305, 307, 308, 403, 404})  # address or model, or this call only
 MOST_HOPS = 3
-MOST_WAIT = 86400.0  # seconds; a Retry-After beyond a day is a mistake of the endpoint's, and passed over
-MOST_ERROR = 2**16  # bytes that are read of an error
+MOST_WAIT = 86400.0  # seconds; a Retry-After beyond a day is an error of the endpoint and ignored
+MOST_ERROR = 2**16  # bytes read of an error
 
 
 class CallFailed(Exception):
-    """A call was given up; ``status`` is that of the last answer, None where there was none."""
+    """A call was given up; `status` is that of the last answer, None if there was none."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -69,19 +67,19 @@ class CallFailed(Exception):
 
 
 class EndpointRefused(CallFailed):
-    """The endpoint takes no call of ours at all: key, account, address or model."""
+    """The endpoint refuses all calls: wrong key, account, address or model."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one attempt ended without a usable answer.
+    """An attempt that ended without a usable answer.
 
     Attributes:
-        reason: in plain words, without secrets.
-        billed: whether it was, or may have been, paid for.
-        status: HTTP status, None where none came.
-        wait: seconds the endpoint asks to wait, None where it does not say.
-        again: whether another attempt may do better.
+        reason: why, without secrets.
+        billed: whether it was, or may have been, billed.
+        status: HTTP status, None without an answer.
+        wait: seconds the endpoint requests to wait, None if it does not say.
+        again: whether a retry may succeed.
     """
 
     reason: str
@@ -93,13 +91,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class _Usable(Generic[T]):
-    value: T  # wrapped: T could itself be anything
+    value: T  # wrapped, since T may be any type
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds that ``retry-after-ms`` or ``Retry-After`` (seconds or an HTTP date) ask for; None without one.
+    """Seconds to wait by `retry-after-ms` or `Retry-After` (seconds or an HTTP date); None without one.
 
-    More than a day is no time that an endpoint can mean: None.
+    More than a day is considered an error and ignored (None).
 
     Examples:
         >>> retry_after({"retry-after": "2.5"}), retry_after({"retry-after-ms": "300"}), retry_after({})
@@ -125,16 +123,16 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
 
 
 class Endpoint:
-    """A client with our patience. Use as an asynchronous context manager.
+    """An HTTP client with retries. Use as an asynchronous context manager.
 
     Args:
-        settings: where and how patiently to ask.
-        answered: whether it has answered an earlier run: then a 404 is one record's, and not the address's.
+        settings: address, timeouts and retries.
+        answered: whether it answered an earlier run: then a 404 concerns one record, not the address.
 
     Attributes:
-        requests, retries, refused, waited: requests sent, those beyond the first of a call, answers of 429, and
+        requests, retries, refused, waited: requests sent, retries among them, answers of status 429, and
             seconds spent waiting (summed over calls).
-        single_choice: whether it turned out to refuse more than one choice a request.
+        single_choice: whether it was found to refuse more than one choice per request.
     """
 
     def __init__(self, settings: EndpointSettings, *, answered: bool = False) -> None:
@@ -143,8 +141,8 @@ class Endpoint:
         self.single_choice = False
         self._key = api_key(settings.key_variable)
         self._redactor = Redactor(self._key)
-        self._answered = answered  # whether any call has been: then the address is right
-        self._clear_at = 0.0  # no request before this (loop time): a Retry-After holds for all
+        self._answered = answered  # whether any call was answered: then the address is right
+        self._clear_at = 0.0  # no request before this (loop time): a Retry-After applies to all
         self._next_slot = 0.0  # of the rate limit
 
     async def __aenter__(self) -> Endpoint:
@@ -155,7 +153,7 @@ class Endpoint:
             "authorization": f"Bearer {self._key}",
             "content-type": "application/json",
             "accept": "application/json",
-            "accept-encoding": "gzip",  # what `read_body` unpacks within its bound
+            "accept-encoding": "gzip",  # decompressed by `read_body` with a size limit
             "user-agent": "tuna",
         }
         self._client = httpx.AsyncClient(
@@ -163,7 +161,7 @@ class Endpoint:
             timeout=self.settings.request_timeout,
             limits=unlimited,
             follow_redirects=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none is kept
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # no cookies are kept
         )
         return self
 
@@ -173,7 +171,7 @@ class Endpoint:
         await self._client.aclose()
 
     def redact(self, text: str) -> str:
-        """``text`` without the key."""
+        """`text` without the key."""
         return self._redactor.text(text)
 
     async def call(
@@ -185,18 +183,18 @@ class Endpoint:
         before: Callable[[], Awaitable[None]],
         after: Callable[[Attempt], Awaitable[None]],
     ) -> T:
-        """Ask until there is a usable answer.
+        """Request until there is a usable answer.
 
         Args:
             api: "completions" or "chat".
             body: the request.
-            parse: makes of the answer (a JSON value) what is wanted, also JSON, or raises `UnusableAnswer`. The key
-                is taken out of its texts.
+            parse: converts the answer (a JSON value) to the result, also JSON, or raises `UnusableAnswer`. The key
+                is removed from its texts.
             before: awaited before each attempt (a budget may refuse it by raising).
-            after: awaited after each attempt that brought nothing usable.
+            after: awaited after each attempt without a usable answer.
 
         Raises:
-            CallFailed: given up, with the reasons of the last attempt; `EndpointRefused` where every call would be.
+            CallFailed: given up, with the reason of the last attempt; `EndpointRefused` if every call would fail.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.total_timeout
@@ -213,11 +211,11 @@ class Endpoint:
             await after(outcome)
             self._raise_if_hopeless(outcome)
             if attempt == self.settings.max_attempts:
-                raise CallFailed(f"given up after {attempt} attempts, the last: {outcome.reason}", outcome.status)
+                raise CallFailed(f"given up after {attempt} attempts; the last: {outcome.reason}", outcome.status)
             wait = self._wait_after(attempt, outcome)
             if loop.time() + wait > deadline:
                 late = f"{outcome.reason}; the next attempt is due in {wait:.1f} s, beyond {self._limit()}"
-                # Where the endpoint puts everybody off so long, the other calls would fare the same.
+                # The requested wait applies to all calls, so the others would fail too.
                 raise (EndpointRefused if loop.time() < self._clear_at else CallFailed)(late, outcome.status)
             self.waited += wait
             await asyncio.sleep(wait)
@@ -231,7 +229,7 @@ class Endpoint:
         url = self.settings.base_url + PATHS[api]
         content = json.dumps(dict(body), allow_nan=False).encode()
         try:
-            # The client's own timeout is one of each read.
+            # The HTTP client's own timeout is per read.
             answer = await asyncio.wait_for(self._post(url, content), timeout)
             if isinstance(answer, Attempt):
                 return answer
@@ -241,7 +239,7 @@ class Endpoint:
         except UnusableAnswer as error:
             return Attempt(self._said(f"unusable answer: {error}"), billed=True, status=200, again=error.again)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            # Refused before anything was sent: nobody has been paid.
+            # Refused before anything was sent: not billed.
             unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.InvalidURL)
             reason = f"connection failed: {str(error) or type(error).__name__}"
             return Attempt(self._said(reason + (f" (at {url})" if unsent else "")), billed=not unsent)
@@ -249,7 +247,7 @@ class Endpoint:
         return _Usable(value)
 
     async def _post(self, url: str, content: bytes) -> bytes | Attempt:
-        """The body of an answer of status 2xx, or what came instead."""
+        """The body of an answer of status 2xx, or the failed attempt."""
         for _ in range(MOST_HOPS + 1):
             async with self._client.stream("POST", url, content=content) as response:
                 status = response.status_code
@@ -264,9 +262,9 @@ class Endpoint:
             if there is None:
                 where = f" to {target}" if target else ""
                 advice = (
-                    "It was not followed, for prompts go to the host of base_url only"
+                    "It was not followed, because prompts are sent to the host of base_url only"
                     if _same_host(url, target) is None
-                    else "Such a redirect would lose the prompt: give --base-url the address it leads to"
+                    else "Such a redirect would lose the prompt: set --base-url to the address it leads to"
                 )
                 return Attempt(
                     self._said(f"status {status}: {url} redirects{where}", advice), False, status, again=False
@@ -278,10 +276,10 @@ class Endpoint:
         try:
             return error_words(await read_body(chunks, encoding, MOST_ERROR))
         except UnusableAnswer as error:
-            return f"the error's text cannot be read: {error}"
+            return f"the text of the error cannot be read: {error}"
 
     def _said(self, words: str, advice: str = "") -> str:
-        """Words that may be the endpoint's, as they may be printed and written down."""
+        """Text that may come from the endpoint, made safe for printing and recording."""
         words = short(self.redact(words))
         return f"{words.rstrip('.')}. {advice}" if advice else words
 
@@ -304,9 +302,9 @@ class Endpoint:
         if outcome.wait is None:
             return wait
         if outcome.status in (429, 503):
-            # What holds for this request holds for all of ours.
+            # Applies to all requests.
             self._clear_at = max(self._clear_at, asyncio.get_running_loop().time() + outcome.wait)
-        # Never earlier than asked; a little later, or all would come back at once.
+        # Never earlier than requested; a little later, so that not all return at once.
         return outcome.wait + 0.5 * self.settings.backoff * random.random()
 
     async def _wait_turn(self, deadline: float) -> None:
@@ -323,7 +321,7 @@ class Endpoint:
 
 
 def _same_host(url: str, target: str) -> str | None:
-    """The address that a redirect leads to if it is on the same host and port, or there with TLS instead of none."""
+    """The target of a redirect if it has the same host and port, or adds TLS on the same host; else None."""
     try:
         there = urljoin(url, target)
         one, other = urlsplit(url), urlsplit(there)

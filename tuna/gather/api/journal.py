@@ -1,11 +1,11 @@
-"""A folder in which paid work is written down as it comes in: manifest, journal, lock.
+"""A folder that records paid calls as they are answered: manifest, journal, lock.
 
-* `journal.jsonl` is append-only, one JSON object a line, on the disk (fsync) before anyone is told that a call is
-  done. A process killed at any point loses the calls in flight and nothing else; a torn last line is cut off. Any
-  other line that is no entry is passed over, and told.
-* `manifest.json` holds the parameters that decide what the answers mean; it is written with the first entry. A folder
-  that holds answers takes one set of them; one without, or with answers to probes alone, may be used with others.
-* `lock` is held by the process at work (and freed by the system when it dies).
+* `journal.jsonl` is append-only, one JSON object per line, synced to disk (fsync) before a call counts as done. A
+  process killed at any point loses only the calls in flight; an incomplete last line is cut off. Any other invalid
+  line is skipped and reported.
+* `manifest.json` has the parameters that determine the meaning of the answers; it is written with the first entry. A
+  folder with answers accepts only these parameters; one without, or with answers to probes only, accepts others.
+* `lock` is held by the running process (and released by the system when it ends).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tuna.system.writing import write_json
 __all__ = ["Journal", "OtherParameters", "content_key"]
 
 JOURNAL, MANIFEST, LOCK = "journal.jsonl", "manifest.json", "lock"
-MOST_USED = 10**12  # tokens of a call in the books: beyond, a line is not to be believed
+MOST_USED = 10**12  # tokens of a recorded call; a line with more is not trusted
 
 
 class OtherParameters(ValueError):
-    """The folder holds work done with other parameters."""
+    """The folder has a run with other parameters."""
 
 
 def content_key(content: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its fields: 64 hexadecimal digits.
+    """SHA-256 of a JSON value, independent of the order of its fields: 64 hexadecimal digits.
 
     Examples:
         >>> content_key({"a": 1, "b": "é"}) == content_key({"b": "é", "a": 1})
@@ -58,20 +58,20 @@ class Journal:
     """The answers paid for so far, by key. Use as a context manager.
 
     Args:
-        folder: made where it does not exist.
-        tool: the command at work; part of the manifest.
-        parameters: JSON values that decide what an answer means. No secrets: they are written to the manifest.
+        folder: created if missing.
+        tool: the running command; part of the manifest.
+        parameters: JSON values that determine the meaning of an answer. No secrets: they are written to the manifest.
 
     Attributes:
-        spent: tokens of all calls in the journal, those included that brought nothing.
-        calls: their number.
-        lost: how many of them brought nothing.
-        notes: of lines that could not be read, or not wholly: which, and why.
+        spent: tokens of all calls in the journal, including those without a usable answer.
+        calls: number of these calls.
+        lost: number of calls without a usable answer.
+        notes: lines that could not be read, or only partly, and why.
 
     Raises:
         FolderInUse: another process holds the lock.
-        OtherParameters: there are answers, and the manifest names other parameters; the message says which.
-        ValueError: a manifest that cannot be read; a parameter that cannot be written.
+        OtherParameters: there are answers, and the manifest has other parameters; the message names them.
+        ValueError: the manifest cannot be read, or a parameter cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tool: str, parameters: Mapping[str, Any]) -> None:
@@ -79,14 +79,14 @@ class Journal:
         self.tool = tool
         text = json.dumps({"tool": tool, "parameters": dict(parameters)}, ensure_ascii=False)
         if clean_text(text) != text:
-            raise ValueError(f"the parameters of tuna {tool} hold bytes that are no UTF-8 text")
+            raise ValueError(f"the parameters of tuna {tool} contain bytes that are not UTF-8 text")
         self.manifest = json.loads(text)
         self.calls, self.lost, self.spent = 0, 0, Usage(0, 0)
         self.notes: list[str] = []
         self._places: dict[str, _Place] = {}
         self._probes: set[str] = set()
         self._pending: list[bytes] = []
-        self._taken = self._written = 0  # entries handed in, entries on the disk
+        self._taken = self._written = 0  # entries submitted, entries on disk
         self._broken: OSError | None = None
         self._claimed = False
         self._turn = asyncio.Lock()
@@ -114,7 +114,7 @@ class Journal:
     ) -> None:
         try:
             if self._broken is None:
-                self._flush()  # what a cancelled task left
+                self._flush()  # left by a cancelled task
         finally:
             self._file.close()
             self._lock.close()
@@ -126,22 +126,22 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> Any | None:
-        """The answer under ``key``, or None. Read from the file: a long run does not live in memory."""
+        """The answer under `key`, or None; read from the file, so that memory does not grow with the run."""
         place = self._places.get(key)
         if place is None:
             return None
         return parse_json(os.pread(self._file.fileno(), place.length, place.offset), unique=False)["answer"]
 
     async def add(self, key: str, answer: Any, usage: Usage, *, probe: bool = False) -> None:
-        """Write an answer down; returns when it is on the disk. Calls side by side share one fsync.
+        """Record an answer; returns when it is on disk. Concurrent calls share one fsync.
 
-        That to a probe of the endpoint does not bind the folder to the parameters.
+        The answer to a probe does not bind the folder to the parameters.
         """
         entry = {"key": key, "usage": [usage.input, usage.output], "answer": answer}
         await self._append({**entry, "probe": True} if probe else entry)
 
     async def add_lost(self, key: str, reason: str, usage: Usage) -> None:
-        """Write down a call that was, or may have been, paid for and brought nothing: the budget counts it."""
+        """Record a call without a usable answer that was, or may have been, paid for: the budget counts it."""
         await self._append({"key": key, "usage": [usage.input, usage.output], "lost": reason})
 
     async def _append(self, entry: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ class Journal:
         ticket = self._taken
         async with self._turn:
             if self._written < ticket:
-                # Shielded: a thread cannot be cancelled, and what it writes is paid for.
+                # Shielded: a thread cannot be cancelled, and it writes answers that are paid for.
                 await asyncio.shield(asyncio.to_thread(self._flush))
 
     def _flush(self) -> None:
@@ -168,7 +168,7 @@ class Journal:
                     self._claimed = True
                 self._write(b"".join(lines))
             except OSError as error:
-                # Disk full: nothing may follow a torn line, so nothing more is written.
+                # Disk full: nothing may follow an incomplete line, so nothing more is written.
                 self._broken = error
                 raise
             for line in lines:
@@ -183,13 +183,13 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def _count(self, entry: Any, place: _Place) -> str | None:
-        """Enter a line into the books; what is wrong with it, None where nothing is.
+        """Count an entry; returns what is wrong with it, or None.
 
         Raises:
-            ValueError: it is no entry.
+            ValueError: not a valid entry.
         """
         if not isinstance(entry, Mapping) or not isinstance(entry.get("key"), str):
-            raise ValueError("no object with a key")
+            raise ValueError("not an object with a key")
         if ("answer" in entry) == ("lost" in entry):
             raise ValueError("neither an answer nor a lost call")
         self.calls += 1
@@ -201,17 +201,17 @@ class Journal:
                 self._probes.add(entry["key"])
         else:
             self.lost += 1
-        return None if used is not None else "its tokens cannot be read and are counted as none"
+        return None if used is not None else "its tokens cannot be read and are not counted"
 
     def _load(self) -> None:
         offset = 0
         for number, line in enumerate(_lines(self._file), start=1):
             if not line.endswith(b"\n"):
-                break  # torn: the process died while it wrote
+                break  # incomplete: the process died while writing
             try:
                 note = self._count(parse_json(line, unique=False), _Place(offset, len(line)))
             except ValueError as error:
-                note = f"it is no journal entry ({error}) and is passed over"
+                note = f"not a journal entry ({error}), skipped"
                 self.calls, self.lost = self.calls + 1, self.lost + 1
             if note is not None:
                 self.notes.append(f"{self.folder / JOURNAL} line {number}: {note}")
@@ -229,7 +229,7 @@ class Journal:
             owner = file.read().strip()
             file.close()
             by = f" (process {owner})" if owner else ""
-            raise FolderInUse(f"{self.folder} is in use by another run{by}; wait for it or take another") from error
+            raise FolderInUse(f"{self.folder} is in use by another run{by}; wait or use another folder") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -238,31 +238,31 @@ class Journal:
     def _check_manifest(self) -> None:
         path = self.folder / MANIFEST
         if self._places.keys() <= self._probes:
-            # Nothing here that other parameters could be mixed with: the first entry claims the folder.
+            # No answers that other parameters could be mixed with: the first entry claims the folder.
             if _read(path) != self.manifest:
                 self._places.clear()  # another endpoint is probed again
             return
         self._claimed = True
         if not path.exists():
-            raise OtherParameters(f"{self.folder} has a {JOURNAL} without {MANIFEST}; take another folder")
+            raise OtherParameters(f"{self.folder} has a {JOURNAL} without {MANIFEST}; use another folder")
         try:
             found = parse_json(path.read_bytes(), unique=False)
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read ({error}); take another folder") from error
+            raise ValueError(f"{path} cannot be read ({error}); use another folder") from error
         if not isinstance(found, dict) or not isinstance(found.get("parameters", {}), dict):
-            raise ValueError(f"{path} is no manifest; take another folder")
+            raise ValueError(f"{path} is not a manifest; use another folder")
         if found.get("tool") != self.tool:
-            raise OtherParameters(f"{self.folder} holds a run of tuna {found.get('tool')}; take another folder")
+            raise OtherParameters(f"{self.folder} has a run of tuna {found.get('tool')}; use another folder")
         earlier, now = found.get("parameters", {}), self.manifest["parameters"]
         names = [name for name in {**earlier, **now} if not _same(earlier, now, name)]
         if names:
-            rows = [f"  {name}: {_show(earlier, name)} there, {_show(now, name)} now" for name in names]
-            head = f"{self.folder} holds a run with other parameters:"
-            raise OtherParameters("\n".join([head, *rows, "Use those, or another folder."]))
+            rows = [f"  {name}: {_show(earlier, name)} before, {_show(now, name)} now" for name in names]
+            head = f"{self.folder} has a run with other parameters:"
+            raise OtherParameters("\n".join([head, *rows, "Use the earlier ones, or another folder."]))
 
 
 def _read(path: Path) -> Any:
-    """A JSON file, None where it is none."""
+    """The content of a JSON file, None if it is not JSON."""
     try:
         return parse_json(path.read_bytes(), unique=False)
     except (OSError, ValueError):
@@ -270,7 +270,7 @@ def _read(path: Path) -> Any:
 
 
 def _usage(value: Any) -> Usage | None:
-    """Tokens as an entry holds them, None where a version that took the endpoint's word for them wrote no numbers."""
+    """The tokens of an entry, None if they are invalid (earlier versions recorded the endpoint's values unchecked)."""
     if not isinstance(value, list) or len(value) != 2:
         return None
     prompt, output = value
@@ -279,7 +279,7 @@ def _usage(value: Any) -> Usage | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the names of new files on the disk too."""
+    """Sync the directory, so that the names of new files are on disk too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

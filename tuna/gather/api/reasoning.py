@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, told apart from the answer."""
+"""Separation of a model's reasoning from its answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 __all__ = ["CLOSING", "split_reasoning"]
 
 CLOSING = (b"</think>", b"[/THINK]", b"</seed:think>", "◁/think▷".encode(), b"<|end_of_thought|>")
-# What models are trained to write; others may be asked for in a prompt.
+# Tags that models are trained to write; prompts may request others.
 _OWN = re.compile(
     r"<(?P<xml>/?)(?:seed:)?think>|\[(?P<square>/?)THINK\]|◁(?P<triangle>/?)think▷|<\|(?P<bar>begin|end)_of_thought\|>"
 )
@@ -17,20 +17,20 @@ _ANY = re.compile(
     r"(?:\s[^<>]{0,100})?>|\[(?P<square>/?)THINK(?:ING)?\]|◁(?P<triangle>/?)think▷|<\|(?P<bar>begin|end)_of_thought\|>",
     re.IGNORECASE | re.ASCII,
 )
-# Harmony (gpt-oss): channels that are no answer, where its special tokens were left in the text.
+# Harmony (gpt-oss): channels other than the answer, if its special tokens were left in the text.
 _CHANNEL = re.compile(r"<\|channel\|>\s?(\w{1,20})[^<]{0,100}(?:<\|constrain\|>\w{1,20})?<\|message\|>")
 
 
 def split_reasoning(text: str, *, anywhere: bool = False) -> tuple[str, str]:
-    """The reasoning and the answer of a text, in time that grows with its length.
+    """Split a text into reasoning and answer, in linear time.
 
-    Reasoning is what stands in ``<think>`` tags at the beginning (also unclosed: then there is no answer), or before a
-    closing tag whose opening one was part of the prompt.
+    Reasoning is text in `<think>` tags at the beginning (if unclosed, there is no answer), or before a closing tag
+    whose opening tag was part of the prompt.
 
     Args:
-        text: as the model wrote it.
-        anywhere: also tags further on and of other names, and the last closing one counts: for answers that are read,
-            not kept.
+        text: the model's output.
+        anywhere: also accept later tags and other names, up to the last closing tag: for answers that are parsed, not
+            kept.
 
     Examples:
         >>> [split_reasoning(text) for text in ("<think>hm</think>\\nApple", "hm</think>Apple", "<think>hm")]
@@ -48,13 +48,13 @@ def split_reasoning(text: str, *, anywhere: bool = False) -> tuple[str, str]:
         opens = not any(tag[name] for name in ("xml", "square", "triangle")) and (tag["bar"] or "").lower() != "end"
         before = text[at : tag.start()]
         if not anywhere and not depth and (begun or (opens and before.strip())):
-            break  # the answer has begun: what follows is its own
+            break  # the answer has begun
         if opens:
             (reasoning if depth else answer).append(before)
             depth += 1
         elif depth:
             reasoning.append(before)
-            depth = 0  # one closing tag ends it, however often it was opened
+            depth = 0  # one closing tag ends it, even if it was opened several times
             begun = True
         else:  # opened in the prompt
             reasoning += [*answer, before]
@@ -67,7 +67,7 @@ def split_reasoning(text: str, *, anywhere: bool = False) -> tuple[str, str]:
 
 
 def _final_channel(text: str, channels: Sequence[re.Match[str]]) -> tuple[str, str]:
-    """The reasoning and the last final message of a text in channels."""
+    """The reasoning and the last final message of a text with channels."""
     ends = [*(channel.start() for channel in channels[1:]), len(text)]
     reasoning, answer = [], ""
     for channel, end in zip(channels, ends, strict=True):

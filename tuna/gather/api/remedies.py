@@ -1,4 +1,4 @@
-"""An endpoint's error in its own words, read from whatever it sent, and the remedy where there is one."""
+"""The text of an endpoint's error, extracted from its answer, and a remedy if one is known."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _MODEL = re.compile(r"\bmodel\b", re.IGNORECASE)
 
 
 def needs_key(settings: EndpointSettings) -> str | None:
-    """Why no call can succeed for want of a key, None where one may."""
+    """Why no call can succeed without a key, None if a call may."""
     host = urlsplit(settings.base_url).hostname or ""
     if api_key(settings.key_variable) != NO_KEY or not host.endswith(("api.openai.com", "openrouter.ai")):
         return None
-    return f"{host} needs a key, and ${settings.key_variable} holds none; set it, or give --base-url"
+    return f"{host} needs a key, and ${settings.key_variable} is not set; set it, or give --base-url"
 
 
 def error_words(content: bytes) -> str:
-    """What an error says: the message and code of a JSON object of any usual shape, else its text."""
+    """The text of an error: message and code of a JSON object in any common format, else the raw text."""
     try:
         value = parse_json(content, unique=False)
     except UnusableAnswer:
@@ -47,7 +47,7 @@ def error_words(content: bytes) -> str:
 
 
 def error_message(value: Any, depth: int = 0) -> str:
-    """What a JSON value says about an error, "" where it says nothing."""
+    """The error message in a JSON value, "" if there is none."""
     if isinstance(value, str):
         return value
     if depth > 4:
@@ -68,15 +68,15 @@ def error_message(value: Any, depth: int = 0) -> str:
 
 
 def remedy(status: int, words: str, url: str, settings: EndpointSettings) -> str:
-    """What to try, "" where there is nothing to say."""
+    """What to try, "" if there is no advice."""
     if status == 401:
         if api_key(settings.key_variable) == NO_KEY:
-            return f"${settings.key_variable} holds no key; set it, or name another variable with --api-key-env"
-        return f"Check the key in ${settings.key_variable}, and that it is one for this address"
+            return f"${settings.key_variable} is not set; set it, or name another variable with --api-key-env"
+        return f"Check the key in ${settings.key_variable}, and that it is for this address"
     if status == 402 or "insufficient_quota" in words:
-        return "The account has nothing left to spend"
+        return "The account has no credit left"
     if status in (404, 405):
-        asked = f"Asked was {url}"
+        asked = f"The request went to {url}"
         if _MODEL.search(words):
             return f"{asked}; check --model"
         if not re.search(r"/v\d", urlsplit(url).path):

@@ -1,4 +1,4 @@
-"""Where an endpoint is, and how patiently it is asked."""
+"""Settings of an endpoint: address, key, timeouts and retries."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = ["EndpointSettings", "address_of"]
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """Where and how patiently to ask.
+    """Address, key, timeouts and retries of an endpoint.
 
     Attributes:
-        base_url: with the version: ``https://api.openai.com/v1``, ``http://localhost:8000/v1``. Blanks around it, a
-            slash at its end and the path of a request (``/chat/completions``) are taken off.
-        key_variable: environment variable that holds the key. The key itself is in no field, file or log.
-        requests_per_minute: at most so many requests, evenly spaced; None: no limit of ours.
-        request_timeout: seconds an attempt may take.
-        total_timeout: seconds a call may take with all its attempts and waits.
-        max_attempts: requests a call may take.
+        base_url: with the version: `https://api.openai.com/v1`, `http://localhost:8000/v1`. White space around it, a
+            trailing slash and the path of a request (`/chat/completions`) are removed.
+        key_variable: environment variable with the key. The key itself is in no field, file or log.
+        requests_per_minute: maximum rate, evenly spaced; None: no limit.
+        request_timeout: seconds per attempt.
+        total_timeout: seconds per call, including all attempts and waits.
+        max_attempts: maximum number of requests per call.
         backoff: seconds before the second attempt, doubled each time, with full jitter on the upper half.
-        max_backoff: most seconds of a back-off. A Retry-After may ask for more.
+        max_backoff: maximum seconds of a back-off. A Retry-After may request more.
 
     Raises:
-        ValueError: a value outside its range; a base URL that is none, or holds credentials; a key that cannot be one.
+        ValueError: a value outside its range, an invalid base URL or one with credentials, or an invalid key.
     """
 
     base_url: str
@@ -52,25 +52,25 @@ class EndpointSettings:
 
 
 def address_of(base_url: str, key_variable: str, redactor: Redactor) -> str:
-    """A base URL as requests are made of it: without blanks around it, a slash at its end, or a request's path.
+    """Normalise a base URL: without white space around it, a trailing slash, or a request's path.
 
     Raises:
-        ValueError: no http or https address, or one with credentials, a query or a fragment.
+        ValueError: not an http or https address, or one with credentials, a query or a fragment.
     """
     url = base_url.strip().rstrip("/")
     for path in ("/chat/completions", "/completions"):
         url = url.removesuffix(path).rstrip("/")
     if "@" in url or "?" in url or "#" in url:
-        raise ValueError(f"base_url must hold no credentials, query or fragment; put the key into ${key_variable}")
+        raise ValueError(f"base_url must not have credentials, query or fragment; put the key into ${key_variable}")
     shown = f"base_url = {redactor.text(url)!r}"
     if any(char.isspace() or not char.isprintable() for char in url):
-        raise ValueError(f"{shown} holds a blank, a line break or a control character")
+        raise ValueError(f"{shown} contains a space, a line break or a control character")
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError as error:  # a port of letters, half of an IPv6 address
-        raise ValueError(f"{shown} is no address: {error}") from None
+    except ValueError as error:  # a port of letters, an incomplete IPv6 address
+        raise ValueError(f"{shown} is not a valid address: {error}") from None
     if not good:
-        hint = "" if "//" in url or not url else f"; with the scheme it is http://{redactor.text(url)}"
-        raise ValueError(f"{shown} is no http or https address{hint}")
+        hint = "" if "//" in url or not url else f"; did you mean http://{redactor.text(url)}?"
+        raise ValueError(f"{shown} is not an http or https address{hint}")
     return url

@@ -1,1 +1,1 @@
-"""What a judge's answer says."""
+"""Parsing of a judge's answer."""

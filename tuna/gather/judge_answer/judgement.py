@@ -1,11 +1,11 @@
-"""What a judge's answer says, read with tolerance for its form and none for its content.
+"""Parser of a judge's answer: tolerant of its form, strict about its content.
 
-Left out first is what the judge thought before it answered (`api.reasoning`) and what it quotes of the candidates
-(`quotations`). Read are then, in this order: a JSON object (also in a code fence, nearly JSON, or cut off after
-its `ranking`; see `loose_json`), an order in plain text (`orders`), and, where no ranking is given but valid
-sub-scores of all candidates are, the order of their sums. The order must then name every candidate once; one that is
-missing must have been declared the duplicate of one that is there. Everything else is `Unparsable`. The time it takes
-grows with the length of the answer, which is bounded.
+First the judge's reasoning (`api.reasoning`) and its quotations of the candidates (`quotations`) are removed. Then the
+following are tried in order: a JSON object (also in a code fence, almost JSON, or cut off after its `ranking`; see
+`loose_json`), an order in plain text (`orders`), and, without a ranking but with valid sub-scores of all candidates,
+the order of their sums. The order must name every candidate once; a missing one must have been declared a duplicate
+of one that is present. Everything else is `Unparsable`. The time is linear in the length of the answer, which is
+bounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["ASPECTS", "MOST_CHARACTERS", "Judgement", "Unparsable", "parse_judge
 
 ASPECTS = ("correctness", "helpfulness", "clarity")
 MOST = 5  # of a sub-score
-MOST_CHARACTERS = 100_000  # of an answer, its thinking apart
+MOST_CHARACTERS = 100_000  # of an answer without its reasoning
 MOST_RANKINGS = 16  # in an answer
 RANKINGS = ("ranking", "final_ranking", "ranked_list", "rank", "order")
 FIELDS = frozenset({*RANKINGS, "kind", "reference", "duplicates", "scores"})
@@ -46,16 +46,16 @@ REFUSAL = re.compile(
 
 @dataclass
 class Judgement:
-    """A judge's answer. Candidates are numbered from 1 as they were shown.
+    """A parsed judgement. Candidates are numbered from 1 in the order shown.
 
     Attributes:
         ranking: tiers from best to worst; every candidate is in one.
-        kind: "open" or "closed", None where not said.
-        reference: the judge's own answer, None where it gave none.
-        duplicates: groups declared to say the same.
+        kind: "open" or "closed", None if not given.
+        reference: the judge's own answer, None if not given.
+        duplicates: groups declared equivalent.
         scores: the sub-scores of a candidate by aspect, 0 to 5; candidates without three valid ones are absent.
-        source: where the ranking was read.
-        notes: what was passed over or mended.
+        source: where the ranking was found.
+        notes: what was ignored or repaired.
     """
 
     ranking: Tiers
@@ -68,10 +68,10 @@ class Judgement:
 
 
 def parse_judgement(text: str, count: int) -> Judgement:
-    """Read a judge's answer about ``count`` candidates.
+    """Parse a judge's answer about `count` candidates.
 
     Raises:
-        Unparsable: it does not say plainly how they are ordered; the message says why.
+        Unparsable: it does not give a clear order; the message says why.
 
     Examples:
         >>> parse_judgement('```json\\n{"ranking": [[2], [1, 3]]}\\n```', 3).ranking
@@ -85,14 +85,14 @@ def parse_judgement(text: str, count: int) -> Judgement:
     objects = [_unwrapped(found) for found in find_objects(text)]
     objects = [found for found in objects if FIELDS & {*found.value, found.open_field}]
     if len(objects) > MOST_RANKINGS:
-        raise Unparsable(f"the answer holds {len(objects)} objects of the form that was asked for")
+        raise Unparsable(f"the answer has {len(objects)} objects of the requested form")
     objects = [found for found in objects if not is_quoted(text, found.start, found.end)]
     try:
         if any(_tells(found.value) or found.open_field in RANKINGS for found in objects):
             _refuse_reversed(text, objects)
             return _from_objects(objects, count)
         if any(not found.whole for found in objects):
-            raise Unparsable("the JSON is cut off or malformed, and no ranking is in it")
+            raise Unparsable("the JSON is cut off or malformed and has no ranking")
         return Judgement(_complete(order_in_text(text), count, []), source="text")
     except Unparsable as error:
         if not objects and REFUSAL.search(text[:400]):
@@ -101,28 +101,28 @@ def parse_judgement(text: str, count: int) -> Judgement:
 
 
 def _answer(text: str) -> str:
-    """The answer without the thinking before it."""
+    """The answer without the reasoning before it."""
     text = clean_text(text).replace("\xa0", " ").strip()
     try:
         value = parse_json(text.encode()) if text[:1] in ('{"', "{", '"') else None
     except ValueError:
         value = None
     if isinstance(value, str):
-        text = clean_text(value)  # JSON within a JSON text
+        text = clean_text(value)  # JSON inside a JSON string
     elif not isinstance(value, dict):
         thinking, text = split_reasoning(text, anywhere=True)
         if not text.strip() and thinking:
-            raise Unparsable("the answer was cut off within its reasoning, or holds nothing else")
+            raise Unparsable("the answer was cut off within its reasoning, or has nothing else")
         text = without_tagged(text).strip()
     if not text:
-        raise Unparsable("the answer is empty, or holds nothing but quotations")
+        raise Unparsable("the answer is empty, or has only quotations")
     if len(text) > MOST_CHARACTERS:
-        raise Unparsable(f"the answer has {len(text):,} characters; read are up to {MOST_CHARACTERS:,}")
+        raise Unparsable(f"the answer has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}")
     return text
 
 
 def _unwrapped(found: FoundObject) -> FoundObject:
-    """The object within ``{"judgement": {"ranking": …}}``."""
+    """The object within `{"judgement": {"ranking": …}}`."""
     inner = [value for value in found.value.values() if isinstance(value, dict) and FIELDS & set(value)]
     if not found.whole or FIELDS & set(found.value) or len(inner) != 1:
         return found
@@ -134,7 +134,7 @@ def _tells(value: Mapping[str, Any]) -> bool:
 
 
 def _refuse_reversed(text: str, objects: Sequence[FoundObject]) -> None:
-    """Raise where the words around the objects, or their fields, say that the worst comes first."""
+    """Raise if the words around the objects, or their fields, say that the worst comes first."""
     edges = [0, *(edge for found in objects for edge in (found.start, found.end)), len(text)]
     outside = " ".join(text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
     inside = [
@@ -143,7 +143,7 @@ def _refuse_reversed(text: str, objects: Sequence[FoundObject]) -> None:
         for name, value in found.value.items()
     ]
     if any(REVERSED.search(words[:20_000]) for words in (outside, *inside)):
-        raise Unparsable("it is not plain whether the best or the worst comes first")
+        raise Unparsable("it is not clear whether the best or the worst comes first")
 
 
 def _from_objects(objects: Sequence[FoundObject], count: int) -> Judgement:
@@ -152,11 +152,11 @@ def _from_objects(objects: Sequence[FoundObject], count: int) -> Judgement:
     if open_ones:
         raise Unparsable("the answer was cut off within its ranking")
     if any(found.twice & FIELDS for found in objects):
-        raise Unparsable("the answer holds a field twice with different values")
+        raise Unparsable("the answer has a field twice with different values")
     found = [item for item in objects if _tells(item.value)]
     ranked = [(item, tiers_of(ranking)) for item in found for ranking in _ranking_values(item.value)]
     if len(ranked) > MOST_RANKINGS or any(_plain(tiers) != _plain(ranked[0][1]) for _, tiers in ranked):
-        raise Unparsable("the answer holds several rankings that disagree")
+        raise Unparsable("the answer has several rankings that disagree")
     last = ranked[-1][0] if ranked else found[-1]
     value = last.value
     duplicates = _duplicates(value.get("duplicates"), count, notes)
@@ -166,7 +166,7 @@ def _from_objects(objects: Sequence[FoundObject], count: int) -> Judgement:
         ranking = ranked[-1][1]
     else:
         ranking, source = _order_of_sums(scores, count), "scores"
-        notes.append("no ranking is given; it is that of the summed sub-scores")
+        notes.append("no ranking is given; ranked by the sums of sub-scores")
     if not last.whole:
         notes.append("the JSON was cut off or malformed; its ranking is complete")
     kind = str(value.get("kind", ""))[:40].lower().replace("-ended", "").replace(" ended", "").strip()
@@ -187,13 +187,13 @@ def _plain(tiers: Tiers) -> Tiers:
 
 
 def _ranking_values(value: Mapping[str, Any]) -> list[Any]:
-    """What the object gives as its ranking; a ``rank`` or ``order`` only where nothing else is one."""
+    """The values an object gives as its ranking; `rank` or `order` only if nothing else is one."""
     given = [value[name] for name in RANKINGS[:3] if value.get(name) not in (None, [], "")]
     return given or [value[name] for name in RANKINGS[3:] if value.get(name) not in (None, [], "")][:1]
 
 
 def _complete(tiers: Tiers, count: int, duplicates: list[list[int]], notes: list[str] | None = None) -> Tiers:
-    """The order with omitted duplicates put beside their twins, once it is sure to be one."""
+    """The checked order, with omitted duplicates added to the tiers of their twins."""
     if tiers is EVERYONE:
         return [list(range(1, count + 1))]
     seen: set[int] = set()
@@ -213,7 +213,7 @@ def _complete(tiers: Tiers, count: int, duplicates: list[list[int]], notes: list
             raise Unparsable(f"candidate {number} is neither ranked nor the duplicate of one that is")
         result[places[0]].append(number)
         if notes is not None:
-            notes.append(f"candidate {number} stands with its duplicate")
+            notes.append(f"candidate {number} ranked with its duplicate")
     return result
 
 
@@ -222,7 +222,7 @@ def _duplicates(given: Any, count: int, notes: list[str]) -> list[list[int]]:
     if given in (None, [], "", {}):
         return []
     if isinstance(given, list) and not any(isinstance(group, list) for group in given):
-        given = [given]  # one group, without its brackets
+        given = [given]  # a single group without brackets
     groups: list[set[int]] = []
     for group in given if isinstance(given, list) else [given]:
         try:
@@ -230,7 +230,7 @@ def _duplicates(given: Any, count: int, notes: list[str]) -> list[list[int]]:
         except Unparsable:
             members = set()
         if len(members) < 2 or not all(1 <= member <= count for member in members):
-            notes.append(f"duplicates {short(str(group), 60)} name no two candidates and are passed over")
+            notes.append(f"duplicates {short(str(group), 60)} do not name two candidates and are ignored")
             continue
         joined = [other for other in groups if other & members]
         groups = [other for other in groups if not other & members] + [members.union(*joined)]
@@ -250,12 +250,12 @@ def _scores(given: Any, count: int, notes: list[str]) -> dict[int, dict[str, flo
                 raise Unparsable(f"there are {count} candidates")
             values = {aspect: _sub_score(item.get(aspect)) for aspect in ASPECTS}
         except (Unparsable, AttributeError) as error:
-            notes.append(f"scores {short(str(item), 60)} are passed over: {error}")
+            notes.append(f"scores {short(str(item), 60)} are ignored: {error}")
             continue
         repeated |= {number} & scores.keys()
         scores[number] = values
     for number in sorted(repeated):
-        notes.append(f"candidate {number} is scored twice: neither counts")
+        notes.append(f"candidate {number} is scored twice: both are ignored")
         del scores[number]
     return dict(sorted(scores.items()))
 
@@ -276,6 +276,6 @@ def _sub_score(value: Any) -> float:
 
 def _order_of_sums(scores: Mapping[int, Mapping[str, float]], count: int) -> Tiers:
     if len(scores) != count:
-        raise Unparsable(f"no ranking is given, and valid sub-scores for {len(scores)} of {count} candidates only")
+        raise Unparsable(f"no ranking is given, and valid sub-scores for only {len(scores)} of {count} candidates")
     sums = {number: sum(values.values()) for number, values in scores.items()}
     return [[n for n, total in sums.items() if total == level] for level in sorted(set(sums.values()), reverse=True)]

@@ -1,7 +1,7 @@
-"""JSON objects in a model's answer: strict, nearly so, or cut off; in time that grows with the length of the text.
+"""JSON objects in a model's answer: strict, almost JSON, or cut off; in linear time.
 
-Taken are single quotes, Python's constants and tuples, names without quotes, missing and trailing commas, raw line
-breaks in texts, and quotation marks inside a text that were not escaped. What is not whole gives the fields that are.
+Accepted are single quotes, Python's constants and tuples, unquoted names, missing and trailing commas, raw line breaks
+in strings, and unescaped quotation marks inside a string. An incomplete object gives its complete fields.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class FoundObject:
     """An object in a text.
 
     Attributes:
-        value: its fields; of one that is not whole, those that are.
-        start, end: where it stands.
+        value: its complete fields.
+        start, end: its position.
         whole: whether it was closed.
-        open_field: the field within which one that is not whole ends, "" where none.
-        twice: fields that it has twice with different values.
+        open_field: the field within which an incomplete object ends, "" if none.
+        twice: fields that occur twice with different values.
     """
 
     start: int
@@ -46,11 +46,11 @@ class FoundObject:
 
 
 class _End(Exception):
-    """The text ends, or is no JSON from here on."""
+    """The text ends, or is not JSON from here on."""
 
 
 def find_objects(text: str) -> Iterator[FoundObject]:
-    """The outermost objects of a text, in order. A brace that no field follows begins none.
+    """The outermost objects of a text, in order. A brace that is not followed by a field starts no object.
 
     Examples:
         >>> [found.value for found in find_objects("So: {'a': 1,} and {{'b': [1, 2]}} and {'c': 3, 'd': [4")]
@@ -137,7 +137,7 @@ class _Reader:
         self.at += 1
 
     def _next(self) -> str:
-        """The next character that is no blank."""
+        """The next character that is not white space."""
         blank = _BLANK.match(self.text, self.at)
         self.at = blank.end() if blank is not None else self.at
         if self.at >= len(self.text):
@@ -171,7 +171,7 @@ class _Reader:
             if stop[0] == "\\":
                 parts.append(self._escape())
             elif stop[0] == quote and self._closes():
-                # Halves of a pair that were escaped one by one are one character.
+                # Surrogates that were escaped separately form one character.
                 joined = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 return clean_text(joined)
             else:
@@ -188,7 +188,7 @@ class _Reader:
         return ESCAPES.get(char, char)
 
     def _closes(self) -> bool:
-        """Whether the quotation mark just read ends its text: what follows goes on with the JSON."""
+        """Whether the quotation mark just read ends its string, that is, whether JSON follows."""
         at = self.at
         while at < len(self.text) and at < self.at + 200 and self.text[at].isspace():
             at += 1

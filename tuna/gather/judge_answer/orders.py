@@ -1,7 +1,7 @@
 """Orders of candidates written as text: `2 > 1 = 3`, `[2, [1, 3]]`, a numbered list, `1st: Candidate 2`.
 
-Candidates are numbered from 1. An order is a list of tiers, best first; candidates in one tier are tied. What is
-not plainly an order is `Unparsable`: nothing is guessed.
+Candidates are numbered from 1. An order is a list of tiers, best first; candidates in one tier are tied. Anything that
+is not clearly an order is `Unparsable`: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["EVERYONE", "REVERSED", "Tiers", "Unparsable", "candidate_number", "o
 
 Tiers: TypeAlias = list[list[int]]
 
-EVERYONE: Tiers = []  # this very list: all are tied, however many they are
+EVERYONE: Tiers = []  # compared by identity: all candidates are tied, whatever their number
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 LABEL = r"(?:candidate|response|answer|output|option|completion|assistant|model)"
@@ -28,19 +28,19 @@ SCORES = ("score", "total", "points", "rating", "sum", "grade", "quality", "aver
 NAMES = (
     "candidate", "candidates", "members", "responses", "answers", "response", "answer", "number", "id", "index", "no"
 )  # fmt: skip
-"""Last words of fields that say which candidate an object is about, or count the objects."""
+"""Last words of fields that name the candidate of an object, or number the objects."""
 MARKS = "*_`\"' \t"
 
-FLAGS = re.IGNORECASE | re.ASCII  # with Unicode, U+017F is an s and other scripts' digits are digits
+FLAGS = re.IGNORECASE | re.ASCII  # with Unicode, U+017F would match s, and other scripts' digits would be digits
 MOST_LINE = 2000  # characters of an order in text
 MOST_HEADINGS = 16
 
 _CANDIDATE = re.compile(
     rf"(?:the )?(?:{LABEL}[ _-]*)?(?:number |no\. ?|#)?[\[(<#]{{0,3}}({NUMBER})(?:\.0)?[\])>]{{0,3}}\.?", FLAGS
 )
-# "Candidate 3 - it is complete": only a label makes it plain that the number is a candidate's.
+# "Candidate 3 - it is complete": only a label makes it clear that the number is a candidate's.
 _LABELLED = re.compile(rf"[\[(<]{{0,3}}{LABEL}[ _-]*#?[\[(<]{{0,3}}({NUMBER})\b", FLAGS)
-# A line that a ranking follows begins so, and has ":", "=" or "is" behind it.
+# A heading of a ranking begins like this and continues with ":", "=" or "is".
 _HEADING = re.compile(
     r"(?:[a-z]+ ){0,5}?(?:rank(?:ings?|ed(?: list| order)?)?|(?:best|worst) (?:to|first|last)\b|from (?:best|worst))\b",
     FLAGS,
@@ -58,7 +58,7 @@ _FORWARD = re.compile(
 )
 _FROM_WORST = re.compile(rf"\bfrom (?:the )?{_WORST}\b", FLAGS)
 _UNCLEAR = re.compile(r"\b(?:ascending|increasing|descending|decreasing|reversed?|inverted)\b", FLAGS)
-# "1. Candidate 1: rank 2" is no item of a list in order.
+# "1. Candidate 1: rank 2" is not an item of a list in order.
 _PLACE = re.compile(r"\b(?:rank(?:ed|s)?|place[ds]?|position)\W{0,3}(?:number |no\. |#)?([0-9]{1,4})\b", FLAGS)
 _LAST = re.compile(r"\b(?:worst|last place|ranked last|weakest|poorest)\b", FLAGS)
 _ITEM = re.compile(r"\s*(?:([0-9]{1,4})\s?[.):]|[-*•])\s*(\S.*)", re.ASCII)
@@ -72,7 +72,7 @@ _ALL_TIED = re.compile(r"^(?:all|none)\b.*\b(?:tied?|equal(?:ly)?|the same)\b", 
 
 
 class Unparsable(ValueError):
-    """An answer of a judge that does not say plainly how the candidates are ordered, and why."""
+    """A judge's answer does not give a clear order; the message says why."""
 
 
 def candidate_number(value: Any) -> int:
@@ -85,20 +85,20 @@ def candidate_number(value: Any) -> int:
         return int(value)
     found = _CANDIDATE.fullmatch(value.strip(MARKS)) if isinstance(value, str) and len(value) <= MOST_LINE else None
     if found is None:
-        raise Unparsable(f"{_short(value)} is no candidate's number")
+        raise Unparsable(f"{_short(value)} is not a candidate's number")
     word = found[1].lower()
     return WORDS.index(word) + 1 if word in WORDS else int(word)
 
 
 def tiers_of(value: Any) -> Tiers:
-    """An order given as a JSON value.
+    """Read an order given as a JSON value.
 
-    A list holds, from best to worst, candidates, lists of tied ones, or objects ``{candidate, rank}`` (sorted by
-    rank where all have one). A text is an order as above. An object maps labelled candidates to ranks
-    (``{"Candidate 2": 1}``); one whose keys are bare numbers could mean either way and is refused.
+    A list has, from best to worst, candidates, lists of tied ones, or objects `{candidate, rank}` (sorted by
+    rank if all have one). A string is an order as above. An object maps labelled candidates to ranks
+    (`{"Candidate 2": 1}`); one whose keys are bare numbers is ambiguous and rejected.
 
     Raises:
-        Unparsable: no order.
+        Unparsable: not an order.
     """
     if isinstance(value, str):
         return _tiers_of_text(value)
@@ -114,13 +114,13 @@ def tiers_of(value: Any) -> Tiers:
 
 
 def order_in_text(text: str) -> Tiers:
-    """The order that a text states after a heading ("Ranking: …"), or in lines that begin with ordinals.
+    """The order in a text after a heading ("Ranking: …"), or in lines that begin with ordinals.
 
-    Quotations are left out, and code fences unless there is nothing outside of them. Of several orders those called
-    final count, unless another follows; if these disagree, none does.
+    Quotations are ignored, and code fences too unless there is nothing outside of them. Of several orders, those called
+    final count, unless another one follows; if they disagree, none counts.
 
     Raises:
-        Unparsable: there is none, or several that disagree, or it is not plain which way one is meant.
+        Unparsable: there is none, or several that disagree, or the direction of one is unclear.
     """
     plain, fenced = own_lines(text)
     try:
@@ -143,7 +143,7 @@ def _order_in_lines(lines: list[str]) -> Tiers:
     problem: Unparsable | None = None
     headings = [(number, heading) for number, line in enumerate(lines) if (heading := _heading(line)) is not None]
     if len(headings) > MOST_HEADINGS:
-        raise Unparsable(f"the answer holds {len(headings)} rankings")
+        raise Unparsable(f"the answer has {len(headings)} rankings")
     elsewhere = set(range(len(lines))) - {number for number, _ in headings}
     turned = any(REVERSED.search(lines[number][:MOST_LINE]) for number in elsewhere if lines[number])
     for number, (words, rest) in headings:
@@ -159,17 +159,17 @@ def _order_in_lines(lines: list[str]) -> Tiers:
         ordinals = [] if turned else _ordinal_lines(lines)
         if ordinals:
             return ordinals
-        raise problem or NoOrder("no ranking is in the answer")
+        raise problem or NoOrder("no ranking in the answer")
     finals = [tiers for final, tiers in found if final]
-    # What is called final is so only if nothing else comes after it.
+    # A ranking called final counts as final only if no other one follows it.
     counted = [*finals, found[-1][1]] if finals else [tiers for _, tiers in found]
     if any(_canonical(tiers) != _canonical(counted[0]) for tiers in counted):
-        raise Unparsable("the answer holds several rankings that disagree")
+        raise Unparsable("the answer has several rankings that disagree")
     return counted[0]
 
 
 def _heading(line: str) -> tuple[str, str] | None:
-    """The words of a heading and what stands behind it in its line; None where the line is none."""
+    """The words of a heading and the rest of its line; None if the line is not a heading."""
     line = " ".join(line[: MOST_LINE + 1].split()).lstrip("*#_`- ")
     begun = _HEADING.match(line[:200])
     ended = _SEPARATOR.search(line, begun.end(), begun.end() + 80) if begun is not None else None
@@ -181,28 +181,28 @@ def _heading(line: str) -> tuple[str, str] | None:
 
 
 def _turned_round(words: str, order: str, turned: bool) -> bool:
-    """Whether an order stands the other way round than it was read, by the words of its heading.
+    """Whether an order must be reversed, by the words of its heading.
 
     Args:
         words: of the heading.
-        order: the line that the order stands in. In `1 < 2` the sign says already which is better.
-        turned: whether the text around says that the worst comes first.
+        order: the line with the order. In `1 < 2` the sign already says which is better.
+        turned: whether the surrounding text says that the worst comes first.
     """
     bare = re.sub(r"[-=]+>|<[-=]+", "", order)
     sign = "<" if "<" in bare else ">" if ">" in bare else ""
     backward = (REVERSED.search(words) or _FROM_WORST.search(words)) is not None
     forward = _FORWARD.search(words) is not None
     if (backward and forward) or _UNCLEAR.search(words) or (turned and not backward and not forward):
-        raise Unparsable("it is not plain whether the best or the worst comes first")
+        raise Unparsable("it is not clear whether the best or the worst comes first")
     if (sign == ">" and backward) or (sign == "<" and forward):
-        raise Unparsable(f"the heading and {_short(order)} point different ways")
+        raise Unparsable(f"the heading and {_short(order)} have opposite directions")
     return backward and not sign
 
 
 def _tier(item: Any) -> list[int]:
     if isinstance(item, list):
         if not item:
-            raise Unparsable("the ranking holds an empty tie")
+            raise Unparsable("the ranking has an empty tie")
         return [candidate_number(member) for member in item]
     if isinstance(item, str) and "=" in item:
         return [candidate_number(part) for part in item.split("=")]
@@ -224,7 +224,7 @@ def _tiers_of_text(text: str) -> Tiers:
     plain = re.sub(r"\s*(?:->|→|≻|»)\s*", " > ", text)
     plain = re.sub(r",?\s+(?:and )?then\s+", " > ", plain, flags=FLAGS)
     if "<" in plain and ">" in plain:
-        raise Unparsable(f"{_short(text)} points both ways")
+        raise Unparsable(f"{_short(text)} has signs of both directions")
     if "<" in plain:
         return [_tied(part) for part in plain.split("<")][::-1]
     if ">" in plain:
@@ -239,7 +239,7 @@ def _tied(text: str) -> list[int]:
 
 
 def _list_below(lines: list[str]) -> Tiers:
-    """The list that follows a heading: numbered or dotted lines, blank ones between allowed before the first."""
+    """The list after a heading: numbered or bulleted lines; blank lines are allowed before the first."""
     tiers: Tiers = []
     for line in lines:
         if not line.strip() and not tiers:
@@ -250,7 +250,7 @@ def _list_below(lines: list[str]) -> Tiers:
                 return _ordinal_lines(lines) or _tiers_of_text(line)
             break
         if item[1] is not None and int(item[1]) != len(tiers) + 1:
-            raise Unparsable(f"item {item[1]} of the list stands in place {len(tiers) + 1}")
+            raise Unparsable(f"item {item[1]} of the list is in position {len(tiers) + 1}")
         tiers.append(_item(item[2], len(tiers) + 1))
     if not tiers:
         raise Unparsable("the ranking is empty")
@@ -258,7 +258,7 @@ def _list_below(lines: list[str]) -> Tiers:
 
 
 def _item(text: str, place: int) -> list[int]:
-    """The candidates of an item of a list; ``place`` is the item's own."""
+    """The candidates of a list item at position `place`."""
     text = text[:MOST_LINE].strip(MARKS)
     try:
         return _tied(text)
@@ -268,19 +268,19 @@ def _item(text: str, place: int) -> list[int]:
             raise
     rest = text[found.end() :]
     if any(int(told) != place for told in _PLACE.findall(rest)) or (place == 1 and _LAST.search(rest)):
-        raise Unparsable(f"item {place} of the list, {_short(text)}, speaks of another place")
+        raise Unparsable(f"item {place} of the list, {_short(text)}, names another position")
     return [candidate_number(found[1])]
 
 
 def _ordinal_lines(lines: list[str]) -> Tiers:
-    """Lines such as `1st: Candidate 2`; equal ordinals tie. Empty where there are none."""
+    """The order in lines such as `1st: Candidate 2`; equal ordinals tie. Empty if there are none."""
     found = [match for match in (_ORDINAL.match(line[:MOST_LINE].strip()) for line in lines if line) if match]
     places = [int(m[1]) if m[1] else ORDINALS.index(m[2].lower()) + 1 for m in found]
     return _by_rank([(n, place) for m, place in zip(found, places, strict=True) for n in _item(m[3], place)])
 
 
 def _tiers_of_objects(items: list[Mapping[str, Any]]) -> Tiers:
-    """An order of objects: by their ranks where they have some, else as they stand if no score says otherwise."""
+    """The order of objects: by their ranks if they have any, else as listed if no score contradicts it."""
     members = [_members(item) for item in items]
     ranks = [next((value for name, value in item.items() if _last_word(name) in RANKS), None) for item in items]
     if any(rank is not None for rank in ranks):
@@ -296,18 +296,18 @@ def _tiers_of_objects(items: list[Mapping[str, Any]]) -> Tiers:
             raise Unparsable(f"the ranking's objects are not in the order of their {name}")
         rises = rises or (name if going_up else "")
         falls = falls or (name if any(a > b for a, b in pairwise(numbers)) else "")
-    if rises and not falls:  # marks of any name that all say the opposite
+    if rises and not falls:  # scores of any name that all contradict the order
         raise Unparsable(f"the ranking's objects are in the opposite order of their {rises}")
     return members
 
 
 def _last_word(name: Any) -> str:
-    """`rank` of "overall_rank" and "Overall Rank"."""
+    """The last word of a name: `rank` for "overall_rank" and "Overall Rank"."""
     return re.split(r"[^a-z]+", str(name)[:80].lower().strip("_- "))[-1]
 
 
 def _number_of(value: Any) -> float | None:
-    """A number, also as the text "7" or "7/10"; None where there is none."""
+    """A number, also as the text "7" or "7/10"; None if it is neither."""
     if isinstance(value, str):
         found = _MARK.match(value)
         return None if found is None else float(found[1])
@@ -335,7 +335,7 @@ def _by_rank(pairs: list[tuple[int, Any]]) -> Tiers:
     """Candidates sorted by rank, 1 the best, equal ranks tied.
 
     Raises:
-        Unparsable: a rank is none, or they do not count from 1 (they may be scores, where more is better).
+        Unparsable: a rank is not a number, or they do not count from 1 (they may be scores, where more is better).
     """
     ranks = []
     for number, rank in pairs:

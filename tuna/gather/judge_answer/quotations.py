@@ -1,9 +1,9 @@
-"""What a judge quotes of the candidates, told apart from what it says itself: a quoted order is no verdict.
+"""Separation of a judge's quotations of the candidates from its own words: a quoted order is not a verdict.
 
-A quotation is what stands between the tags of a candidate, a line that begins with ``>``, what a line such as
-"Candidate 2 says:" introduces (the block below it or the rest of its paragraph), and an object inside a sentence that
-says whose it is. Code fences hold a judge's own words as often as quotations; they count where nothing outside of them
-does.
+A quotation is text between the tags of a candidate, a line that begins with `>`, text introduced by a line such as
+"Candidate 2 says:" (the block below it or the rest of its paragraph), or an object inside a sentence that attributes it
+to a candidate. Code fences contain a judge's own words as often as quotations; they count only if nothing outside of
+them does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WEAK = (
     r"(?:has|had|have|having|gives?|gave|includes?|included|ends?(?: with)?|begins?(?: with)?|tells?|asks?|tries|"
     r"holds?|shows?)"
 )
-# What may follow the verb at the end of an introduction: "contains the line", "has its own final ranking".
+# Words after the verb at the end of an introduction: "contains the line", "has its own final ranking".
 _OBJECT = re.compile(
     r"(?: [a-z]+){0,4} "
     r"(?:lines?|texts?|words?|verdict|rankings?|order|sentence|heading|passage|block|json|object|following)",
@@ -46,7 +46,7 @@ CONTEXT = 300  # characters of a sentence, before and after
 
 
 def without_tagged(text: str) -> str:
-    """A text without what stands between tags as the judge was shown them, or quotes; also unclosed ones."""
+    """A text without the content of the prompt's tags and of quotes, also unclosed ones."""
     kept, depth, at = [], 0, 0
     for tag in _TAG.finditer(text):
         if not depth:
@@ -57,7 +57,7 @@ def without_tagged(text: str) -> str:
 
 
 def own_lines(text: str) -> tuple[list[str], list[str]]:
-    """The lines of a text without its quotations: those outside of code fences, and those inside. The others are ""."""
+    """The unquoted lines of a text outside of code fences, and those inside; other lines are "" in each list."""
     lines = text.splitlines()
     plain, fenced = [""] * len(lines), [""] * len(lines)
     inside = quoted_fence = quoting = introduced = False
@@ -69,7 +69,7 @@ def own_lines(text: str) -> tuple[list[str], list[str]]:
         elif inside:
             fenced[number] = "" if quoted_fence else line
         elif not line.strip():
-            quoting = False  # a paragraph ends; what was introduced may follow it
+            quoting = False  # the paragraph ends; an introduced block may follow
         elif line.lstrip().startswith(">"):
             introduced = quoting = False
         elif quoting or introduced:
@@ -93,7 +93,7 @@ def is_quoted(text: str, start: int, end: int) -> bool:
         return True
     if re.match(r"[\s`\"')]*[,;a-z-]", after) and _CLAIM.search(re.split(r"[.!?](?:\s|$)", after)[0]):
         return True
-    # What stands at the beginning of a line may be introduced by the one above, or above a fence.
+    # An object at the beginning of a line may be introduced by the line above it, or above a fence.
     if before.strip(" \t`*_"):
         return False
     above = [line for line in text[max(0, line_start - 2 * CONTEXT) : line_start].splitlines() if line.strip()]
@@ -103,7 +103,7 @@ def is_quoted(text: str, start: int, end: int) -> bool:
 
 
 def _introduces(line: str) -> bool:
-    """Whether a line ends as "Candidate 2 says:", "Candidate 1's answer has" or "The second contains the line" do."""
+    """Whether a line ends like "Candidate 2 says:", "Candidate 1's answer has" or "The second contains the line"."""
     sentence = re.split(r"[.!?] ", " ".join(line[-CONTEXT:].split()))[-1].rstrip("*_` ")
     sayer, verbs = _SAYER.search(sentence), list(_VERB.finditer(sentence))
     if sayer is None or not verbs or verbs[-1].start() < sayer.end():
