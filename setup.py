@@ -1,7 +1,7 @@
 """Builds the native CPU kernels (csrc/cpu) with pybind11, without torch.
 
-Everything else about the project is in pyproject.toml. Without a working compiler the install still succeeds,
-says so, and the library runs on its `torch` backend (`tuna info` shows why).
+Everything else about the project is in pyproject.toml. Without a working compiler the installation succeeds with a
+message, and the library uses its `torch` backend (`tuna info` shows why).
 """
 
 import sys
@@ -18,17 +18,17 @@ CPU = Pybind11Extension(
     depends=sorted(glob("csrc/cpu/**/*.h", recursive=True)),
     cxx_std=17,
 )
-CPU.optional = True  # setuptools goes on without it when the build fails
+CPU.optional = True  # setuptools continues without it if the build fails
 
 WINDOWS = sys.platform == "win32"
-# Errors and traps of libm are never looked at, and asking for them would keep loops from being vectorised.
+# libm errors and traps are not used, and supporting them would prevent vectorization.
 FLAGS = ["/O2"] if WINDOWS else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 OPENMP = ["/openmp:experimental"] if WINDOWS else ["-fopenmp"]
 NO_OPENMP = [] if WINDOWS else ["-Wno-unknown-pragmas"]
 
 
 class BuildNative(build_ext):
-    """Try with OpenMP, then with one thread; say what it means when neither works."""
+    """Builds with OpenMP, else single-threaded; explains the consequences if both fail."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         compile_args, link_args = [*ext.extra_compile_args, *FLAGS], list(ext.extra_link_args)
@@ -36,13 +36,13 @@ class BuildNative(build_ext):
             ext.extra_compile_args, ext.extra_link_args = [*compile_args, *OPENMP], [*link_args, *OPENMP]
             return super().build_extension(ext)
         except Exception as error:
-            print(f"tuna-kernels: no build of {ext.name} with OpenMP ({error}); trying without", file=sys.stderr)
+            print(f"tuna-kernels: building {ext.name} with OpenMP failed ({error}); trying without", file=sys.stderr)
         try:
             ext.extra_compile_args, ext.extra_link_args = [*compile_args, *NO_OPENMP], link_args
             return super().build_extension(ext)
         except Exception:
             print(
-                "tuna-kernels: no native CPU kernels on this machine (is there a C++ compiler?). Everything works on "
+                "tuna-kernels: building the native CPU kernels failed (is there a C++ compiler?). Everything works on "
                 "the slower 'torch' backend; install a compiler and reinstall for full speed.",
                 file=sys.stderr,
             )

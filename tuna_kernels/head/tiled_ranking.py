@@ -44,7 +44,7 @@ class Candidates:
 
 class RankingResult(NamedTuple):
     """The loss and its parts (scalars), per-candidate and per-slot results, and the gradients for a `grad_loss` of 1,
-    all in the compute type; gradients are empty where not needed."""
+    all in the compute type; gradients are empty if not needed."""
 
     loss: Tensor
     ranking: Tensor

@@ -111,8 +111,7 @@ def _prepare(model: nn.Module, base: PreTrainedModel) -> None:
             config._attn_implementation = name
         if isinstance(error, ValueError):
             raise
-        masked = "it computes with its attention mask, which on a tree is not a tensor"
-        why = masked if "TreeMask" in str(error) else error
+        why = "it uses its attention mask as a tensor, which a tree is not" if "TreeMask" in str(error) else error
         raise ValueError(f"{type(base).__name__} cannot run on a tree: {why}") from error
     _checked[base] = check.signature(model, *base.modules())  # includes hooks installed by the first forward
 
