@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from tuna.plan.planner import Plan, Planner, Request
+from tuna.plan.planner import Plan, Planner
+from tuna.plan.settings import Request
 
 __all__ = ["LORA_RANK", "adapters", "train_command"]
 

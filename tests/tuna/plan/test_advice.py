@@ -12,11 +12,10 @@ import pytest
 from tuna.cli import main
 from tuna.plan.advice import adapters, train_command
 from tuna.plan.cards import CARDS, find_card
-from tuna.plan.planner import Planner, Request
-from tuna.plan.settings import StepSettings
+from tuna.plan.planner import Planner
+from tuna.plan.settings import Request, Sharding, StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
-from tuna.plan.states import Sharding
 from tuna.plan.workload import Workload
 
 READING: dict[str, Any] = {"data": None, "template": "none", "max_length": 512}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tuna.plan.settings import Sharding
 from tuna.plan.simulate import ModelCounts
-from tuna.plan.states import Sharding, StateMemory, model_states, optimizer_bytes
+from tuna.plan.states import StateMemory, model_states, optimizer_bytes
 
 PARAMETERS = 6_738_415_616
 LARGEST = 32000 * 4096
