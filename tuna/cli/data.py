@@ -103,7 +103,7 @@ def stats(
     from tuna.data.records import read_records
 
     if model is None:
-        refuse_given(context, "tokens are counted with --model", "template", "max_length", "batch_groups")
+        refuse_given(context, "it needs --model", "template", "max_length", "batch_groups")
     found = read_records(source, format=format, on_bad=on_bad)
     problems, tokens = list(found.problems), None
     console = Terminal(stderr=as_json)

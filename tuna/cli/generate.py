@@ -100,17 +100,17 @@ def generate(
 def read_wanted(
     console: Console, source: str, limit: int | None, on_bad: Literal["fail", "skip"]
 ) -> Sequence[Instruction]:
-    """The first ``limit`` instructions of a file; what is left out is said.
+    """The first `limit` instructions of a file; prints which are left out.
 
     Raises:
-        ValueError: no instruction that can be used, and what `read_instructions` raises.
+        ValueError: no usable instruction, and what `read_instructions` raises.
     """
     from tuna.data.instructions import read_instructions
 
     found, problems = read_instructions(source, on_bad=on_bad)
     print_problems(console, problems)
     if not found:
-        raise ValueError(f"instructions = {source!r} holds no instruction that can be used")
+        raise ValueError(f"instructions = {source!r} has no usable instruction")
     return found[:limit]
 
 
@@ -156,7 +156,7 @@ class _Scorer:
             torch.nn.Module.to(self.model, place_for())
 
     def check(self, wanted: Sequence[Instruction]) -> None:
-        """Refuse, before anything is paid, prompts that could not be scored."""
+        """Refuse prompts that could not be scored before any call is paid for."""
         from tuna.data.records import Record
         from tuna.data.tokenization import tokenize_records
 

@@ -58,13 +58,13 @@ def judge(
     examiner = Judge(questions)
     if dry_run:
         requests = [request for item in items for request in examiner.requests(item)]
-        run.dry_run(requests, f"an answer that cannot be read is asked for again, up to {questions.tries} times in all")
+        run.dry_run(requests, f"an unreadable answer is requested again, up to {questions.tries} times in all")
         return
     _judge(run, examiner, items)
 
 
 def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"]) -> Sequence[Candidates]:
-    """Response sets or records; what order they have is not looked at."""
+    """Response sets or records; their order is ignored."""
     from tuna.data.files import open_rows
     from tuna.data.records import read_records
     from tuna.gather.judge import Candidates
@@ -88,7 +88,7 @@ def _candidates(run: paid.PaidRun, source: str, on_bad: Literal["fail", "skip"])
         ]
     print_problems(run.console, problems)
     if not items:
-        raise ValueError(f"data = {source!r} holds no record that can be used")
+        raise ValueError(f"data = {source!r} has no usable record")
     return items
 
 

@@ -1,6 +1,6 @@
 """What commands that pay for calls have in common: their flags, the bar, the summary and the exit code.
 
-Exit codes: 0 all done, 1 some failed (`failed.jsonl`), 3 ended early (budget, refusal, Ctrl-C); 2 is a user error as
+Exit codes: 0 all done, 1 some set aside (`failed.jsonl`), 3 ended early (budget, refusal, Ctrl-C); 2 is a user error as
 everywhere.
 """
 
@@ -79,7 +79,7 @@ def parse_extra(text: str | None) -> dict[str, Any]:
         value = parse_json(text.encode("utf-8", "replace")) if text else {}
         json.dumps(value, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"--extra is no JSON: {error}") from None
+        raise ValueError(f"--extra is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"--extra takes a JSON object, not {text}")
     return value
@@ -139,7 +139,11 @@ class PaidRun:
         table.add_row("answered by the journal", f"{found:,}")
         table.add_row("prompt tokens (estimate)", f"{usage.input:,}")
         table.add_row("response tokens (at most)", f"{usage.output:,}")
-        cost = f"{prices.cost(usage):,.4f}" if prices.input or prices.output else "unknown: give --price-input/-output"
+        cost = (
+            f"{prices.cost(usage):,.4f}"
+            if prices.input or prices.output
+            else "unknown: give --price-input and --price-output"
+        )
         table.add_row("cost (at most)", cost)
         self.console.print(table)
 
@@ -201,7 +205,7 @@ class PaidRun:
             self._say(f"{len(outcome.failed)} set aside in {failed}; the first: {first}", "yellow")
         if outcome.stopped is not None:
             left = figures["left"]
-            self._say(f"ended early, {left} left: {outcome.stopped}. The same command goes on from here.", "red")
+            self._say(f"ended early, {left} left: {outcome.stopped}. The same command resumes the run.", "red")
             raise typer.Exit(3)
         if self.following:
             self.console.print(f"next: {self.following}", markup=False, highlight=False, soft_wrap=True)

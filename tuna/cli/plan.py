@@ -101,7 +101,7 @@ def plan(
     else:
         refuse_given(context, "--data decides it", *lengths)
     if (model is None) == all(value is None for value in sizes.values()):
-        raise ValueError("give --model, or a model by its sizes (--vocab --hidden --ffn --layers --heads)")
+        raise ValueError("give --model, or the sizes of a model (--vocab --hidden --ffn --layers --heads)")
     config = explicit_config(**sizes) if model is None else model_config(model)
     workload = Workload(**lengths) if data is None else _workload_of(data, tokenizer or model, template, max_length)
     lowest = sharding["stage"] is None
@@ -151,7 +151,7 @@ def _workload_of(data: str, tokenizer: str | None, template: str | None, max_len
     from tuna.plan.workload import Workload
 
     if tokenizer is None:
-        raise ValueError("--data needs --tokenizer (or a --model that brings one)")
+        raise ValueError("--data needs --tokenizer, or a --model that has one")
     from tuna.data.records import read_records
     from tuna.data.templates import DEFAULT, saved_template
     from tuna.data.tokenization import tokenize_records
@@ -163,7 +163,7 @@ def _workload_of(data: str, tokenizer: str | None, template: str | None, max_len
         found.records, load_tokenizer(tokenizer), template=shown, max_length=max_length, on_bad="skip"
     )
     if not groups:
-        raise ValueError(f"data = {data!r} holds no record that can be used")
+        raise ValueError(f"data = {data!r} has no usable record")
     return Workload(groups=tuple(item.group for item in groups))
 
 

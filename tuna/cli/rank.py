@@ -61,7 +61,7 @@ def rank(
     console = Terminal()
     sets, problems = read_responses(data, on_bad=on_bad)
     if not sets:
-        raise ValueError(f"data = {data!r} holds no responses")
+        raise ValueError(f"data = {data!r} has no responses")
     if not reference:
         sets = [item.model_copy(update={"reference": None}) for item in sets]
     if score_with is not None:

@@ -159,7 +159,7 @@ def _remote(
     replace(sampling, temperature=diversity.temperature(sampling.temperature, diversity.tries - 1))  # still in range
     requests = [sampling.request(item) for item in wanted]
     if dry_run:
-        run.dry_run(requests, f"a prompt whose responses are alike takes up to {diversity.tries} calls")
+        run.dry_run(requests, f"a prompt whose responses are too similar takes up to {diversity.tries} calls")
         return
     with run.journal() as journal:
         outcome, figures = run.run(

@@ -77,7 +77,7 @@ def score(
         found.records[:limit], tokenizer, template=template, max_length=max_length, on_bad=on_bad
     )
     if not groups:
-        raise ValueError(f"data = {data!r} holds no record that can be used")
+        raise ValueError(f"data = {data!r} has no usable record")
     warn(console, cut_notice(groups, max_length))
     report = _score(console, network, tokenizer, groups, batch, length_penalty, backend)
     left_out = len(found.problems) + len(unfit)

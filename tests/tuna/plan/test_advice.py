@@ -46,6 +46,8 @@ def test_the_command_has_the_settings_of_the_plan(tiny: Planner, changes: dict[s
     command = train_command(tiny.plan(request), "tiny", **READING)
     assert all(word in command for word in words), command
     assert "--max-length 16" in command
+    real = train_command(tiny.plan(request), "tiny", data="a.jsonl", template=None, max_length=64)
+    assert "--template" not in real and "--data a.jsonl" in real  # the model's own, here as there
     given = shlex.split(command)
     if "--deepspeed" in given:
         assert (REPOSITORY / given[given.index("--deepspeed") + 1]).is_file()
