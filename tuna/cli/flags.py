@@ -86,16 +86,15 @@ def _shown(default: Any) -> str | bool:
 
 def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     """A command with options in the place of each parameter that is `Flags`."""
-    hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
     flags: dict[str, list[Flags]] = {}
-    for item in inspect.signature(function).parameters.values():
-        found = [mark for mark in getattr(hints[item.name], "__metadata__", ()) if isinstance(mark, Flags)]
+    for item in inspect.signature(function, eval_str=True).parameters.values():
+        found = [mark for mark in getattr(item.annotation, "__metadata__", ()) if isinstance(mark, Flags)]
         if found:
             flags[item.name] = found
             parameters += [parameter for mark in found for parameter in mark.parameters()]
         else:
-            parameters.append(item.replace(annotation=hints[item.name], kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(item.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     def command(**options: Any) -> None:
         for name, marks in flags.items():

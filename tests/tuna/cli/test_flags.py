@@ -3,6 +3,7 @@ outside its range is refused by name before any work."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import typer
@@ -50,8 +51,8 @@ OPTIONS = [(name, item) for name, command in COMMAND.items() for item in command
 
 def flags_of(name: str) -> list[Flags]:
     function = resolve_name(f"tuna.cli.{name}:{name}")
-    hints = get_type_hints(function, include_extras=True)
-    return [mark for hint in hints.values() for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Flags)]
+    hints = [item.annotation for item in inspect.signature(function, eval_str=True).parameters.values()]
+    return [mark for hint in hints for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Flags)]
 
 
 FIELDS = [(name, flags, word) for name in COMMANDS for flags in flags_of(name) for word in flags.words.split()]
@@ -93,6 +94,21 @@ def test_paid_commands_have_the_same_flags() -> None:
     assert addresses[0].default == addresses[1].default == "https://api.openai.com/v1"
     assert [item.envvar for item in addresses] == ["OPENAI_BASE_URL", "OPENAI_BASE_URL", None]
     assert addresses[2].default is None  # the student runs here
+
+
+def test_a_flag_given_its_default_wins_over_set_and_one_not_given_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr("tuna.train.run.run_training", lambda run, settings, console: seen.append((run, settings)))
+    file = tmp_path / "run.yaml"
+    file.write_text("model: tiny\ndata: a.jsonl\noutput_dir: out\nmargin: 0.3\nresume: true\nseed: 7\n")
+    words = f"train --config {file} --set mle_weight=2 --set max_length=64 --margin 0.1 --mle-weight 1 --no-resume"
+    with pytest.raises(SystemExit):
+        main(words.split())
+    ((run, settings),) = seen
+    assert not run.resume
+    assert settings == {"output_dir": "out", "margin": 0.1, "mle_weight": 1.0, "max_length": 64, "seed": 7}
 
 
 @pytest.mark.parametrize("source", SOURCES)
