@@ -81,7 +81,7 @@ class JudgeSettings:
 
     model: str = field(metadata={"help": "Name of the judge at the endpoint."})
     orders: int = field(
-        default=1, metadata={"help": "Orders in which the candidates are shown and averaged over, one or two."}
+        default=1, metadata={"help": "Number of orders in which candidates are shown, 1 or 2; ranks are averaged."}
     )
     tries: int = field(default=3, metadata={"help": "Maximum number of requests until an answer is readable."})
     seed: int = field(default=0, metadata={"help": "Seed of the order in which candidates are shown."})

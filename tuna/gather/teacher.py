@@ -43,7 +43,7 @@ class Sampling:
     """
 
     model: str = field(metadata={"help": "Name of the model at the endpoint."})
-    api: Api = field(default="chat", metadata={"help": "API of the endpoint: prompts as messages or as text."})
+    api: Api = field(default="chat", metadata={"help": "Whether prompts are sent as messages (chat) or as text."})
     n: int = field(default=4, metadata={"help": "Responses per prompt."})
     max_tokens: int = field(default=512, metadata={"help": "Maximum length of a response, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})

@@ -141,7 +141,9 @@ class TunaConfig(TrainingArguments):
     )
 
     # The parent's own, which are flags of tuna train
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps to train for, instead of epochs."})
+    max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps to train for; above 0, they replace num_train_epochs."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the data order, the hold-out and new weights."})
     logging_steps: float = field(
         default=10, metadata={"help": "Optimizer steps between log lines; fewer in a short run of tuna train."}
