@@ -19,11 +19,10 @@ from typing import Any
 from tuna.plan.cards import find_card
 from tuna.plan.comparison import brief
 from tuna.plan.picture import NAMES, draw_bars
-from tuna.plan.planner import GIB, Plan, Planner, PlanRequest, fewest_gpus
-from tuna.plan.settings import StepSettings
+from tuna.plan.planner import GIB, Plan, Planner, fewest_gpus
+from tuna.plan.settings import Optimizer, PlanRequest, Sharding, StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
-from tuna.plan.states import Optimizer, Sharding
 from tuna.plan.workload import METHODS, Method, Workload
 from tuna.system.writing import replacing, write_json
 

@@ -1,4 +1,4 @@
-"""A griffe extension: the ``help`` of a dataclass field's metadata is its docstring on the page."""
+"""A griffe extension: the ``help`` of a dataclass field's metadata begins its docstring on the page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ class FieldHelp(Extension):
     """Reads ``field(metadata={"help": "…"})``, the form that transformers' argument parser reads."""
 
     def on_attribute(self, *, attr: Attribute, **kwargs: Any) -> None:
-        if attr.docstring is not None or not isinstance(attr.value, Expr):
+        if not isinstance(attr.value, Expr):
             return
         for node in ast.walk(ast.parse(str(attr.value), mode="eval")):
             if isinstance(node, ast.keyword) and node.arg == "metadata":
-                attr.docstring = Docstring(str(ast.literal_eval(node.value)["help"]), parent=attr)
+                texts = [ast.literal_eval(node.value)["help"], *([attr.docstring.value] if attr.docstring else [])]
+                attr.docstring = Docstring("\n\n".join(texts), parent=attr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated
@@ -18,12 +19,13 @@ try:
 except ModuleNotFoundError as error:  # the kernels alone need torch and numpy only
     raise SystemExit(f"the tuna command needs {error.name}: pip install 'tuna-kernels[train]'") from error
 
+from tuna.cli.flags import FlagCommand
 from tuna.cli.messages import message
 from tuna.system.lifeline import watch_parent
 
 __all__ = ["app", "main"]
 
-# Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body: --help stays quick.
+# Each module tuna.cli.NAME has a function NAME that imports what is heavy in its body, so that --help is fast.
 COMMANDS = (
     "generate", "rank", "sample", "judge", "train", "export", "score", "serve", "plan", "info", "demo",
 )  # fmt: skip
@@ -61,7 +63,8 @@ def _root(
 def _assemble() -> None:
     for name in COMMANDS:
         if find_spec(f"tuna.cli.{name}") is not None:
-            app.command(name)(getattr(import_module(f"tuna.cli.{name}"), name))
+            function = getattr(import_module(f"tuna.cli.{name}"), name)
+            app.command(name, cls=partial(FlagCommand, function))(lambda: None)  # type: ignore[arg-type]
     for name in GROUPS:
         app.add_typer(import_module(f"tuna.cli.{name}").app, name=name)
     bench = import_module("tuna.cli.bench")

@@ -18,9 +18,9 @@ CONTEXT = {"help_option_names": [], "ignore_unknown_options": True, "allow_extra
 
 def bench(
     context: typer.Context,
-    program: Annotated[str, typer.Argument(help="Which program; without one they are listed.")] = "",
+    program: Annotated[str, typer.Argument(help="Program to run; without it, the programs are listed.")] = "",
 ) -> None:
-    """Measure ours beside its peers on this machine: kernels, attention, sharing, a whole step."""
+    """Benchmark kernels, attention, sharing and whole steps against other implementations on this machine."""
     found = _programs()
     if program in ("", "-h", "--help"):
         typer.echo("tuna bench PROGRAM [options]; `tuna bench PROGRAM --help` shows its options\n")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tuna.cli.template import TemplateOption
+from tuna.cli.options import Format, Json, MaxLength, OnBad, Template, at_least
 from tuna.console.preview import best_and_worst
 from tuna.console.terminal import Terminal, complain, say, say_json
 from tuna.console.warnings import given_template, print_problems, warn
@@ -26,19 +26,16 @@ __all__ = ["app", "record_stats"]
 app = typer.Typer(help="Check, convert, split and count ranked records.", no_args_is_help=True)
 
 Source = Annotated[str, typer.Argument(help="A .json, .jsonl or .parquet file, or a folder saved by datasets.")]
-Format = Annotated[str, typer.Option(help="Shape of the records; see `tuna data convert --help`.")]
-OnBadFlag = Annotated[Literal["fail", "skip"], typer.Option("--on-bad", help="What to do about bad records.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @app.command()
 def validate(
     source: Source,
     format: Format = "auto",
-    show: Annotated[int, typer.Option(help="Groups to show the best and the worst response of.")] = 3,
+    show: Annotated[int, at_least(0, "Number of groups whose best and worst responses are shown.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Read all records, say what is wrong with which, and exit with 1 if anything is."""
+    """Read all records and report every problem; exit code 1 if there is one."""
     from tuna.console.next import say_next
     from tuna.data.records import read_records
 
@@ -62,18 +59,18 @@ def validate(
 @app.command()
 def convert(
     source: Source,
-    target: Annotated[Path, typer.Argument(help="The file to write: .jsonl, .json or .parquet.")],
+    target: Annotated[Path, typer.Argument(help="File to write: .jsonl, .json or .parquet.")],
     format: Annotated[
         str,
         typer.Option(
-            help="auto, or one of: tuna (prompt|messages, responses, scores|ranks), released (instruction, "
+            help="Format of the records: tuna (prompt|messages, responses, scores|ranks), released (instruction, "
             "output, score), alpaca_eval (the same with generator), preference (prompt, chosen, rejected), "
-            "ranked_answers (prompt|question, answers of {answer, rank})."
+            "ranked_answers (prompt|question, answers of {answer, rank}), or auto to detect it."
         ),
     ] = "auto",
-    on_bad: OnBadFlag = "fail",
+    on_bad: OnBad = "fail",
 ) -> None:
-    """Write records of any known shape in Tuna's own: id, prompt or messages, responses, scores or ranks."""
+    """Write records of any known format in Tuna's own: id, prompt or messages, responses, scores or ranks."""
     from tuna.console.next import next_command
     from tuna.data.records import read_records, write_records
     from tuna.train.outputs import check_files
@@ -92,20 +89,20 @@ def stats(
     source: Source,
     format: Format = "auto",
     model: Annotated[
-        str | None, typer.Option(help="Count tokens with the tokenizer of this model (name or folder).")
+        str | None, typer.Option(help="Count tokens with the tokenizer of this model, a name or a folder.")
     ] = None,
-    template: TemplateOption = None,
-    max_length: Annotated[int, typer.Option(help="Most tokens of prompt and response together.")] = 512,
-    batch_groups: Annotated[int, typer.Option(help="Groups a padded batch has, to compare with.")] = 16,
-    on_bad: OnBadFlag = "skip",
+    template: Template = None,
+    max_length: MaxLength = 512,
+    batch_groups: Annotated[int, at_least(1, "Groups per padded batch, for comparison.")] = 16,
+    on_bad: OnBad = "skip",
     as_json: Json = False,
 ) -> None:
-    """Count groups, candidates and ties; with --model also tokens, and how many of them sharing saves."""
+    """Count groups, candidates and ties; with --model also tokens, and how many sharing saves."""
     from tuna.cli.messages import refuse_given
     from tuna.data.records import read_records
 
     if model is None:
-        refuse_given(context, "tokens are counted with --model", "template", "max_length", "batch_groups")
+        refuse_given(context, "it needs --model", "template", "max_length", "batch_groups")
     found = read_records(source, format=format, on_bad=on_bad)
     problems, tokens = list(found.problems), None
     console = Terminal(stderr=as_json)
@@ -140,17 +137,17 @@ def stats(
 @app.command()
 def split(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Any .json or .jsonl file whose rows have prompts or ids.")],
+    source: Annotated[str, typer.Argument(help="A .json or .jsonl file whose rows have prompts or ids.")],
     output: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
     fraction: Annotated[
-        float | None, typer.Option(help="Hold out this share of the prompts, chosen by their hash.")
+        float | None, typer.Option(help="Fraction of the prompts to hold out, chosen by their hash.")
     ] = None,
-    like: Annotated[str | None, typer.Option(help="Or: hold out the ids and the prompts that this file has.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, another choice.")] = 42,
+    like: Annotated[str | None, typer.Option(help="File whose ids and prompts are held out.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of prompts.")] = 42,
 ) -> None:
     """Split a file by the prompts of its rows (by their ids where they have none); rows are copied as they are.
 
-    All rows of a prompt go to the same side. The same seed and share hold out the same prompts in tuna train.
+    All rows of a prompt go to the same side. The same seed and fraction hold out the same prompts in tuna train.
     """
     from tuna.cli.messages import refuse_given
     from tuna.console.next import next_command
@@ -163,7 +160,7 @@ def split(
     if (fraction is None) == (like is None):
         raise ValueError("give exactly one of --fraction and --like")
     if like is not None:
-        refuse_given(context, "--like says what is held out", "seed")
+        refuse_given(context, "--like decides what is held out", "seed")
     rows = rows_to_split(source)
     if like is not None:
         there = rows_to_split(like)

@@ -9,27 +9,29 @@ from typing import Annotated, Any
 
 import typer
 
+from tuna.cli.flags import Flags
+from tuna.cli.options import Threads
+
 __all__ = ["demo"]
 
 
 def demo(
-    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model instead of SmolLM2-135M.")] = False,
-    data: Annotated[str | None, typer.Option(help="Ranked records. Default: the examples shipped.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Groups a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Of the loss: paper or released.")] = None,
-    template: Annotated[str | None, typer.Option(help="none, chat, alpaca or a text with {prompt}.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and response.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many records.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the hold-out, the batches and the order of training.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads. Default: what torch takes.")] = None,
+    settings: Annotated[
+        dict[str, Any],
+        Flags(
+            "tuna.compare.demo:DemoSettings",
+            "data steps groups lr=learning_rate preset template max_length limit seed",
+            unset=True,
+        ),
+    ],
+    tiny: Annotated[bool, typer.Option("--tiny", help="Train a tiny random model instead of SmolLM2-135M.")] = False,
+    threads: Threads = None,
     output: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("runs/demo"),
 ) -> None:
     """Train on ranked responses, with our step beside the baseline's.
 
-    Shows, on the CPU: that losses and gradients agree, what a step takes in time, memory and tokens both ways, and how
-    well held-out responses are ranked before and after some tens of steps.
+    Shows on the CPU whether losses and gradients agree, what a step of each takes in time, memory and tokens, and how
+    well held-out responses are ranked before and after training.
     """
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -41,28 +43,12 @@ def demo(
     from tuna.train.progress import TrainingProgress
 
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads = {threads} must be at least 1")
         torch.set_num_threads(threads)
-    if preset not in (None, "paper", "released"):
-        raise ValueError(f"preset = {preset!r} is not one of 'paper', 'released'")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
-    given = {
-        "data": data,
-        "steps": steps,
-        "groups": groups,
-        "learning_rate": lr,
-        "preset": preset,
-        "template": template,
-        "max_length": max_length,
-        "limit": limit,
-        "seed": seed,
-    }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    settings = DemoSettings.tiny(**changes) if tiny else DemoSettings(**changes)
+    chosen = DemoSettings.tiny(**settings) if tiny else DemoSettings(**settings)
     console = Terminal()
     results = run_demo(
-        settings,
+        chosen,
         output,
         callbacks=[TrainingProgress(console)],
         say=lambda line: console.print(f"{line} …", style="dim", highlight=False),
@@ -71,7 +57,7 @@ def demo(
     for table in demo_tables(results):
         console.print(table)
     console.print(f"{results['seconds']:.0f} s in all; demo.json and demo.png are in {output}", highlight=False)
-    say_next(console, "train", model=settings.model, data="DATA", output="FOLDER")
+    say_next(console, "train", model=chosen.model, data="DATA", output="FOLDER")
 
 
 def demo_tables(results: dict[str, Any]) -> list[Any]:

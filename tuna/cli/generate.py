@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tuna.cli import paid
+from tuna.cli.flags import Flags
+from tuna.cli.options import Limit, OnBad, at_least
 from tuna.console.warnings import print_problems
 
 if TYPE_CHECKING:
@@ -25,59 +27,45 @@ __all__ = ["generate", "read_wanted"]
 
 def generate(
     context: typer.Context,
+    *,
     instructions: Annotated[
         str,
         typer.Option(
-            help="File of instructions: prompt, messages, instruction (and input), self-instruct seed tasks or "
-            "Vicuna questions; .json, .jsonl or .parquet."
+            help="Instructions in .json, .jsonl or .parquet: prompts, messages, self-instruct tasks, Vicuna questions."
         ),
     ],
-    model: Annotated[str, typer.Option(help="Name of the teacher at the endpoint.")],
-    output: Annotated[Path, typer.Option(help="Folder of the run: responses.jsonl, journal, manifest.")],
-    api: Annotated[Literal["completions", "chat"], typer.Option(help="Kind of endpoint.")] = "chat",
-    n: Annotated[int, typer.Option("--n", help="Responses a prompt.")] = 4,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Passed on to the endpoint.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response; may be repeated.")] = None,
-    template: Annotated[str, typer.Option(help="For completions: none, alpaca or a text with {prompt}.")] = "none",
-    system: Annotated[str | None, typer.Option(help="For chat: a system message.")] = None,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs/--no-logprobs", help="Insist on log-probabilities, or do without.")
-    ] = True,
+    output: Annotated[Path, typer.Option(help="Folder for responses.jsonl, the journal and the manifest.")],
+    asked: Annotated[
+        dict[str, Any],
+        Flags(
+            "tuna.gather.teacher:Sampling",
+            "model api n max_tokens temperature top_p seed stop template system logprobs",
+        ),
+    ],
     keep_token_logprobs: Annotated[
-        bool, typer.Option("--keep-token-logprobs", help="Write those of each token, not only sum and mean.")
+        bool, typer.Option("--keep-token-logprobs", help="Write the log-probability of each token as well.")
     ] = False,
     score_with: Annotated[
-        str | None, typer.Option(help="Take the log-probabilities from this local model instead of the endpoint.")
+        str | None, typer.Option(help="Local model that computes the log-probabilities instead of the endpoint.")
     ] = None,
     score_template: Annotated[
         str | None,
-        typer.Option(
-            help="How prompts are shown to it. Default: as it was trained; else chat for chat, or the template."
-        ),
+        typer.Option(help="Prompt template for --score-with; without it, the one saved with the model or the same."),
     ] = None,
-    score_max_length: Annotated[int, typer.Option(help="Most tokens it scores of prompt and response.")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many instructions.")] = None,
-    on_bad: Annotated[Literal["fail", "skip"], typer.Option(help="An instruction that cannot be used.")] = "fail",
+    score_max_length: Annotated[
+        int,
+        at_least(2, "Maximum length of prompt plus response for --score-with, in tokens."),
+    ] = 2048,
+    limit: Limit = None,
+    on_bad: OnBad = "fail",
     extra: paid.Extra = None,
-    base_url: paid.BaseUrl = "https://api.openai.com/v1",
-    key_variable: paid.KeyVariable = "OPENAI_API_KEY",
-    concurrency: paid.Concurrency = 8,
-    requests_per_minute: paid.RequestsPerMinute = None,
-    request_timeout: paid.RequestTimeout = 120.0,
-    total_timeout: paid.TotalTimeout = 900.0,
-    max_attempts: paid.MaxAttempts = 6,
-    backoff: paid.Backoff = 1.0,
-    max_backoff: paid.MaxBackoff = 60.0,
-    max_calls: paid.MaxCalls = None,
-    max_cost: paid.MaxCost = None,
-    price_input: paid.PriceInput = 0.0,
-    price_output: paid.PriceOutput = 0.0,
+    base_url: paid.BaseUrl,
+    endpoint: paid.Endpoint,
+    limits: paid.Limits,
+    prices: paid.Prices,
     dry_run: paid.DryRun = False,
 ) -> None:
-    """Draw responses from a teacher endpoint, with their log-probabilities. Interrupted, it goes on where it was."""
+    """Generate responses at a teacher endpoint, with their log-probabilities; the same command resumes a run."""
     from tuna.cli.messages import refuse_given
     from tuna.console.terminal import Terminal
     from tuna.data.templates import saved_template
@@ -85,38 +73,12 @@ def generate(
     from tuna.train.outputs import check_files
 
     if score_with is None:
-        refuse_given(context, "it is for --score-with", "score_template", "score_max_length")
-    if score_with is None and not logprobs:
-        refuse_given(context, "no log-probabilities are asked for", "keep_token_logprobs")
-    settings = paid.paid_settings(
-        base_url=base_url,
-        key_variable=key_variable,
-        concurrency=concurrency,
-        requests_per_minute=requests_per_minute,
-        request_timeout=request_timeout,
-        total_timeout=total_timeout,
-        max_attempts=max_attempts,
-        backoff=backoff,
-        max_backoff=max_backoff,
-        max_calls=max_calls,
-        max_cost=max_cost,
-        price_input=price_input,
-        price_output=price_output,
-    )
-    sampling = Sampling(
-        model=model,
-        api=api,
-        n=n,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        template=template,
-        system=system,
-        logprobs=logprobs and score_with is None,
-        extra=paid.parse_extra(extra),
-    )
+        refuse_given(context, "it needs --score-with", "score_template", "score_max_length")
+    if score_with is None and not asked["logprobs"]:
+        refuse_given(context, "log-probabilities are off", "keep_token_logprobs")
+    settings = paid.paid_settings(endpoint, limits, prices, **base_url)
+    asked["logprobs"] = asked["logprobs"] and score_with is None
+    sampling = Sampling(**asked, extra=paid.parse_extra(extra))
     check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     run = paid.PaidRun(Terminal(), "generate", output, sampling.parameters(), settings)
     wanted = read_wanted(run.console, instructions, limit, on_bad)
@@ -127,7 +89,9 @@ def generate(
         return
     scorer = None
     if score_with is not None:
-        shown = score_template or saved_template(score_with) or ("chat" if api == "chat" else template)
+        shown = (
+            score_template or saved_template(score_with) or ("chat" if sampling.api == "chat" else sampling.template)
+        )
         scorer = _Scorer(run.console, score_with, shown, score_max_length)
         scorer.check(wanted)
     _gather(run, sampling, wanted, keep_token_logprobs, scorer)
@@ -136,19 +100,17 @@ def generate(
 def read_wanted(
     console: Console, source: str, limit: int | None, on_bad: Literal["fail", "skip"]
 ) -> Sequence[Instruction]:
-    """The first ``limit`` instructions of a file; what is left out is said.
+    """The first `limit` instructions of a file; prints which are left out.
 
     Raises:
-        ValueError: ``limit`` below 1, no instruction that can be used, and what `read_instructions` raises.
+        ValueError: no usable instruction, and what `read_instructions` raises.
     """
     from tuna.data.instructions import read_instructions
 
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit = {limit} must be at least 1")
     found, problems = read_instructions(source, on_bad=on_bad)
     print_problems(console, problems)
     if not found:
-        raise ValueError(f"instructions = {source!r} holds no instruction that can be used")
+        raise ValueError(f"instructions = {source!r} has no usable instruction")
     return found[:limit]
 
 
@@ -194,7 +156,7 @@ class _Scorer:
             torch.nn.Module.to(self.model, place_for())
 
     def check(self, wanted: Sequence[Instruction]) -> None:
-        """Refuse, before anything is paid, prompts that could not be scored."""
+        """Refuse prompts that could not be scored before any call is paid for."""
         from tuna.data.records import Record
         from tuna.data.tokenization import tokenize_records
 

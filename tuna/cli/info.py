@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tuna.cli.options import Json
 from tuna.console.terminal import Terminal, say_json
 
 __all__ = ["collect_info", "info"]
@@ -60,12 +61,12 @@ def collect_info() -> dict[str, Any]:
 
 
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: Json = False,
     self_check: Annotated[
-        bool, typer.Option("--self-check", help="Hold every GPU kernel against the oracle on this machine's card.")
+        bool, typer.Option("--self-check", help="Check every GPU kernel against the oracle on this GPU.")
     ] = False,
 ) -> None:
-    """Show versions, threads, backends (and why one is off) and optional packages; check the GPU kernels."""
+    """Show versions, threads, backends and optional packages; check the GPU kernels."""
     if self_check:
         raise typer.Exit(check_kernels(as_json=as_json))
     found = collect_info()

@@ -7,17 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
-__all__ = ["FLAG_FIELDS", "install_hint", "message", "refuse_given"]
+__all__ = ["install_hint", "message", "refuse_given"]
 
-# Flags of tuna train whose field in Python and YAML has another name.
-FLAG_FIELDS = {
-    "groups": "per_device_train_batch_size",
-    "accumulate": "gradient_accumulation_steps",
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "lr": "learning_rate",
-    "output": "output_dir",
-}
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # modules that are called otherwise than their package
 
 
@@ -33,6 +24,8 @@ def message(error: BaseException, words: Sequence[str], command: Any) -> str:
         return f"{error.name.partition('.')[0]} is not installed: {install_hint(error.name)}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ImportError):  # perhaps of what the command's own flags need
+        return str(error)
     return _as_flags(str(error) or type(error).__name__, words, command)
 
 
@@ -85,12 +78,12 @@ def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
         text = text.replace(" (on_bad='skip' leaves them out)", "")
     typed = {word.partition("=")[0] for word in words}
     from_file = "--config" in typed or "--set" in typed
-    for option in (item for item in command.params if item.opts[0].startswith("--")):
-        flag = next((name for name in option.opts if name in typed), option.opts[0])
-        if from_file and flag not in typed:
+    for option in command.params:
+        flags = [flag for flag in option.opts if flag.startswith("--")]
+        flag = next((flag for flag in flags if flag in typed), flags[0] if flags else "")
+        if not flag or (from_file and flag not in typed):
             continue
-        field = FLAG_FIELDS.get(option.name, option.name) if command.name == "train" else option.name
-        for name in {field, option.opts[0].removeprefix("--").replace("-", "_")}:
+        for name in {option.name, flags[0].removeprefix("--").replace("-", "_")}:
             value = "" if "_" in name else "(?= = )"
             text = re.sub(rf"(?<![\w.'/-]){name}(?![\w'/]){value}", flag, text)
     return text

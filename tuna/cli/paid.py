@@ -1,7 +1,7 @@
 """What commands that pay for calls have in common: their flags, the bar, the summary and the exit code.
 
-Exit codes: 0 all done, 1 some set aside (in `failed.jsonl`), 3 ended early (budget, refusal, Ctrl-C); 2 is a user
-error as everywhere.
+Exit codes: 0 all done, 1 some set aside (`failed.jsonl`), 3 ended early (budget, refusal, Ctrl-C); 2 is a user error as
+everywhere.
 """
 
 from __future__ import annotations
@@ -16,76 +16,44 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
+from tuna.cli.flags import Flags
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tuna.gather.api.calls import Outcome, PaidCalls, PaidSettings, Request
     from tuna.gather.api.journal import Journal
 
-__all__ = [
-    "Backoff",
-    "BaseUrl",
-    "Concurrency",
-    "DryRun",
-    "Extra",
-    "KeyVariable",
-    "MaxAttempts",
-    "MaxBackoff",
-    "MaxCalls",
-    "MaxCost",
-    "PaidRun",
-    "PriceInput",
-    "PriceOutput",
-    "RequestTimeout",
-    "RequestsPerMinute",
-    "TotalTimeout",
-    "paid_settings",
-    "parse_extra",
-]
+__all__ = ["BaseUrl", "DryRun", "Endpoint", "Extra", "Limits", "PaidRun", "Prices", "paid_settings", "parse_extra"]
 
 SHOWN = 5  # notes about a journal that are printed
 J = TypeVar("J")
 R = TypeVar("R")
 
-BaseUrl: TypeAlias = Annotated[
-    str, typer.Option(envvar="OPENAI_BASE_URL", help="Address of the endpoint, with its version.")
+ENDPOINT = "tuna.gather.api.settings:EndpointSettings"
+BaseUrl: TypeAlias = Annotated[dict[str, Any], Flags(ENDPOINT, "base_url", variables={"base_url": "OPENAI_BASE_URL"})]
+Endpoint: TypeAlias = Annotated[
+    dict[str, Any],
+    Flags(
+        ENDPOINT,
+        "api-key-env=key_variable requests_per_minute request_timeout total_timeout max_attempts backoff max_backoff",
+    ),
 ]
-KeyVariable: TypeAlias = Annotated[
-    str, typer.Option("--api-key-env", help="Environment variable that holds the key; local servers need none.")
+Limits: TypeAlias = Annotated[
+    dict[str, Any], Flags("tuna.gather.api.calls:PaidSettings", "concurrency max_calls max_cost")
 ]
-Concurrency: TypeAlias = Annotated[int, typer.Option(help="Most calls side by side.")]
-RequestsPerMinute: TypeAlias = Annotated[float | None, typer.Option(help="Send no more than so many.")]
-RequestTimeout: TypeAlias = Annotated[float, typer.Option(help="Seconds an attempt may take.")]
-TotalTimeout: TypeAlias = Annotated[float, typer.Option(help="Seconds a call may take with all its attempts.")]
-MaxAttempts: TypeAlias = Annotated[int, typer.Option(help="Requests a call may take.")]
-Backoff: TypeAlias = Annotated[float, typer.Option(help="Seconds before the second attempt; then doubled.")]
-MaxBackoff: TypeAlias = Annotated[float, typer.Option(help="Most seconds of a back-off (Retry-After may be longer).")]
-MaxCalls: TypeAlias = Annotated[int | None, typer.Option(help="Most calls in this folder, all runs together.")]
-MaxCost: TypeAlias = Annotated[float | None, typer.Option(help="Most cost in this folder; needs the prices.")]
-PriceInput: TypeAlias = Annotated[float, typer.Option(help="Price of a million prompt tokens.")]
-PriceOutput: TypeAlias = Annotated[float, typer.Option(help="Price of a million response tokens.")]
-DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print calls, tokens and cost; call nothing.")]
+Prices: TypeAlias = Annotated[dict[str, Any], Flags("tuna.gather.api.budget:Prices", "input output", prefix="price_")]
+DryRun: TypeAlias = Annotated[
+    bool, typer.Option("--dry-run", help="Print an estimate of calls, tokens and cost; send no request.")
+]
 Extra: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="""Further fields of each request, as JSON: '{"top_k": 40}'. They win; null removes one."""),
+    typer.Option(help="""Extra fields of each request as JSON, such as '{"top_k": 40}'; null removes a field."""),
 ]
 
 
 def paid_settings(
-    *,
-    base_url: str,
-    key_variable: str,
-    concurrency: int,
-    requests_per_minute: float | None,
-    request_timeout: float,
-    total_timeout: float,
-    max_attempts: int,
-    backoff: float,
-    max_backoff: float,
-    max_calls: int | None,
-    max_cost: float | None,
-    price_input: float,
-    price_output: float,
+    endpoint: dict[str, Any], limits: dict[str, Any], prices: dict[str, Any], **base_url: Any
 ) -> PaidSettings:
     """The flags above as settings.
 
@@ -96,21 +64,7 @@ def paid_settings(
     from tuna.gather.api.calls import PaidSettings
     from tuna.gather.api.settings import EndpointSettings
 
-    if concurrency < 1:
-        raise ValueError(f"concurrency = {concurrency} must be at least 1")
-    endpoint = EndpointSettings(
-        base_url,
-        key_variable,
-        requests_per_minute=requests_per_minute,
-        request_timeout=request_timeout,
-        total_timeout=total_timeout,
-        max_attempts=max_attempts,
-        backoff=backoff,
-        max_backoff=max_backoff,
-    )
-    settings = PaidSettings(endpoint, concurrency, max_calls, max_cost, Prices(price_input, price_output))
-    settings.budget()  # refuses bad bounds before anything is opened
-    return settings
+    return PaidSettings(EndpointSettings(**base_url, **endpoint), **limits, prices=Prices(**prices))
 
 
 def parse_extra(text: str | None) -> dict[str, Any]:
@@ -125,7 +79,7 @@ def parse_extra(text: str | None) -> dict[str, Any]:
         value = parse_json(text.encode("utf-8", "replace")) if text else {}
         json.dumps(value, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"--extra is no JSON: {error}") from None
+        raise ValueError(f"--extra is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"--extra takes a JSON object, not {text}")
     return value
@@ -185,7 +139,11 @@ class PaidRun:
         table.add_row("answered by the journal", f"{found:,}")
         table.add_row("prompt tokens (estimate)", f"{usage.input:,}")
         table.add_row("response tokens (at most)", f"{usage.output:,}")
-        cost = f"{prices.cost(usage):,.4f}" if prices.input or prices.output else "unknown: give --price-input/-output"
+        cost = (
+            f"{prices.cost(usage):,.4f}"
+            if prices.input or prices.output
+            else "unknown: give --price-input and --price-output"
+        )
         table.add_row("cost (at most)", cost)
         self.console.print(table)
 
@@ -247,7 +205,7 @@ class PaidRun:
             self._say(f"{len(outcome.failed)} set aside in {failed}; the first: {first}", "yellow")
         if outcome.stopped is not None:
             left = figures["left"]
-            self._say(f"ended early, {left} left: {outcome.stopped}. The same command goes on from here.", "red")
+            self._say(f"ended early, {left} left: {outcome.stopped}. The same command resumes the run.", "red")
             raise typer.Exit(3)
         if self.following:
             self.console.print(f"next: {self.following}", markup=False, highlight=False, soft_wrap=True)

@@ -3,77 +3,87 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
+
+from tuna.cli.flags import Flags
+from tuna.cli.options import at_least
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tuna.plan.comparison import Row
-    from tuna.plan.planner import Plan, Planner, PlanRequest
+    from tuna.plan.planner import Plan, Planner
+    from tuna.plan.settings import PlanRequest
     from tuna.plan.workload import Workload
 
 __all__ = ["plan"]
 
 MODEL, DATA, STEP, MACHINE, OUTPUT = "Model", "Data", "Step", "Machine", "Output"
+SETTINGS = "tuna.plan.settings"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+Size: TypeAlias = int | None
 
 
-def _flag(*names: str, help: str, panel: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
+def _flag(panel: str, help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
 def plan(
     context: typer.Context,
+    *,
     model: Annotated[
-        str | None,
-        _flag(help="A size (llama-7b, llama3-8b, …), a hub name, a folder, or a config.json.", panel=MODEL),
+        str | None, _flag(MODEL, "Model: a size such as llama-7b or llama3-8b, a hub name, a folder, or a config.json.")
     ] = None,
-    vocab: Annotated[int | None, _flag(help="Or a Llama by its sizes: the vocabulary,", panel=MODEL)] = None,
-    hidden: Annotated[int | None, _flag(help="the width,", panel=MODEL)] = None,
-    ffn: Annotated[int | None, _flag(help="the width of the MLP,", panel=MODEL)] = None,
-    layers: Annotated[int | None, _flag(help="the layers,", panel=MODEL)] = None,
-    heads: Annotated[int | None, _flag(help="the attention heads,", panel=MODEL)] = None,
-    kv_heads: Annotated[int | None, _flag(help="and their key-value heads.", panel=MODEL)] = None,
-    k: Annotated[int, _flag("-k", "--responses", help="Responses of a group.", panel=DATA)] = 5,
-    prompt: Annotated[int, _flag(help="Tokens of a prompt.", panel=DATA)] = 256,
-    response: Annotated[int, _flag(help="Tokens of a response.", panel=DATA)] = 256,
-    data: Annotated[str | None, _flag(help="Or real ranked records, whose lengths count.", panel=DATA)] = None,
-    tokenizer: Annotated[str | None, _flag(help="For --data. Default: the model's.", panel=DATA)] = None,
-    template: Annotated[str | None, _flag(help="For --data, as in tuna train.", panel=DATA)] = None,
-    max_length: Annotated[int, _flag(help="For --data, as in tuna train.", panel=DATA)] = 512,
-    groups: Annotated[int, _flag(help="Groups of a micro-batch.", panel=STEP)] = 1,
-    method: Annotated[
-        str, _flag(help="The way that must fit: one_pass, two_phase, unshared or baseline.", panel=STEP)
-    ] = "one_pass",
-    precision: Annotated[str, _flag(help="bf16, fp16 or fp32.", panel=STEP)] = "bf16",
-    lora_r: Annotated[int | None, _flag(help="Rank of adapters. Default: train everything.", panel=STEP)] = None,
-    optimizer: Annotated[
-        str, _flag(help="adamw (float32 masters), kahan (bf16 states), adamw8bit.", panel=STEP)
-    ] = "adamw",
-    checkpointing: Annotated[bool, _flag(help="Recompute layers in the backward.", panel=STEP)] = True,
-    candidates_per_pass: Annotated[int, _flag(help="Of two-phase.", panel=STEP)] = 1,
-    most_groups: Annotated[int, _flag(help="Look for the largest micro-batch up to so many.", panel=STEP)] = 128,
+    vocab: Annotated[Size, at_least(1, "Vocabulary size of a Llama given by its sizes.", panel=MODEL)] = None,
+    hidden: Annotated[Size, at_least(1, "Hidden size of that Llama.", panel=MODEL)] = None,
+    ffn: Annotated[Size, at_least(1, "Intermediate size of its MLP.", panel=MODEL)] = None,
+    layers: Annotated[Size, at_least(1, "Number of its layers.", panel=MODEL)] = None,
+    heads: Annotated[Size, at_least(1, "Number of its attention heads.", panel=MODEL)] = None,
+    kv_heads: Annotated[Size, at_least(1, "Number of its key-value heads.", panel=MODEL)] = None,
+    lengths: Annotated[
+        dict[str, Any],
+        Flags("tuna.plan.workload:Workload", "k=responses prompt=prompt_tokens response=response_tokens", panel=DATA),
+    ],
+    data: Annotated[str | None, _flag(DATA, "Ranked records whose lengths are used instead.")] = None,
+    tokenizer: Annotated[str | None, _flag(DATA, "Tokenizer for --data, if not that of --model.")] = None,
+    template: Annotated[str | None, _flag(DATA, "Prompt template for --data, as in tuna train.")] = None,
+    max_length: Annotated[
+        int, at_least(2, "Maximum length of prompt plus response for --data, in tokens.", panel=DATA)
+    ] = 512,
+    batch: Annotated[dict[str, Any], Flags(f"{SETTINGS}:PlanRequest", "groups optimizer", panel=STEP)],
+    step: Annotated[
+        dict[str, Any],
+        Flags(f"{SETTINGS}:StepSettings", "method lora-r=lora_rank checkpointing candidates_per_pass", panel=STEP),
+    ],
+    precision: Annotated[Literal["bf16", "fp16", "fp32"], _flag(STEP, "Dtype of weights and activations.")] = "bf16",
+    most_groups: Annotated[int, at_least(1, "Largest micro-batch to try, in groups.", panel=STEP)] = 128,
     gpu: Annotated[
-        str, _flag(help="rtx3090 (or 3090), v100, a100-40, l40s, a100-80, h100-80, b200-192, …", panel=MACHINE)
-    ] = ("a100-80"),
-    gpus: Annotated[int, _flag(help="GPUs in all.", panel=MACHINE)] = 1,
-    gpus_per_node: Annotated[int, _flag(help="GPUs of a node.", panel=MACHINE)] = 8,
-    zero: Annotated[int | None, _flag(help="ZeRO stage. Default: the lowest that fits.", panel=MACHINE)] = None,
-    offload: Annotated[str, _flag(help="To host memory: none, optimizer or all.", panel=MACHINE)] = "none",
-    host_memory: Annotated[float | None, _flag(help="GiB of each node.", panel=MACHINE)] = None,
-    json_file: Annotated[Path | None, _flag("--json", help="Write the figures to this file.", panel=OUTPUT)] = None,
-    picture: Annotated[Path | None, _flag(help="Draw the memory of a GPU to this .png.", panel=OUTPUT)] = None,
+        str, _flag(MACHINE, "Name of the GPU, such as rtx3090, v100, a100-40, l40s, a100-80, h100-80 or b200-192.")
+    ] = "a100-80",
+    sharding: Annotated[
+        dict[str, Any],
+        Flags(f"{SETTINGS}:Sharding", "gpus gpus_per_node zero=stage offload", panel=MACHINE, defaults={"stage": None}),
+    ],
+    host_memory: Annotated[float | None, at_least(0, "Host memory per node, in GiB.", panel=MACHINE)] = None,
+    json_file: Annotated[Path | None, _flag(OUTPUT, "Write the figures to this file.", "--json")] = None,
+    picture: Annotated[Path | None, _flag(OUTPUT, "Plot the memory of a GPU to this .png file.")] = None,
 ) -> None:
-    """Say what a training step takes, what fits, and how few GPUs will do. No GPU and no weights are needed.
+    """Predict the memory and time of a training step, and on how few GPUs it fits, without a GPU or weights.
 
-    Fails with the reason, and with the nearest plan that fits, where the one asked for does not.
+    If the requested plan does not fit, fails with the reason and shows the nearest plan that fits.
     """
+    import torch
+
     from tuna.cli.messages import refuse_given
     from tuna.console.terminal import Terminal
-    from tuna.plan.planner import Planner
+    from tuna.plan.cards import find_card
+    from tuna.plan.planner import GIB, Planner
+    from tuna.plan.settings import PlanRequest, Sharding, StepSettings
     from tuna.plan.simulate import Simulator
     from tuna.plan.sizes import explicit_config, model_config
+    from tuna.plan.workload import Workload
     from tuna.train.outputs import check_files
 
     check_files({"json": json_file, "picture": picture}, {"data": data}, model=model)
@@ -87,19 +97,26 @@ def plan(
         "num_key_value_heads": kv_heads,
     }
     if data is None:
-        refuse_given(context, "it is for --data", "tokenizer", "template", "max_length")
+        refuse_given(context, "it needs --data", "tokenizer", "template", "max_length")
     else:
-        refuse_given(context, "--data decides it", "k", "prompt", "response")
+        refuse_given(context, "--data decides it", *lengths)
     if (model is None) == all(value is None for value in sizes.values()):
-        raise ValueError("give --model, or a model by its sizes (--vocab --hidden --ffn --layers --heads)")
+        raise ValueError("give --model, or the sizes of a model (--vocab --hidden --ffn --layers --heads)")
     config = explicit_config(**sizes) if model is None else model_config(model)
-    workload = _workload(k, prompt, response, data, tokenizer or model, template, max_length)
-    request = _request(
-        workload, groups, method, precision, lora_r, optimizer, checkpointing, candidates_per_pass, gpu, gpus,
-        gpus_per_node, zero, offload, host_memory,
-    )  # fmt: skip
+    workload = Workload(**lengths) if data is None else _workload_of(data, tokenizer or model, template, max_length)
+    lowest = sharding["stage"] is None
+    if lowest:
+        sharding["stage"] = {"none": 0, "optimizer": 2}.get(sharding["offload"], 3)
+    request = PlanRequest(
+        card=find_card(gpu),
+        workload=workload,
+        settings=StepSettings(dtype=getattr(torch, DTYPES[precision]), **step),
+        sharding=Sharding(**sharding),
+        host_memory=None if host_memory is None else int(host_memory * GIB),
+        **batch,
+    )
     planner = Planner(Simulator(config))
-    if zero is None:
+    if lowest:
         request = _lowest_stage(planner, request)
     console = Terminal()
     rows = _compare(console, planner, request, most_groups)
@@ -130,15 +147,11 @@ def _advise(console: Console, planner: Planner, request: PlanRequest, model: str
             console.print(f"  {train_command(plan, model, **reading)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _workload(
-    k: int, prompt: int, response: int, data: str | None, tokenizer: str | None, template: str | None, max_length: int
-) -> Workload:
+def _workload_of(data: str, tokenizer: str | None, template: str | None, max_length: int) -> Workload:
     from tuna.plan.workload import Workload
 
-    if data is None:
-        return Workload(k, prompt, response)
     if tokenizer is None:
-        raise ValueError("--data needs --tokenizer (or a --model that brings one)")
+        raise ValueError("--data needs --tokenizer, or a --model that has one")
     from tuna.data.records import read_records
     from tuna.data.templates import DEFAULT, saved_template
     from tuna.data.tokenization import tokenize_records
@@ -150,47 +163,8 @@ def _workload(
         found.records, load_tokenizer(tokenizer), template=shown, max_length=max_length, on_bad="skip"
     )
     if not groups:
-        raise ValueError(f"data = {data!r} holds no record that can be used")
+        raise ValueError(f"data = {data!r} has no usable record")
     return Workload(groups=tuple(item.group for item in groups))
-
-
-def _request(
-    workload: Workload, groups: int, method: str, precision: str, lora_r: int | None, optimizer: str,
-    checkpointing: bool, candidates_per_pass: int, gpu: str, gpus: int, gpus_per_node: int, zero: int | None,
-    offload: str, host_memory: float | None,
-) -> PlanRequest:  # fmt: skip
-    import torch
-
-    from tuna.plan.cards import find_card
-    from tuna.plan.planner import GIB, PlanRequest
-    from tuna.plan.settings import StepSettings
-    from tuna.plan.states import Sharding
-    from tuna.plan.workload import METHODS
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision not in dtypes:
-        raise ValueError(f"precision = {precision!r} is not one of {tuple(dtypes)}")
-    if method not in METHODS:
-        raise ValueError(f"method = {method!r} is not one of {METHODS}")
-    for name, value in (("groups", groups), ("candidates_per_pass", candidates_per_pass), ("lora_r", lora_r)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} = {value} must be at least 1")
-    stage = zero if zero is not None else {"none": 0, "optimizer": 2}.get(offload, 3)
-    return PlanRequest(
-        card=find_card(gpu),
-        workload=workload,
-        groups=groups,
-        settings=StepSettings(
-            method=method,
-            dtype=dtypes[precision],
-            checkpointing=checkpointing,
-            lora_rank=lora_r,
-            candidates_per_pass=candidates_per_pass,
-        ),
-        sharding=Sharding(gpus, gpus_per_node, stage, offload),  # type: ignore[arg-type]
-        optimizer=optimizer,  # type: ignore[arg-type]
-        host_memory=None if host_memory is None else int(host_memory * GIB),
-    )
 
 
 def _lowest_stage(planner: Planner, request: PlanRequest) -> PlanRequest:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuna.cli.template import TemplateOption
+from tuna.cli.flags import Flags
+from tuna.cli.options import Dtype, JsonFile, MaxLength, OnBad, Template
 from tuna.console.warnings import given_template
 
 if TYPE_CHECKING:
@@ -20,30 +21,28 @@ __all__ = ["rank"]
 
 def rank(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="Responses: what tuna generate or tuna sample wrote, or any file of them.")],
-    output: Annotated[
-        Path, typer.Option(help="Folder for ranked.jsonl, the records for tuna train; or a .jsonl or .json file.")
+    data: Annotated[
+        str, typer.Option(help="Responses: the output of tuna generate or tuna sample, or any file of responses.")
     ],
-    length_penalty: Annotated[float, typer.Option(help="A score is sum(log p) / tokens ** this.")] = 1.0,
-    min_tokens: Annotated[int, typer.Option(help="Shorter responses are left out.")] = 1,
-    truncated: Annotated[
-        Literal["drop", "last", "keep"], typer.Option(help="Responses that were cut: left out, ranked last, or kept.")
-    ] = "drop",
-    tie: Annotated[float, typer.Option(help="Scores this close are tied.")] = 0.0,
-    min_responses: Annotated[int, typer.Option(help="Records with fewer responses left are left out.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for ranked.jsonl, or the .jsonl or .json file to write.")],
+    rules: Annotated[
+        dict[str, Any],
+        Flags("tuna.gather.likelihood:RankingRules", "length_penalty min_tokens truncated tie min_responses"),
+    ],
     reference: Annotated[
-        bool, typer.Option("--reference/--no-reference", help="Whether the dataset's own response takes rank 0.")
+        bool, typer.Option("--reference/--no-reference", help="Rank the dataset's own response first.")
     ] = True,
-    score_with: Annotated[str | None, typer.Option(help="Score with this local model instead of the file's.")] = None,
-    template: TemplateOption = None,
-    max_length: Annotated[int, typer.Option(help="For --score-with: most tokens of prompt and response.")] = 2048,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="For --score-with: of the weights.")
-    ] = "float32",
-    on_bad: Annotated[Literal["fail", "skip"], typer.Option(help="A record that cannot be used.")] = "fail",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    score_with: Annotated[
+        str | None,
+        typer.Option(help="Local model for the log-probabilities; takes --template, --max-length, --dtype."),
+    ] = None,
+    template: Template = None,
+    max_length: MaxLength = 2048,
+    dtype: Dtype = "float32",
+    on_bad: OnBad = "fail",
+    json_file: JsonFile = None,
 ) -> None:
-    """Rank responses by the log-probability their teacher gave them, the reference response first."""
+    """Rank responses by their log-probability under the teacher, the reference response first."""
     from rich.table import Table
 
     from tuna.cli.messages import refuse_given
@@ -56,23 +55,21 @@ def rank(
     from tuna.train.outputs import check_files
 
     check_files({"output": output, "json": json_file}, {"data": data})
-    rules = RankingRules(
-        length_penalty=length_penalty, min_tokens=min_tokens, truncated=truncated, tie=tie, min_responses=min_responses
-    )
+    checked = RankingRules(**rules)
     if score_with is None:
-        refuse_given(context, "it is for --score-with", "template", "max_length", "dtype")
+        refuse_given(context, "it needs --score-with", "template", "max_length", "dtype")
     console = Terminal()
     sets, problems = read_responses(data, on_bad=on_bad)
     if not sets:
-        raise ValueError(f"data = {data!r} holds no responses")
+        raise ValueError(f"data = {data!r} has no responses")
     if not reference:
         sets = [item.model_copy(update={"reference": None}) for item in sets]
     if score_with is not None:
         sets = _scored(console, sets, score_with, template, max_length, dtype)
-    ranked, too_few = rank_responses(sets, rules)
+    ranked, too_few = rank_responses(sets, checked)
     if not ranked:
         raise ValueError(
-            f"no record of {data} has min_responses = {min_responses} responses left; see tuna rank --help"
+            f"no record of {data} has min_responses = {checked.min_responses} responses left; see tuna rank --help"
         )
     target = output if output.suffix and not output.is_dir() else output / "ranked.jsonl"
     write_rows(target, (found.row() for found in ranked))

@@ -9,12 +9,12 @@ import typer
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Run several commands as steps of one recipe, each once.", no_args_is_help=True)
+app = typer.Typer(help="Run several commands as the steps of one recipe.", no_args_is_help=True)
 
 SetFlag = Annotated[
-    list[str] | None, typer.Option("--set", help="name=value: another value for a variable of the recipe.")
+    list[str] | None, typer.Option("--set", help="Value of a recipe variable as name=value; may be repeated.")
 ]
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, in YAML; see docs/recipe.md.")]
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe in YAML; see docs/recipe.md.")]
 
 
 @app.command()
@@ -22,10 +22,10 @@ def run(
     context: typer.Context,
     recipe: RecipeFile,
     set_: SetFlag = None,
-    until: Annotated[str | None, typer.Option(help="Stop after the step of this name.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Do not show what the steps print.")] = False,
+    until: Annotated[str | None, typer.Option(help="Name of the last step to run.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Hide the output of the steps.")] = False,
 ) -> None:
-    """Run the steps that are not done yet, then write the report."""
+    """Run the steps that are not done, then write the report."""
     from rich.text import Text
 
     from tuna.console.terminal import Terminal
@@ -38,14 +38,14 @@ def run(
     steps = plan(found, recipe.resolve().parent, context.find_root().command)
     names = [step.step.name for step in steps]
     if until is not None and until not in names:
-        raise ValueError(f"until = {until!r} is no step; the steps are {', '.join(names)}")
+        raise ValueError(f"until = {until!r} is not a step; the steps are {', '.join(names)}")
     wanted = steps if until is None else steps[: names.index(until) + 1]
 
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style=style), soft_wrap=True)
 
     def on_done(step: PlannedStep, ran: bool, seconds: float) -> None:
-        say(f"{step.step.name}: {f'done in {seconds:,.1f} s' if ran else 'was done already'}", "green")
+        say(f"{step.step.name}: {f'done in {seconds:,.1f} s' if ran else 'already done'}", "green")
 
     run_steps(
         wanted,
@@ -59,7 +59,7 @@ def run(
 
 @app.command()
 def show(context: typer.Context, recipe: RecipeFile, set_: SetFlag = None) -> None:
-    """List the steps, which of them are done, and the commands they stand for. Runs nothing."""
+    """List the steps, which of them are done, and their commands, without running any."""
     from rich.table import Table
 
     from tuna.console.terminal import Terminal

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tuna.cli import paid
+from tuna.cli.flags import Flags
+from tuna.cli.options import Dtype, Limit, OnBad, Template, at_least
 from tuna.console.warnings import given_template, print_problems, warn
 
 if TYPE_CHECKING:
@@ -17,128 +19,71 @@ if TYPE_CHECKING:
 
     from tuna.data.instructions import Instruction
     from tuna.gather.responses import ResponseSet
-    from tuna.gather.student import Diversity, LocalSampling
+    from tuna.gather.sampling import Diversity, LocalSampling
 
 __all__ = ["sample"]
-
-OF_ENDPOINTS = (
-    "api", "logprobs", "extra", "key_variable", "concurrency", "requests_per_minute", "request_timeout",
-    "total_timeout", "max_attempts", "backoff", "max_backoff", "max_calls", "max_cost", "price_input", "price_output",
-)  # fmt: skip
 
 
 def sample(
     context: typer.Context,
-    instructions: Annotated[str, typer.Option(help="File of instructions, in any shape tuna generate reads.")],
+    *,
+    instructions: Annotated[str, typer.Option(help="Instructions, in any format that tuna generate reads.")],
     model: Annotated[
-        str, typer.Option(help="The student: smollm2-135m, a folder, a hub name; with --base-url its name there.")
+        str, typer.Option(help="Student: smollm2-135m, a folder, or a name on the Hugging Face hub or at --base-url.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the run: responses.jsonl, diversity.json, journal.")],
-    k: Annotated[int, typer.Option("--k", help="Responses a prompt.")] = 4,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Of the first try.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides the draws.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response; may be repeated.")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="none, chat, alpaca or a text with {prompt}. Default: as the student was trained, or none; with "
-            "--api chat the endpoint's own."
-        ),
-    ] = None,
-    alike: Annotated[float, typer.Option(help="Draw again where two responses have this ROUGE-L.")] = 0.8,
-    step: Annotated[float, typer.Option(help="Temperature added from try to try.")] = 0.1,
-    tries: Annotated[int, typer.Option(help="Most draws of a prompt's responses.")] = 3,
-    batch: Annotated[int, typer.Option(help="Local: prompts computed together.")] = 4,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Local: of the weights.")
-    ] = "float32",
-    limit: Annotated[int | None, typer.Option(help="Use the first so many instructions.")] = None,
-    on_bad: Annotated[Literal["fail", "skip"], typer.Option(help="An instruction that cannot be used.")] = "fail",
+    output: Annotated[Path, typer.Option(help="Folder for responses.jsonl, diversity.json and the journal.")],
+    draws: Annotated[
+        dict[str, Any], Flags("tuna.gather.sampling:LocalSampling", "k max_tokens temperature top_p seed stop")
+    ],
+    template: Template = None,
+    again: Annotated[dict[str, Any], Flags("tuna.gather.sampling:Diversity", "alike step tries")],
+    batch: Annotated[int, at_least(1, "Prompts per batch, for a local student.")] = 4,
+    dtype: Dtype = "float32",
+    limit: Limit = None,
+    on_bad: OnBad = "fail",
     base_url: Annotated[
-        str | None, typer.Option(help="Ask an endpoint (vLLM, tuna serve) instead of running the student here.")
+        str | None, typer.Option(help="Endpoint (vLLM, tuna serve) of the student; without it, the student runs here.")
     ] = None,
-    api: Annotated[Literal["completions", "chat"], typer.Option(help="Kind of endpoint.")] = "chat",
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs/--no-logprobs", help="Endpoint: insist on log-probabilities.")
-    ] = False,
+    asked: Annotated[
+        dict[str, Any], Flags("tuna.gather.teacher:Sampling", "api logprobs", defaults={"logprobs": False})
+    ],
     extra: paid.Extra = None,
-    key_variable: paid.KeyVariable = "OPENAI_API_KEY",
-    concurrency: paid.Concurrency = 8,
-    requests_per_minute: paid.RequestsPerMinute = None,
-    request_timeout: paid.RequestTimeout = 120.0,
-    total_timeout: paid.TotalTimeout = 900.0,
-    max_attempts: paid.MaxAttempts = 6,
-    backoff: paid.Backoff = 1.0,
-    max_backoff: paid.MaxBackoff = 60.0,
-    max_calls: paid.MaxCalls = None,
-    max_cost: paid.MaxCost = None,
-    price_input: paid.PriceInput = 0.0,
-    price_output: paid.PriceOutput = 0.0,
+    endpoint: paid.Endpoint,
+    limits: paid.Limits,
+    prices: paid.Prices,
     dry_run: paid.DryRun = False,
 ) -> None:
-    """Draw the student's own diverse responses, for a judge to rank. Interrupted, it goes on where it was."""
+    """Sample diverse responses of the student, for a judge to rank; the same command resumes a run."""
     from tuna.cli.generate import read_wanted
     from tuna.cli.messages import refuse_given
     from tuna.console.terminal import Terminal
-    from tuna.gather.student import Diversity, LocalSampling
+    from tuna.gather.sampling import Diversity, LocalSampling
     from tuna.train.outputs import check_files
 
     console = Terminal()
-    diversity = Diversity(alike=alike, step=step, tries=tries)
+    diversity = Diversity(**again)
+    if draws["k"] < 1:
+        raise ValueError(f"k = {draws['k']} must be at least 1")
     check_files({"output": output / "responses.jsonl"}, {"instructions": instructions})
     wanted = read_wanted(console, instructions, limit, on_bad)
     if base_url is None:
         if dry_run:
-            raise ValueError("dry_run is for endpoints: give base_url")
-        refuse_given(context, "the student runs here; it is for --base-url", *OF_ENDPOINTS)
-        sampling = LocalSampling(
-            k=k,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-            template=given_template(console, template, model, None),
-            diversity=diversity,
-        )
+            raise ValueError("dry_run needs base_url: a local student costs nothing")
+        remote = [*asked, "extra", *endpoint, *limits, *(f"price_{name}" for name in prices)]
+        refuse_given(context, "the student runs here, without --base-url", *remote)
+        shown = given_template(console, template, model, None)
+        sampling = LocalSampling(**draws, template=shown, diversity=diversity)
         _local(console, model, dtype, wanted, sampling, output, batch)
         return
     from tuna.gather.teacher import Sampling
 
     refuse_given(context, "the student runs at --base-url", "batch", "dtype")
-    settings = paid.paid_settings(
-        base_url=base_url,
-        key_variable=key_variable,
-        concurrency=concurrency,
-        requests_per_minute=requests_per_minute,
-        request_timeout=request_timeout,
-        total_timeout=total_timeout,
-        max_attempts=max_attempts,
-        backoff=backoff,
-        max_backoff=max_backoff,
-        max_calls=max_calls,
-        max_cost=max_cost,
-        price_input=price_input,
-        price_output=price_output,
-    )
-    asked = Sampling(
-        model=model,
-        api=api,
-        n=k,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        template=template or "none",
-        logprobs=logprobs,
-        extra=paid.parse_extra(extra),
-    )
+    settings = paid.paid_settings(endpoint, limits, prices, base_url=base_url)
+    draws["n"] = draws.pop("k")
+    questions = Sampling(model=model, **draws, **asked, template=template or "none", extra=paid.parse_extra(extra))
     _remote(
-        paid.PaidRun(console, "sample", output, _parameters(asked, diversity), settings),
-        asked,
+        paid.PaidRun(console, "sample", output, _parameters(questions, diversity), settings),
+        questions,
         wanted,
         diversity,
         dry_run,
@@ -213,7 +158,7 @@ def _remote(
     replace(sampling, temperature=diversity.temperature(sampling.temperature, diversity.tries - 1))  # still in range
     requests = [sampling.request(item) for item in wanted]
     if dry_run:
-        run.dry_run(requests, f"a prompt whose responses are alike takes up to {diversity.tries} calls")
+        run.dry_run(requests, f"a prompt whose responses are too similar takes up to {diversity.tries} calls")
         return
     with run.journal() as journal:
         outcome, figures = run.run(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuna.cli.template import TemplateOption
+from tuna.cli.options import Data, Device, Dtype, Format, JsonFile, Limit, MaxLength, Model, OnBad, Template, at_least
 from tuna.console.warnings import given_template, warn
 
 if TYPE_CHECKING:
@@ -25,24 +25,26 @@ __all__ = ["score"]
 
 
 def score(
-    model: Annotated[str, typer.Option(help="smollm2-135m, tiny, a folder, or a name on the hub.")],
-    data: Annotated[str, typer.Option(help="Ranked records: .json, .jsonl, .parquet or a dataset folder.")],
-    template: TemplateOption = None,
-    max_length: Annotated[int, typer.Option(help="Most tokens of prompt and response together.")] = 512,
-    length_penalty: Annotated[float, typer.Option(help="A score is sum(log p) / length ** this.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many records.")] = None,
-    batch: Annotated[int, typer.Option(help="Tokens a pass; a longer group gets its own.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="As torch names it. Default: a GPU if there is one.")] = None,
-    backend: Annotated[str, typer.Option(help="Kernel backend; see tuna info.")] = "auto",
-    format: Annotated[str, typer.Option(help="Shape of the records.")] = "auto",
-    on_bad: Annotated[Literal["fail", "skip"], typer.Option(help="A record that cannot be used.")] = "fail",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    model: Model,
+    data: Data,
+    template: Template = None,
+    max_length: MaxLength = 512,
+    length_penalty: Annotated[
+        float, typer.Option(help="Exponent of the length in a score, sum(log p) / length ** length_penalty.")
+    ] = 1.0,
+    limit: Limit = None,
+    batch: Annotated[int, at_least(1, "Tokens per batch; a longer group is a batch of its own.")] = 4096,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    backend: Annotated[str, typer.Option(help="Kernel backend; tuna info lists the usable ones.")] = "auto",
+    format: Format = "auto",
+    on_bad: OnBad = "fail",
+    json_file: JsonFile = None,
     per_record_file: Annotated[
         Path | None, typer.Option("--per-record", help="Write the scores of each record to this .jsonl file.")
     ] = None,
 ) -> None:
-    """Measure how often a model ranks responses as the data does. Nothing is trained."""
+    """Measure how often a model ranks responses as the data does, without training."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -60,15 +62,9 @@ def score(
 
     if launched()[1] > 1:
         raise ValueError(f"tuna score runs as one process, not as {launched()[1]} ranks: start it without a launcher")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype = {dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
     check_files({"json": json_file, "per_record": per_record_file}, {"data": data}, model=model)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit = {limit} must be at least 1")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty = {length_penalty} must be finite")
-    if batch < 1:
-        raise ValueError(f"batch = {batch} must be at least 1")
     place = place_for(device)
     console = Terminal()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cut through ours
@@ -81,7 +77,7 @@ def score(
         found.records[:limit], tokenizer, template=template, max_length=max_length, on_bad=on_bad
     )
     if not groups:
-        raise ValueError(f"data = {data!r} holds no record that can be used")
+        raise ValueError(f"data = {data!r} has no usable record")
     warn(console, cut_notice(groups, max_length))
     report = _score(console, network, tokenizer, groups, batch, length_penalty, backend)
     left_out = len(found.problems) + len(unfit)

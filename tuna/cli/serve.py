@@ -7,9 +7,11 @@ import ipaddress
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tuna.cli.options import Device, Dtype, Model, Threads, at_least
 
 if TYPE_CHECKING:
     from tuna.serve import Engine
@@ -20,32 +22,45 @@ GRACE_SECONDS = 3  # for answers under way when the server is told to end
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="smollm2-135m, tiny, a folder, or a name on the hub.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine set a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one and prints it.")] = 8000,
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; set a key before listening to others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, at_least(0, "Port to listen on; 0 picks a free one and prints it.")] = 8000,
     allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="A name the server is known by, besides localhost; may be repeated."),
+        list[str] | None, typer.Option(help="Host name of the server besides localhost; may be repeated.")
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="TUNA_API_KEY", help="Key that requests must carry. Other users see it on a command line."),
+        typer.Option(envvar="TUNA_API_KEY", help="Key that requests must carry; other users can see a command line."),
     ] = None,
-    max_body: Annotated[float, typer.Option(help="Most MiB of a request.")] = 4.0,
-    name: Annotated[str | None, typer.Option(help="What requests call the model. Default: as --model.")] = None,
-    batch: Annotated[int, typer.Option(help="Most answers computed together. 1: a seed gives the same bits.")] = 16,
-    batch_tokens: Annotated[int, typer.Option(help="Most tokens of a batch, padded: bounds the cache.")] = 32768,
-    max_waiting: Annotated[int, typer.Option(help="Most answers that wait; more get status 429.")] = 1024,
-    default_max_tokens: Annotated[int, typer.Option(help="Longest chat answer where a request names none.")] = 512,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: as torch sees fit.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="As torch names it. Default: a GPU if there is one.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No line for each request.")] = False,
+    max_body: Annotated[float, typer.Option(help="Maximum size of a request, in MiB.")] = 4.0,
+    name: Annotated[str | None, typer.Option(help="Name of the model in requests, if not that of --model.")] = None,
+    batch: Annotated[
+        int,
+        at_least(1, "Maximum number of responses per batch; 1 makes a seed reproduce its bits."),
+    ] = 16,
+    batch_tokens: Annotated[
+        int,
+        at_least(1, "Maximum number of padded tokens per batch, which bounds the cache."),
+    ] = 32768,
+    max_waiting: Annotated[
+        int,
+        at_least(1, "Maximum number of waiting responses; more are refused with status 429."),
+    ] = 1024,
+    default_max_tokens: Annotated[
+        int,
+        at_least(1, "Maximum length of a chat response if the request sets none, in tokens."),
+    ] = 512,
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not log requests.")] = False,
     with_stdin: Annotated[
-        bool, typer.Option("--with-stdin", help="Stop when the standard input ends: when the parent is gone.")
+        bool, typer.Option("--with-stdin", help="Stop when standard input ends, as it does when the parent exits.")
     ] = False,
 ) -> None:
-    """Serve a local model by the OpenAI API: completions, chat, and POST /v1/rank."""
+    """Serve a local model through the OpenAI API: completions, chat, and POST /v1/rank."""
     import socket
 
     import torch
@@ -62,8 +77,6 @@ def serve(
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads = {threads} must be at least 1")
         torch.set_num_threads(threads)
     place = place_for(device)
     family, address = _address(host)
@@ -96,7 +109,7 @@ def serve(
         listener.listen(128)
         say(f"{name or model} at http://{_in_url(host, address)}:{listener.getsockname()[1]}/v1")
         if api_key is None and not (address and address.is_loopback):
-            complain(f"warning: without --api-key whoever reaches {host} can use this server")
+            complain(f"warning: without --api-key, anyone who can reach {host} can use this server")
         config = uvicorn.Config(
             app,
             log_level="warning" if quiet else "info",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -49,17 +49,21 @@ class DemoSettings:
     """
 
     model: str = SMOLLM2
-    data: str | None = None
-    limit: int | None = None
-    steps: int = 40
-    groups: int = 2
+    data: str | None = field(default=None, metadata={"help": "Ranked records to use instead of the examples."})
+    limit: int | None = field(default=None, metadata={"help": "Use only the first N records."})
+    steps: int = field(default=40, metadata={"help": "Optimizer steps to train for."})
+    groups: int = field(default=2, metadata={"help": "Groups per batch."})
     compare_batches: int = 3
-    learning_rate: float = 1e-4
-    preset: Preset = "paper"
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    preset: Preset = field(
+        default="paper", metadata={"help": "Form of the loss: the paper's, or that of the authors' released code."}
+    )
     mle_weight: float = 0.2
-    max_length: int = 256
-    template: str = "chat"
-    seed: int = 0
+    max_length: int = field(default=256, metadata={"help": "Maximum length of prompt plus response, in tokens."})
+    template: str = field(
+        default="chat", metadata={"help": "Prompt template: none, chat, alpaca or a text with {prompt}."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the hold-out, the batches and the data order."})
 
     @classmethod
     def tiny(cls, **changes: Any) -> DemoSettings:
@@ -67,10 +71,19 @@ class DemoSettings:
         return cls(**{"model": TINY, "learning_rate": 3e-3, "groups": 4, "compare_batches": 5, **changes})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "groups", "compare_batches", "limit"):
+        least = {
+            "steps": 1,
+            "groups": 1,
+            "compare_batches": 1,
+            "limit": 1,
+            "max_length": 2,
+            "seed": 0,
+            "learning_rate": 0,
+        }
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value} must be at least 1")
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name} = {value} must be at least {bound}")
 
     @property
     def loss(self) -> LossSettings:

@@ -73,28 +73,27 @@ class Candidates(Instruction):
 class JudgeSettings:
     """Settings of the judge.
 
-    Attributes:
-        model: name of the model at the endpoint.
-        orders: 1, or 2: also in reverse order, and averaged.
-        tries: maximum number of requests for a readable answer.
-        seed: of the random orders.
-        temperature, max_tokens: of the answer.
-        reference_candidate: add the judge's own answer as a candidate, better than all others.
-        response_format: the first format to request; if the endpoint refuses it, the next simpler one is tried.
-        extra: further fields of the request; they override others, and None removes a field.
+    `extra`: further fields of the request; they override others, and None removes a field.
 
     Raises:
         ValueError: a value outside its range.
     """
 
-    model: str
-    orders: int = 1
-    tries: int = 3
-    seed: int = 0
-    temperature: float = 0.0
-    max_tokens: int = 2048
-    reference_candidate: bool = False
-    response_format: Format = "json_schema"
+    model: str = field(metadata={"help": "Name of the judge at the endpoint."})
+    orders: int = field(
+        default=1, metadata={"help": "Number of orders in which candidates are shown, 1 or 2; ranks are averaged."}
+    )
+    tries: int = field(default=3, metadata={"help": "Maximum number of requests until an answer is readable."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order in which candidates are shown."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of the judge."})
+    max_tokens: int = field(default=2048, metadata={"help": "Maximum length of a judgement, in tokens."})
+    reference_candidate: bool = field(
+        default=False, metadata={"help": "Add the judge's own answer as the best response."}
+    )
+    response_format: Format = field(
+        default="json_schema",
+        metadata={"help": "Answer format to request; simpler ones follow if the endpoint refuses it."},
+    )
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

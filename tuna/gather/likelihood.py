@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from tuna.data.records import Record
@@ -37,11 +37,15 @@ class RankingRules:
         ValueError: a value outside its range.
     """
 
-    length_penalty: float = 1.0
-    min_tokens: int = 1
-    truncated: Truncated = "drop"
-    tie: float = 0.0
-    min_responses: int = 2
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Exponent of the length in a score, sum(log p) / tokens ** length_penalty."}
+    )
+    min_tokens: int = field(default=1, metadata={"help": "Leave out responses with fewer tokens."})
+    truncated: Truncated = field(
+        default="drop", metadata={"help": "Truncated responses: drop them, rank them last, or keep their scores."}
+    )
+    tie: float = field(default=0.0, metadata={"help": "Maximum difference between tied scores."})
+    min_responses: int = field(default=2, metadata={"help": "Leave out records with fewer remaining responses."})
 
     def __post_init__(self) -> None:
         if not -float("inf") < self.length_penalty < float("inf"):

@@ -24,112 +24,12 @@ from tuna.data.vocabulary import check_tokens
 from tuna.gather.api.budget import Usage
 from tuna.gather.api.calls import PaidCalls
 from tuna.gather.api.journal import Journal, content_key
-from tuna.gather.diversity import worst_pair
 from tuna.gather.responses import Response, ResponseSet
+from tuna.gather.sampling import Diversity, LocalSampling, Try
 from tuna.gather.teacher import Sampling, generate_responses
-from tuna.models import decoding
 from tuna.models.decoding import Row, end_tokens, generate, position_limit
 
 __all__ = ["Diversity", "LocalSampling", "Try", "diverse", "sample_from_endpoint", "sample_locally"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Diversity:
-    """When to sample again.
-
-    Attributes:
-        alike: ROUGE-L from which on two responses are too similar.
-        step: increase of the temperature per try.
-        tries: maximum number of tries per instruction, the first included.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    alike: float = 0.8
-    step: float = 0.1
-    tries: int = 3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alike <= 1:
-            raise ValueError(f"alike = {self.alike} must be above 0 and at most 1")
-        if not 0 < self.step < float("inf"):
-            raise ValueError(f"step = {self.step} must be finite and above 0")
-        if self.tries < 1:
-            raise ValueError(f"tries = {self.tries} must be at least 1")
-
-    def settled(self, tries: Sequence[Try]) -> bool:
-        """Whether no further try is needed."""
-        return len(tries) >= self.tries or (bool(tries) and tries[-1].worst < self.alike)
-
-    def temperature(self, first: float, number: int) -> float:
-        """The temperature of try `number`, from 0."""
-        return round(first + self.step * number, 6)
-
-
-@dataclass(frozen=True)
-class Try:
-    """One sample of an instruction's k responses.
-
-    Attributes:
-        responses: the k responses.
-        temperature: of the sample.
-        worst: ROUGE-L of the most similar pair.
-    """
-
-    responses: list[Response]
-    temperature: float
-    worst: float
-
-    @classmethod
-    def of(cls, responses: Sequence[Response], temperature: float) -> Try:
-        """A try, with `worst` computed."""
-        return cls(list(responses), temperature, worst_pair([response.text for response in responses]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalSampling:
-    """Sampling parameters of a local student.
-
-    Attributes:
-        k: responses per instruction.
-        max_tokens: maximum number of tokens per response, end token included.
-        temperature: of the first try.
-        top_p: cumulative probability of the tokens to sample from.
-        seed: determines the samples together with the instruction's id.
-        stop: texts that end a response.
-        template: the template of the prompt; see `tuna.data.templates`.
-        diversity: when to sample again.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    k: int = 4
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    template: str = "none"
-    diversity: Diversity = field(default_factory=Diversity)
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k = {self.k} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed} must be at least 0")
-        self.drawn_at(self.temperature, ())
-
-    def drawn_at(self, temperature: float, stream: tuple[int, ...]) -> decoding.Decoding:
-        """The sampling parameters of one row."""
-        return decoding.Decoding(
-            max_tokens=self.max_tokens,
-            temperature=temperature,
-            top_p=self.top_p,
-            seed=(self.seed, *stream),
-            stop=self.stop,
-        )
 
 
 async def diverse(

@@ -35,34 +35,26 @@ class NoLogprobs(ValueError):
 class Sampling:
     """Request parameters of a teacher, for each instruction.
 
-    Attributes:
-        model: name of the model at the endpoint.
-        api: "completions" (the prompt as text) or "chat" (as messages).
-        n: responses per instruction.
-        max_tokens: maximum number of tokens per response.
-        temperature, top_p: sampling parameters.
-        seed: sent plus the index of the request if an instruction needs several; None: not sent.
-        stop: texts that end a response.
-        template: for "completions": none, alpaca or a text with `{prompt}`; see `tuna.data.templates`.
-        system: for "chat": a system message before the others.
-        logprobs: request the log-probabilities of the tokens, and require them.
-        extra: further fields of the request, such as `{"top_k": 40}`; they override others, and None removes a field.
+    Where one request is not enough, `seed` is sent plus the number of the draw. `extra` has further fields of the
+    request, such as `{"top_k": 40}`; they win, and None takes a field away.
 
     Raises:
         ValueError: a value outside its range.
     """
 
-    model: str
-    api: Api = "chat"
-    n: int = 4
-    max_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    template: str = "none"
-    system: str | None = None
-    logprobs: bool = True
+    model: str = field(metadata={"help": "Name of the model at the endpoint."})
+    api: Api = field(default="chat", metadata={"help": "Whether prompts are sent as messages (chat) or as text."})
+    n: int = field(default=4, metadata={"help": "Responses per prompt."})
+    max_tokens: int = field(default=512, metadata={"help": "Maximum length of a response, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass of nucleus sampling."})
+    seed: int | None = field(default=None, metadata={"help": "Sampling seed sent to the endpoint."})
+    stop: tuple[str, ...] = field(default=(), metadata={"help": "Text that ends a response; may be repeated."})
+    template: str = field(
+        default="none", metadata={"help": "Prompt template for completions: none, alpaca or a text with {prompt}."}
+    )
+    system: str | None = field(default=None, metadata={"help": "System message for chat."})
+    logprobs: bool = field(default=True, metadata={"help": "Require the log-probabilities of the tokens."})
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

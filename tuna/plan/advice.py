@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from tuna.plan.planner import Plan, Planner, PlanRequest
+from tuna.plan.planner import Plan, Planner
+from tuna.plan.settings import PlanRequest
 
 __all__ = ["LORA_RANK", "adapters", "train_command"]
 
@@ -18,8 +19,8 @@ OPTIMIZERS = {"kahan": "adamw_kahan", "adamw8bit": "adamw_bnb_8bit"}
 CONFIGS = {"none": "zero{stage}.yaml", "optimizer": "zero{stage}_offload.yaml", "all": "zero3_offload_all.yaml"}
 
 
-def train_command(plan: Plan, model: str | None, *, data: str | None, template: str, max_length: int) -> str:
-    """The `tuna train` command for a plan; words in capitals are placeholders.
+def train_command(plan: Plan, model: str | None, *, data: str | None, template: str | None, max_length: int) -> str:
+    """`tuna train` with the settings of a plan; words in capitals stand for what the plan does not know.
 
     Args:
         plan: a plan that fits.
@@ -29,7 +30,7 @@ def train_command(plan: Plan, model: str | None, *, data: str | None, template: 
     request, settings, sharding = plan.request, plan.request.settings, plan.request.sharding
     workload = request.workload
     words = [*_launcher(plan), "train", "--model", model or "MODEL", "--data", data or "DATA", "--output", "FOLDER"]
-    if data is not None:
+    if data is not None and template is not None:
         words += ["--template", template]
     longest = max_length if data is not None else workload.prompt_tokens + workload.response_tokens
     words += ["--max-length", str(longest), "--groups", str(request.groups)]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuna.plan.planner import GIB, LARGEST, Plan, Planner, PlanRequest, fewest_gpus, largest_batch
+from tuna.plan.planner import GIB, LARGEST, Plan, Planner, fewest_gpus, largest_batch
+from tuna.plan.settings import PlanRequest
 from tuna.plan.workload import Method
 
 __all__ = ["Row", "compare", "plan_rows"]

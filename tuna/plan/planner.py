@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from tuna.plan.cards import Card
-from tuna.plan.settings import StepSettings
+from tuna.plan.settings import Offload, PlanRequest, Sharding
 from tuna.plan.simulate import Simulator, StepMemory
-from tuna.plan.states import Offload, Optimizer, Sharding, StateMemory, model_states
+from tuna.plan.states import StateMemory, model_states
 from tuna.plan.timing import StepTime, step_time
-from tuna.plan.workload import Workload
 
-__all__ = ["Plan", "PlanRequest", "Planner", "fewest_gpus", "largest_batch"]
+__all__ = ["Plan", "Planner", "fewest_gpus", "largest_batch"]
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
@@ -27,29 +25,6 @@ FRAGMENTATION = 0.05
 LARGEST = 128
 """Upper limit of groups per micro-batch: the GPU is fully used long before."""
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True, eq=False)
-class PlanRequest:
-    """A training step and the hardware for it.
-
-    Attributes:
-        card: the GPU.
-        workload: lengths of the groups.
-        groups: groups per micro-batch and GPU.
-        settings: how the step is computed.
-        sharding: GPUs, stage, offload.
-        optimizer: see `tuna.plan.states`.
-        host_memory: bytes of host memory per node; None: no limit.
-    """
-
-    card: Card
-    workload: Workload
-    groups: int = 1
-    settings: StepSettings = field(default_factory=StepSettings)
-    sharding: Sharding = field(default_factory=Sharding)
-    optimizer: Optimizer = "adamw"
-    host_memory: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

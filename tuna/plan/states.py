@@ -25,16 +25,14 @@ those in use.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 
+from tuna.plan.settings import Optimizer, Sharding
 from tuna.plan.simulate import ModelCounts
 
-__all__ = ["Offload", "Optimizer", "Sharding", "StateMemory", "model_states"]
-
-Optimizer: TypeAlias = Literal["adamw", "kahan", "adamw8bit"]
-Offload: TypeAlias = Literal["none", "optimizer", "all"]
+__all__ = ["StateMemory", "model_states"]
 
 SUB_GROUP = 10**9
 """DeepSpeed's default of zero_optimization.sub_group_size, in parameters."""
@@ -43,43 +41,6 @@ BUCKET, BUCKET_STAGE_3, MAX_LIVE = 200_000_000, 50_000_000, 500_000_000
 configurations that come with this project (`configs/deepspeed`)."""
 HOST_FACTOR = 1.5
 """Ratio of host memory to the size of offloaded states, as in DeepSpeed's estimators."""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How model states are sharded and offloaded.
-
-    Attributes:
-        gpus: data-parallel GPUs over all nodes.
-        gpus_per_node: GPUs that share a host.
-        stage: ZeRO stage, 0 for none.
-        offload: what is in host memory: nothing, the optimizer, or (stage 3) parameters too.
-        bucket: parameters of a communication bucket (reduce_bucket_size); None: `BUCKET` or `BUCKET_STAGE_3`.
-    """
-
-    gpus: int = 1
-    gpus_per_node: int = 8
-    stage: int = 0
-    offload: Offload = "none"
-    bucket: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero = {self.stage} is not one of 0, 1, 2, 3")
-        if self.offload not in get_args(Offload):
-            raise ValueError(f"offload = {self.offload!r} is not one of {get_args(Offload)}")
-        if self.offload == "optimizer" and self.stage < 1:
-            raise ValueError("offload = 'optimizer' needs zero = 1, 2 or 3: the states are moved by DeepSpeed")
-        if self.offload == "all" and self.stage != 3:
-            raise ValueError(f"offload = 'all' needs zero = 3 (given: {self.stage}): other stages keep the weights")
-
-    @property
-    def on_host(self) -> int:
-        """Number of GPUs on one host."""
-        return min(self.gpus, self.gpus_per_node)
 
 
 @dataclass(frozen=True)

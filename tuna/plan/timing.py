@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from tuna.plan.cards import Card
-from tuna.plan.settings import StepSettings
+from tuna.plan.settings import Sharding, StepSettings
 from tuna.plan.simulate import ModelCounts, StepMemory
-from tuna.plan.states import Sharding, StateMemory, optimizer_bytes
+from tuna.plan.states import StateMemory, optimizer_bytes
 
 __all__ = ["StepTime", "step_time"]
 

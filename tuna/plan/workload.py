@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from tuna.data.batching import GroupBatchSampler
@@ -27,14 +27,12 @@ class Workload:
     """The groups of a training step.
 
     Attributes:
-        responses: k.
-        prompt_tokens, response_tokens: lengths of every group, if no real groups are given.
-        groups: real tokenised groups; micro-batches are then those of an epoch.
+        groups: real groups, tokenised, instead of the three numbers; micro-batches are those an epoch really has.
     """
 
-    responses: int = 5
-    prompt_tokens: int = 256
-    response_tokens: int = 256
+    responses: int = field(default=5, metadata={"help": "Responses per group."})
+    prompt_tokens: int = field(default=256, metadata={"help": "Length of a prompt, in tokens."})
+    response_tokens: int = field(default=256, metadata={"help": "Length of a response, in tokens."})
     groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:

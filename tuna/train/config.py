@@ -41,98 +41,79 @@ class TunaConfig(TrainingArguments):
 
     # Loss
     preset: Preset = field(
-        default="paper",
-        metadata={
-            "help": "'paper': sum over a group's pairs plus the likelihood of its best response, mean over "
-            "groups. 'released': what the authors' code computes, means per rank difference plus the token "
-            "mean of all candidates."
-        },
+        default="paper", metadata={"help": "Form of the loss: the paper's, or that of the authors' released code."}
     )
-    margin: float = field(default=0.1, metadata={"help": "Score gap asked for per step of rank difference."})
+    """'paper': sum over a group's pairs plus the likelihood of its best response, mean over groups. 'released': what
+    the authors' code computes, means per rank difference plus the token mean of all candidates."""
+    margin: float = field(default=0.1, metadata={"help": "Score gap per step of rank difference."})
     length_penalty: float = field(
-        default=1.0,
-        metadata={"help": "A score is sum(log p) / length ** length_penalty: 1.0 gives the mean, 0.0 the sum."},
+        default=1.0, metadata={"help": "Exponent of the length in a score, sum(log p) / length ** length_penalty."}
     )
     mle_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the likelihood term. 0 trains on the ranking alone."}
+        default=1.0, metadata={"help": "Weight of the likelihood term; 0 trains on the ranking alone."}
     )
 
     # Data
     max_length: int = field(
-        default=512,
-        metadata={"help": "Longest prompt plus response in tokens. Responses are cut to fit; a prompt never is."},
+        default=512, metadata={"help": "Maximum length of prompt plus response, in tokens; cuts responses only."}
     )
     template: str = field(
         default="none",
         metadata={
-            "help": "How a prompt is rendered: 'none' (as it is), 'chat' (the model's chat template), "
-            "'alpaca', or any format string with {prompt}."
+            "help": "Prompt template: none, chat, alpaca or a text with {prompt}; tuna train prefers a saved one."
         },
     )
-    on_bad: OnBad = field(
-        default="fail",
-        metadata={"help": "A record that cannot be tokenised: 'fail', or 'skip' it and go on."},
-    )
+    """'none' shows a prompt as it is, 'chat' by the model's chat template. Without the flag, `tuna train` takes the
+    template that the model was trained with, if one was saved with it."""
+    on_bad: OnBad = field(default="fail", metadata={"help": "Whether an unusable record stops the run or is skipped."})
 
     # Batches
     per_device_train_batch_size: int = field(
-        default=1,
-        metadata={"help": "GROUPS per micro-batch and device. Ignored where tokens_per_batch is given."},
+        default=1, metadata={"help": "Groups per micro-batch and device, unless tokens_per_batch is given."}
     )
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "GROUPS per evaluation batch and device."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Groups per evaluation batch and device."})
     tokens_per_batch: int | None = field(
-        default=None,
-        metadata={"help": "Tree tokens per micro-batch and device: as many groups as fit. None: by groups."},
+        default=None, metadata={"help": "Tree tokens per micro-batch and device: as many groups as fit."}
     )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
     share: Share = field(
         default="tree",
-        metadata={
-            "help": "What the candidates of a group compute once: 'tree' (every common prefix), 'prompt', "
-            "or 'none'. Scores and gradients are the same up to rounding."
-        },
+        metadata={"help": "What the responses of a group compute once: common prefixes, the prompt, or nothing."},
     )
+    """'tree' shares every common prefix. Scores and gradients are the same up to rounding."""
 
     # Kernels
-    backend: str = field(
-        default="auto", metadata={"help": "Backend of tuna_kernels; `tuna info` lists those usable here."}
-    )
+    backend: str = field(default="auto", metadata={"help": "Kernel backend; tuna info lists the usable ones."})
     tree_attention: str = field(
         default="auto", metadata={"help": "Backend of the attention over the tree, as in tuna_kernels.tree_attention."}
     )
     logits_budget: int | None = field(
         default=None,
-        metadata={"help": "Bytes of logits the loss may keep instead of recomputing. None: the kernels' choice."},
+        metadata={"help": "Bytes of logits that the loss keeps instead of recomputing; None leaves it to the kernels."},
     )
 
     # Memory
     memory: Memory = field(
-        default="auto",
-        metadata={
-            "help": "'one_pass': the graph of all candidates at once. 'two_phase': score without a graph, then "
-            "candidates_per_pass at a time: less memory, one more forward. 'auto': two phases for "
-            "micro-batches that would not fit in one pass."
-        },
+        default="auto", metadata={"help": "Whether a micro-batch is computed in one pass or in two phases."}
     )
+    """'one_pass': the graph of all candidates at once. 'two_phase': score without a graph, then `candidates_per_pass`
+    at a time: less memory, one more forward. 'auto': two phases for micro-batches that would not fit in one pass."""
     candidates_per_pass: int = field(
         default=1, metadata={"help": "Two phases: candidates whose graph is alive at once."}
     )
     skip_inactive: bool = field(
-        default=True,
-        metadata={"help": "Two phases: leave out candidates that have no gradient. Exact."},
+        default=True, metadata={"help": "Two phases: leave out candidates that have no gradient, which is exact."}
     )
 
-    # Going on
+    # Resuming
     allow_changes: bool = field(
-        default=False,
-        metadata={
-            "help": "Go on from a checkpoint though data, seed, loss or batches are others than its own: groups may "
-            "then come twice in an epoch, or not at all."
-        },
+        default=False, metadata={"help": "Resume even if data, seed, loss or batches differ from the checkpoint's."}
     )
+    """Groups may then come twice in an epoch, or not at all."""
     trust_checkpoint: bool = field(
-        default=False,
-        metadata={"help": "Go on from a checkpoint that holds more than tensors and plain values: it may run code."},
+        default=False, metadata={"help": "Resume from a checkpoint that may run code when it is loaded."}
     )
+    """One that holds more than tensors and plain values."""
 
     # Optimizer
     kahan: bool = field(init=False, default=False)
@@ -142,12 +123,11 @@ class TunaConfig(TrainingArguments):
     """Set by ``torch_compile`` and its backend and mode: keywords of `torch.compile` for each decoder layer."""
 
     # Defaults of the paper, where they differ from the parent's
-    learning_rate: float = field(
-        default=1e-5, metadata={"help": "Peak learning rate. The paper: 1e-5 probabilistic, 1e-6 contextual."}
-    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    """The paper: 1e-5 probabilistic, 1e-6 contextual."""
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(
-        default=2, metadata={"help": "Steps of linear warm-up; below 1, their share of all steps."}
+        default=2, metadata={"help": "Steps of linear warm-up; below 1, a fraction of all steps."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
@@ -157,9 +137,27 @@ class TunaConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay False: a batch is a tree, not columns."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay False: a loss that is no number stops the run (tuna.train.finite)."}
+        default=False, metadata={"help": "Must stay False: a non-finite loss stops the run (tuna.train.finite)."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps from one line of the log to the next."})
+
+    # The parent's own, which are flags of tuna train
+    max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps to train for; above 0, they replace num_train_epochs."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the data order, the hold-out and new weights."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Optimizer steps between log lines; fewer in a short run of tuna train."}
+    )
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Optimizer steps between evaluations; below 1, a fraction of all steps."}
+    )
+    save_steps: float = field(
+        default=500, metadata={"help": "Optimizer steps between checkpoints; below 1, a fraction of all steps."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for checkpoints and the trained model."})
+    deepspeed: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "DeepSpeed settings, a JSON or YAML file."}
+    )
 
     def __post_init__(self) -> None:
         self._check_ours()
@@ -203,13 +201,19 @@ class TunaConfig(TrainingArguments):
         _one_of("share", self.share, get_args(Share))
         _one_of("memory", self.memory, get_args(Memory))
         _one_of("on_bad", self.on_bad, get_args(OnBad))
-        for name in ("margin", "mle_weight"):
+        for name in ("margin", "mle_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} = {getattr(self, name)} must be a finite number, at least 0")
         if not -float("inf") < self.length_penalty < float("inf"):
             raise ValueError(f"length_penalty = {self.length_penalty} must be finite")
         if self.max_length < 2:
             raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt and a response token")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed} must be at least 0 and below 2**32")
+        for name in ("logging_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} = {value} must be above 0")
         for name in ("tokens_per_batch", "logits_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -224,7 +228,7 @@ class TunaConfig(TrainingArguments):
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.template not in ("none", "chat", "alpaca") and "{prompt}" not in self.template:
             raise ValueError(
-                f"template = {self.template!r} is none of 'none', 'chat', 'alpaca' and holds no {{prompt}}"
+                f"template = {self.template!r} must be 'none', 'chat', 'alpaca' or a text that contains {{prompt}}"
             )
 
     def _check_parents(self) -> None:

@@ -9,12 +9,14 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from tuna.system.settings_text import parse_yaml, read_settings_file
 from tuna.train.config import TunaConfig
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
@@ -25,29 +27,37 @@ class RunSettings:
         ValueError: a value outside its range, or evaluation data given twice.
     """
 
-    model: str
-    data: str
-    eval_data: str | None = None
-    eval_fraction: float | None = None
-    eval_first: bool = True
-    format: str = "auto"
-    limit: int | None = None
-    dtype: str = "float32"
-    load_in_4bit: bool = False
-    lora_r: int = 0
-    lora_alpha: int | None = None
-    lora_targets: str = "all-linear"
-    resume: bool = False
-    overwrite: bool = False
-    yes: bool = False
+    model: str = field(metadata={"help": "Model: smollm2-135m, tiny, a folder, or a name on the Hugging Face hub."})
+    data: str = field(metadata={"help": "Ranked records: .json, .jsonl, .parquet or a dataset folder."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out ranked records."})
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the prompts to hold out, instead of a file of them."}
+    )
+    eval_first: bool = field(default=True, metadata={"help": "Evaluate before training as well."})
+    format: str = field(
+        default="auto", metadata={"help": "Format of the records; see tuna data convert --help for their names."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use only the first N records."})
+    dtype: Dtype = field(default="float32", metadata={"help": "Dtype of the weights."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the weights in 4 bits; needs lora_r."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale of the LoRA adapter times its rank; None takes twice the rank."}
+    )
+    lora_targets: str = field(
+        default="all-linear", metadata={"help": "Modules that get a LoRA adapter, separated by commas."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Resume from the last checkpoint."})
+    overwrite: bool = field(default=False, metadata={"help": "Overwrite an earlier run in the output folder."})
+    yes: bool = field(default=False, metadata={"help": "Train without asking whether the order is right."})
 
     def __post_init__(self) -> None:
         if self.eval_data is not None and self.eval_fraction is not None:
             raise ValueError("eval_data and eval_fraction are both given: hold out a fraction, or give a file")
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction = {self.eval_fraction} must be between 0 and 1")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype = {self.dtype!r} is not one of 'float32', 'bfloat16', 'float16'")
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype = {self.dtype!r} is not one of {get_args(Dtype)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit} must be at least 1")
         if self.lora_r < 0:

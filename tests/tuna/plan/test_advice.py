@@ -12,11 +12,10 @@ import pytest
 from tuna.cli import main
 from tuna.plan.advice import adapters, train_command
 from tuna.plan.cards import CARDS, find_card
-from tuna.plan.planner import Planner, PlanRequest
-from tuna.plan.settings import StepSettings
+from tuna.plan.planner import Planner
+from tuna.plan.settings import PlanRequest, Sharding, StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
-from tuna.plan.states import Sharding
 from tuna.plan.workload import Workload
 
 READING: dict[str, Any] = {"data": None, "template": "none", "max_length": 512}
@@ -47,6 +46,8 @@ def test_the_command_has_the_settings_of_the_plan(tiny: Planner, changes: dict[s
     command = train_command(tiny.plan(request), "tiny", **READING)
     assert all(word in command for word in words), command
     assert "--max-length 16" in command
+    real = train_command(tiny.plan(request), "tiny", data="a.jsonl", template=None, max_length=64)
+    assert "--template" not in real and "--data a.jsonl" in real  # the model's own, here as there
     given = shlex.split(command)
     if "--deepspeed" in given:
         assert (REPOSITORY / given[given.index("--deepspeed") + 1]).is_file()

@@ -8,8 +8,8 @@ import torch
 from tests.tuna.plan.models import CONFIGS, WORKLOAD, config_of, real_model
 from tuna.compare.memory_meter import allocator_peak
 from tuna.plan.cards import find_card
-from tuna.plan.planner import Planner, PlanRequest
-from tuna.plan.settings import StepSettings
+from tuna.plan.planner import Planner
+from tuna.plan.settings import PlanRequest, StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.steps import prepared_step
 from tuna.plan.workload import METHODS, Method

@@ -13,11 +13,10 @@ import torch
 from tuna.cli import main
 from tuna.plan.cards import CARDS, find_card
 from tuna.plan.comparison import compare, plan_rows
-from tuna.plan.planner import GIB, Planner, PlanRequest, fewest_gpus, largest_batch
-from tuna.plan.settings import StepSettings
+from tuna.plan.planner import GIB, Planner, fewest_gpus, largest_batch
+from tuna.plan.settings import PlanRequest, Sharding, StepSettings
 from tuna.plan.simulate import Simulator
 from tuna.plan.sizes import model_config
-from tuna.plan.states import Sharding
 from tuna.plan.workload import Workload
 
 WORKLOAD = Workload(5, 256, 256)

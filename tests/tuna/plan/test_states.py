@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from tuna.plan.cards import find_card
+from tuna.plan.settings import PlanRequest, Sharding, StepSettings
 from tuna.plan.simulate import ModelCounts
-from tuna.plan.states import Sharding, StateMemory, model_states, optimizer_bytes
+from tuna.plan.states import StateMemory, model_states, optimizer_bytes
+from tuna.plan.workload import Workload
 
 PARAMETERS = 6_738_415_616
 LARGEST = 32000 * 4096
@@ -89,3 +94,17 @@ def test_frozen_weights_have_no_states() -> None:
 def test_impossible_shardings_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sharding(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PlanRequest(find_card("v100"), Workload(), host_memory=-1), "host_memory = -1 must be at least 0"),
+        (lambda: PlanRequest(find_card("v100"), Workload(), groups=0), "groups = 0 must be at least 1"),
+        (lambda: StepSettings(lora_rank=0), "lora_r = 0 must be at least 1"),
+        (lambda: StepSettings(candidates_per_pass=0), "candidates_per_pass = 0 must be at least 1"),
+    ],
+)
+def test_impossible_requests_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

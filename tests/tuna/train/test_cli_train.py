@@ -179,7 +179,8 @@ def test_missing_settings_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "OUT", "--preset", "rrhf"], "preset = 'rrhf'"),
+        (["--output", "OUT", "--preset", "rrhf"], "Invalid value for '--preset'"),
+        (["--output", "OUT", "--set", "preset=rrhf"], "preset = 'rrhf' is not one of"),
         (["--output", "OUT", "--set", "eval_strategy=steps"], "eval_strategy needs held-out data"),
         (["--output", "OUT", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         ([], "output_dir is missing"),

@@ -90,7 +90,7 @@ def test_the_command_ends_with_a_code_that_is_not_success(tmp_path: Path) -> Non
     process.send_signal(signal.SIGTERM)
     code, output = launching.finish(process, 120)
     assert code == STOPPED, output
-    assert "the same command with --resume goes on from there" in output
+    assert "the same command with --resume continues from there" in output
     assert checkpoints.last_complete(tmp_path / "run") is not None
 
 

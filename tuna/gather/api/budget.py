@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Budget", "BudgetSpent", "Prices", "Usage", "estimate_tokens"]
 
@@ -35,8 +35,8 @@ class Prices:
         3.0
     """
 
-    input: float = 0.0
-    output: float = 0.0
+    input: float = field(default=0.0, metadata={"help": "Price per million prompt tokens, in any currency."})
+    output: float = field(default=0.0, metadata={"help": "Price per million response tokens, in the same currency."})
 
     def __post_init__(self) -> None:
         for name, price in (("price_input", self.input), ("price_output", self.output)):

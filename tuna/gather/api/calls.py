@@ -58,19 +58,26 @@ class Request:
 
 @dataclass(frozen=True)
 class PaidSettings:
-    """Endpoint and budget: the settings that do not change the meaning of an answer.
+    """Endpoint and budget (`tuna.gather.api.budget.Budget`): the settings that do not change the meaning of an answer.
 
-    Attributes:
-        endpoint: address, timeouts and retries.
-        concurrency: maximum number of jobs in parallel; a job makes one call at a time.
-        max_calls, max_cost, prices: for the whole folder over all runs, see `tuna.gather.api.budget.Budget`.
+    Raises:
+        ValueError: a value outside its range, or `max_cost` without a price.
     """
 
     endpoint: EndpointSettings
-    concurrency: int = 8
-    max_calls: int | None = None
-    max_cost: float | None = None
+    concurrency: int = field(default=8, metadata={"help": "Maximum number of concurrent calls."})
+    max_calls: int | None = field(
+        default=None, metadata={"help": "Maximum number of calls for this folder, over all runs."}
+    )
+    max_cost: float | None = field(
+        default=None, metadata={"help": "Maximum cost for this folder, over all runs; needs the prices."}
+    )
     prices: Prices = field(default_factory=Prices)
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency = {self.concurrency} must be at least 1")
+        self.budget()
 
     def budget(self, journal: Journal | None = None) -> Budget:
         """The budget remaining from earlier runs."""

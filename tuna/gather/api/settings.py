@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from tuna.gather.api.keys import Redactor, api_key
@@ -12,31 +12,35 @@ __all__ = ["EndpointSettings", "address_of"]
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """Address, key, timeouts and retries of an endpoint.
+    """Address, key, timeouts and retries of an endpoint. The key itself is in no field, file or log.
 
-    Attributes:
-        base_url: with the version: `https://api.openai.com/v1`, `http://localhost:8000/v1`. White space around it, a
-            trailing slash and the path of a request (`/chat/completions`) are removed.
-        key_variable: environment variable with the key. The key itself is in no field, file or log.
-        requests_per_minute: maximum rate, evenly spaced; None: no limit.
-        request_timeout: seconds per attempt.
-        total_timeout: seconds per call, including all attempts and waits.
-        max_attempts: maximum number of requests per call.
-        backoff: seconds before the second attempt, doubled each time, with full jitter on the upper half.
-        max_backoff: maximum seconds of a back-off. A Retry-After may request more.
+    White space around `base_url`, a trailing slash and the path of a request (`/chat/completions`) are removed.
 
     Raises:
         ValueError: a value outside its range, an invalid base URL or one with credentials, or an invalid key.
     """
 
-    base_url: str
-    key_variable: str = "OPENAI_API_KEY"
-    requests_per_minute: float | None = None
-    request_timeout: float = 120.0
-    total_timeout: float = 900.0
-    max_attempts: int = 6
-    backoff: float = 1.0
-    max_backoff: float = 60.0
+    base_url: str = field(
+        default="https://api.openai.com/v1", metadata={"help": "Base URL of the endpoint, including its version."}
+    )
+    key_variable: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "Environment variable that holds the API key; local servers need none."},
+    )
+    requests_per_minute: float | None = field(
+        default=None, metadata={"help": "Maximum number of requests per minute, evenly spaced."}
+    )
+    request_timeout: float = field(default=120.0, metadata={"help": "Timeout of one attempt, in seconds."})
+    total_timeout: float = field(
+        default=900.0, metadata={"help": "Timeout of a call with all its attempts and waits, in seconds."}
+    )
+    max_attempts: int = field(default=6, metadata={"help": "Maximum number of attempts per call."})
+    backoff: float = field(
+        default=1.0, metadata={"help": "Wait before the second attempt, in seconds; doubles with each attempt."}
+    )
+    max_backoff: float = field(
+        default=60.0, metadata={"help": "Maximum back-off, in seconds; a Retry-After header may ask for more."}
+    )
 
     def __post_init__(self) -> None:
         key = api_key(self.key_variable)
