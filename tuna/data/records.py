@@ -26,10 +26,11 @@ from pydantic import (
 
 from tuna.data.files import Unreadable, open_rows, write_rows
 from tuna.data.formats import FORMATS, convert_row, detect_format, known_formats
-from tuna.data.problems import OnBad, Problem, read_rows, settle_problems
+from tuna.data.problems import BadRecords, OnBad, Problem, read_rows, settle_problems
 from tuna.data.prompts import check_turn, check_unread_prompt, joined
 
 __all__ = [
+    "BadRecords",
     "Message",
     "Record",
     "RecordSet",
