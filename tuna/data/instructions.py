@@ -60,10 +60,6 @@ class Instruction(BaseModel):
             return [{"role": "user", "content": self.prompt or ""}]
         return [message.model_dump() for message in self.messages]
 
-    def last_turn(self) -> str:
-        """The text to answer: the prompt, or the content of the last message."""
-        return self.turns()[-1]["content"]
-
 
 Item = TypeVar("Item", bound=Instruction)
 

@@ -19,14 +19,6 @@ SMALLEST, LARGEST = 1e-37, 1e37
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class HeadLora(NamedTuple):
-    """A LoRA adapter on the LM head: `z += scale * (h A^T) B^T`, with A [r, D] and B [V, r]."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
