@@ -1,6 +1,6 @@
 """The log-prob arms: ours and the peers', over one `Case`; and the float64 oracle they are all held against.
 
-Every arm computes the log-probability of one target per row, ``log_softmax(hidden @ weight.T)[target]``, and
+Every arm computes the log-probability of one target per row, `log_softmax(hidden @ weight.T)[target]`, and
 in the training modes the gradients under one random upstream per row, the same for all arms. An arm runs its
 library the way that library documents it; what it was told besides its defaults stands in its note.
 """
@@ -70,7 +70,7 @@ class Case:
 
 def make_case(shape: Shape, dtype: str, mode: Mode, *, seed: int = 0, logit_std: float = 3.0) -> Case:
     """Random inputs: normal hidden states, and a head scaled so that logits have standard deviation
-    ``logit_std`` (about that of a trained model; 0.5 is nearly flat, 10 nearly one-hot)."""
+    `logit_std` (about that of a trained model; 0.5 is nearly flat, 10 nearly one-hot)."""
     maker = torch.Generator().manual_seed(seed)
     hidden = torch.randn(shape.rows, shape.width, generator=maker).to(DTYPES[dtype])
     weight = torch.randn(shape.vocab, shape.width, generator=maker).mul_(logit_std / shape.width**0.5)
@@ -92,7 +92,7 @@ def dtype_name(case: Case) -> str:
 def oracle(case: Case, block_bytes: int = 1 << 26) -> dict[str, Tensor]:
     """The right results in float64 by the closed form, a block of rows at a time (no [N, V] in float64).
 
-    ``dl/dz = onehot(target) - softmax(z)``; results as the arms name them.
+    `dl/dz = onehot(target) - softmax(z)`; results as the arms name them.
     """
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     upstream = case.upstream.double()
@@ -192,12 +192,12 @@ def logprob_arm(
     package: str = "torch",
     refuses: Callable[[Case], str] = lambda _: "",
 ) -> Arm[Case]:
-    """``logprobs(hidden, weight, targets)`` as an arm over a `Case`."""
+    """`logprobs(hidden, weight, targets)` as an arm over a `Case`."""
     return Arm(name, lambda case: run_case(case, logprobs), note, package, refuses)
 
 
 def run_case(case: Case, logprobs: LogProbs) -> dict[str, Tensor]:
-    """Log-probs of ``case`` by ``logprobs(hidden, weight, targets)``, and its gradients unless the mode is
+    """Log-probs of `case` by `logprobs(hidden, weight, targets)`, and its gradients unless the mode is
     "forward"."""
     if case.mode == "forward":
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.attention``: attention over packed groups: ours, a dense mask, k padded copies.
+"""`python -m benchmarks.attention`: attention over packed groups: ours, a dense mask, k padded copies.
 
 One layer's attention at the sizes of a model, forward and forward + backward, over groups with the lengths of a ranked
 file (or of its typical group). Every arm is held against float64 before it is timed.
@@ -87,8 +87,8 @@ class AttentionCase:
 class Copies:
     """Each sequence by itself, padded on the right to the longest of N.
 
-    ``rows`` [N, L] int64 is the packed row of each place, ``known`` [N, L] bool says that it is no padding, and
-    ``first`` [N, L] bool that no earlier sequence has the row: there its upstream goes.
+    `rows` [N, L] int64 is the packed row of each place, `known` [N, L] bool says that it is no padding, and
+    `first` [N, L] bool that no earlier sequence has the row: there its upstream goes.
     """
 
     rows: Tensor
@@ -116,7 +116,7 @@ class Copies:
         return cls(rows, known, first, q, k, v, upstream)
 
     def packed(self, x: Tensor, places: Tensor, total: int) -> Tensor:
-        """Sum of the ``places`` [N, L] of x [N, H, L, d] by packed row: [1, H, total, d]."""
+        """Sum of the `places` [N, L] of x [N, H, L, d] by packed row: [1, H, total, d]."""
         result = x.new_zeros(total, x.shape[1], x.shape[3])
         result.index_add_(0, self.rows[places], x.transpose(1, 2)[places])
         return result.transpose(0, 1)[None]

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.diff OLD.json NEW.json``: two runs of the same program side by side; flags regressions.
+"""`python -m benchmarks.diff OLD.json NEW.json`: two runs of the same program side by side; flags regressions.
 
 Tables are matched by title, arms by name. Compared is what travels between machines and days: the ratio of CPU time
 to the bound of the same round (CPU seconds where a table has no bound), and the peak of torch's allocator. A time
-counts as changed when its median moved by more than ``--threshold`` *and* the smallest and largest of the two runs do
+counts as changed when its median moved by more than `--threshold` *and* the smallest and largest of the two runs do
 not overlap: a shift within the spread of the rounds is noise. Memory is exact, so there the threshold alone decides.
 Exits with 1 when anything got worse, an arm went missing or is no longer right.
 """
@@ -28,7 +28,7 @@ _STYLES = {"worse": "bold red", "gone": "red", "broken": "bold red", "better": "
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one arm in both runs; ``ratio`` is new over old (0 where one of them is missing)."""
+    """One figure of one arm in both runs; `ratio` is new over old (0 where one of them is missing)."""
 
     title: str
     arm: str

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.document``: writes ``docs/benchmarks.md`` from the records in ``benchmarks/results``.
+"""`python -m benchmarks.document`: writes `docs/benchmarks.md` from the records in `benchmarks/results`.
 
-Nothing on that page is typed by hand: tables, machine, options and remarks come from the JSON; with ``--check`` the
+Nothing on that page is typed by hand: tables, machine, options and remarks come from the JSON; with `--check` the
 page is compared instead of written, and the exit code says whether it is up to date.
 """
 
@@ -27,7 +27,7 @@ between machines, absolute times are those of the machine named.
 
 
 def read_results(folder: Path) -> dict[str, Record]:
-    """All records of the harness in ``folder`` by file name; other JSON files are left alone."""
+    """All records of the harness in `folder` by file name; other JSON files are left alone."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def page(records: dict[str, Record], pictures: list[str]) -> str:
 
 
 def _belongs(picture: str, name: str, records: dict[str, Record]) -> bool:
-    """A picture ``NAME.png`` or ``NAME-FIGURE.png`` belongs to the longest NAME that fits."""
+    """A picture `NAME.png` or `NAME-FIGURE.png` belongs to the longest NAME that fits."""
     stems = [one.removesuffix(".json") for one in records]
     picture_stem = picture.removesuffix(".png")
     fitting = [stem for stem in stems if picture_stem == stem or picture_stem.startswith(stem + "-")]

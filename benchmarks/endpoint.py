@@ -1,13 +1,13 @@
-"""``python -m benchmarks.endpoint``: requests a second of the paid-calls layer against a stub, and its CPU a record.
+"""`python -m benchmarks.endpoint`: requests a second of the paid-calls layer against a stub, and its CPU a record.
 
 A stub endpoint in a process of its own answers every completion after a fixed delay with 4 choices of 32 tokens and
 their log-probabilities. Three arms ask it the same at each concurrency, in rounds that interleave:
 
-* ``socket``: bare asyncio sockets, the body ready made and the answer thrown away: what stub and machine can do;
-* ``client``: the official client, with no retries, journal or budget;
-* ``tuna``: `tuna generate`'s own way, from an instruction to a response set with its journal on the disk (fsync).
+* `socket`: bare asyncio sockets, the body ready made and the answer thrown away: what stub and machine can do;
+* `client`: the official client, with no retries, journal or budget;
+* `tuna`: `tuna generate`'s own way, from an instruction to a response set with its journal on the disk (fsync).
 
-The ideal is concurrency / delay. CPU times are those of the asking process; ``own`` is tuna's less the client's. The
+The ideal is concurrency / delay. CPU times are those of the asking process; `own` is tuna's less the client's. The
 last row reads a finished journal back: a rerun that has nothing to pay for. Writes endpoint.json, .md and .png.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` (``make gpu-bench``): the GPU kernels beside their peers, on the card at hand.
+"""`python -m benchmarks.gpu` (`make gpu-bench`): the GPU kernels beside their peers, on the card at hand.
 
 Log-probabilities (forward, forward + backward with trainable and frozen head), the whole ranking loss, and tree
 attention; the baseline, torch.compile, Liger, cut-cross-entropy, quack and F.linear_cross_entropy where installed. The
@@ -6,7 +6,7 @@ harness is that of the CPU: checked against the float64 oracle before it is time
 cuBLAS multiplies of the inputs' type in the same round, peak memory of the operation alone. Clocks wait for the device,
 so both columns of times are wall time.
 
-``--rehearse`` runs everything that does not need a GPU: tiny shapes, our kernels in Triton's interpreter.
+`--rehearse` runs everything that does not need a GPU: tiny shapes, our kernels in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.gpu_static`` (``make gpu-static``): what the compiler made of every GPU kernel, with no GPU.
+"""`python -m benchmarks.gpu_static` (`make gpu-static`): what the compiler made of every GPU kernel, with no GPU.
 
-Every kernel that lists itself (``STATIC`` in its file) is compiled for every architecture in every configuration that
+Every kernel that lists itself (`STATIC` in its file) is compiled for every architecture in every configuration that
 may be launched there, down to the binary. The table tells registers, spills, shared memory, tensor-core and
 asynchronous-copy instructions and the occupancy those allow; a second table the arithmetic intensity and the roofline
 time of the operations at LLaMA-7B and 128k-vocabulary shapes. What breaks a budget is named and the exit code is 1:
@@ -50,7 +50,7 @@ AMD = "gfx942"
 
 @dataclass(frozen=True)
 class Built:
-    """What came out for one kernel, configuration and architecture. ``default``: the configuration taken untuned."""
+    """What came out for one kernel, configuration and architecture. `default`: the configuration taken untuned."""
 
     kernel: str
     capability: int
@@ -69,7 +69,7 @@ class Built:
 
 @functools.cache
 def all_cases() -> tuple[StaticCase, ...]:
-    """The ``STATIC`` of every module beside the kernels."""
+    """The `STATIC` of every module beside the kernels."""
     return tuple(case for module in kernel_modules().values() for case in getattr(module, "STATIC", ()))
 
 

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.growth``: how time and memory of the head grow with rows, vocabulary and width; and with k.
+"""`python -m benchmarks.growth`: how time and memory of the head grow with rows, vocabulary and width; and with k.
 
 One size is varied at a time, the others stay. Time is to be linear in each; memory above the results (for training
-the gradients) flat in rows and vocabulary. ``growth.json`` holds every sample, ``growth.png`` the curves,
-``growth_fit.json`` the exponent of a power law through each.
+the gradients) flat in rows and vocabulary. `growth.json` holds every sample, `growth.png` the curves,
+`growth_fit.json` the exponent of a power law through each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Fit:
-    """A power law ``y = a * x**exponent`` through one curve (least squares of the logarithms)."""
+    """A power law `y = a * x**exponent` through one curve (least squares of the logarithms)."""
 
     arm: str
     varied: str
@@ -52,7 +52,7 @@ class Fit:
 
 
 def sweep(varied: str, mode: Mode, options: Options, values: tuple[int, ...] | None = None) -> Iterator[Comparison]:
-    """Tables of one size varied, each when it is finished; ``setting["varied"]`` and ``["value"]`` say which."""
+    """Tables of one size varied, each when it is finished; `setting["varied"]` and `["value"]` say which."""
     for value in values or SWEEPS[varied]:
         shape = replace(MIDDLE, **{varied: value})
         arms = ARMS if 4 * shape.rows * shape.vocab <= LOGITS_LIMIT else ARMS[1:]
@@ -98,7 +98,7 @@ def _memory(table: Comparison, arm: str) -> float | None:
 def sweep_k(rounds: int, ks: tuple[int, ...] = KS) -> Fit:
     """CPU time of a whole step (tree, small Llama) against k, one prompt of 160 and responses of about 160 tokens.
 
-    The prompt is computed once, so time is linear in ``P + kR``, the tokens of the tree: that is what is fitted.
+    The prompt is computed once, so time is linear in `P + kR`, the tokens of the tree: that is what is fitted.
     """
     model = small_llama(layers=2, width=256, vocab=8192)
     arm = {one.name: one for one in sharing_arms()}["tuna tree"]

@@ -45,9 +45,9 @@ def serves(_: object) -> str:
 class Arm(Generic[Inputs]):
     """A named way to compute something.
 
-    ``call`` does the work that is timed. ``results`` turns what it returned into named tensors, outside the
-    clock; a name ``kind:detail`` belongs to the kind before the colon. ``refuses`` gives the reason why the
-    arm cannot serve some inputs, or "". ``package`` is the distribution whose version goes on record.
+    `call` does the work that is timed. `results` turns what it returned into named tensors, outside the
+    clock; a name `kind:detail` belongs to the kind before the colon. `refuses` gives the reason why the
+    arm cannot serve some inputs, or "". `package` is the distribution whose version goes on record.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Arm(Generic[Inputs]):
 
 @dataclass(frozen=True)
 class Rounds:
-    """How long to measure: ``rounds`` rounds, of which an arm skips the later ones once it has taken part in
-    ``least`` rounds and used more than ``budget`` wall seconds (slow arms would otherwise take most of the
-    time). ``once``: an arm is called one time for everything, its check, its memory and its time, for calls of many
+    """How long to measure: `rounds` rounds, of which an arm skips the later ones once it has taken part in
+    `least` rounds and used more than `budget` wall seconds (slow arms would otherwise take most of the
+    time). `once`: an arm is called one time for everything, its check, its memory and its time, for calls of many
     minutes."""
 
     rounds: int = 5
@@ -91,7 +91,7 @@ def compare(
     setting: Setting | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Check, measure and time ``arms`` over ``inputs``.
+    """Check, measure and time `arms` over `inputs`.
 
     Args:
         oracle: the right results in float64, by name.
@@ -131,7 +131,7 @@ def compare(
 
 
 def check_arm(arm: Arm[Inputs], inputs: Inputs, oracle: Results, tolerance: Mapping[str, float]) -> ArmReport:
-    """Run ``arm`` once and hold it against ``oracle``. No exception of the arm gets out: it becomes the
+    """Run `arm` once and hold it against `oracle`. No exception of the arm gets out: it becomes the
     reason."""
 
     def report(status: Status, reason: str, errors: dict[str, Error] | None = None) -> ArmReport:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.kernels``: log-prob kernels and the whole ranking loss, beside peers, in one run.
+"""`python -m benchmarks.kernels`: log-prob kernels and the whole ranking loss, beside peers, in one run.
 
 For each shape and dtype: forward, forward + backward with a trainable head, the same with every second upstream zero,
 forward + backward with a frozen head.
@@ -33,7 +33,7 @@ NO_ZERO = "tuna cpu, no upstream zero"
 
 @dataclass(frozen=True)
 class Options:
-    """What a run of this program is told."""
+    """Options of a run."""
 
     threads: int
     plan: Rounds
@@ -45,8 +45,8 @@ class Options:
 def bare_multiplies(
     hidden: Tensor, weight: Tensor, suffix: str = "", dtype: torch.dtype = torch.float32
 ) -> dict[str, Callable[[], object]]:
-    """The three matrix multiplies of a head, alone: in ``dtype``, results written into buffers that are already
-    there. ``suffix`` is put behind their names.
+    """The three matrix multiplies of a head, alone: in `dtype`, results written into buffers that are already
+    there. `suffix` is put behind their names.
 
     float32 whatever the input type: on a CPU that emulates half-precision products they are what can be
     reached.

@@ -26,8 +26,8 @@ CHOOSERS = (
 class Machine:
     """The machine and the software of one run.
 
-    ``load`` is the one-minute load average when the record was made: well above the number of threads used,
-    other programs were running and only ratios mean something. ``memory`` is in bytes. ``environment``: what was set
+    `load` is the one-minute load average when the record was made: well above the number of threads used,
+    other programs were running and only ratios mean something. `memory` is in bytes. `environment`: what was set
     of the variables that choose code (`CHOOSERS`).
     """
 
@@ -46,7 +46,7 @@ class Machine:
 
 
 def describe_machine(packages: tuple[str, ...] = ()) -> Machine:
-    """The present machine, with the versions of torch, numpy and ``packages`` (distribution names)."""
+    """The present machine, with the versions of torch, numpy and `packages` (distribution names)."""
     return Machine(
         processor=_processor(),
         cores=os.cpu_count() or 1,
@@ -64,7 +64,7 @@ def describe_machine(packages: tuple[str, ...] = ()) -> Machine:
 
 
 def version_of(distribution: str) -> str:
-    """Version of an installed distribution, or ``"absent"``."""
+    """Version of an installed distribution, or `"absent"`."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Commit of this repository, with ``+`` when the work tree differs from it; empty outside a repository."""
+    """Commit of this repository, with `+` when the work tree differs from it; empty outside a repository."""
 
     def git(*words: str) -> str:
         here = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overview``: the picture of the README, from a record in ``benchmarks/results``.
+"""`python -m benchmarks.overview`: the picture of the README, from a record in `benchmarks/results`.
 
 Left, what is computed for a prompt with four responses; right, what a training step takes: tokens, time, memory.
 """

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_table --output benchmarks/results
 
-Nothing is trained and no GPU is needed: steps are simulated (`tuna.plan`). Writes ``plan_7b.json``,
-``plan_7b.md`` and ``plan_7b.png``. Some minutes, a process a model.
+Nothing is trained and no GPU is needed: steps are simulated (`tuna.plan`). Writes `plan_7b.json`,
+`plan_7b.md` and `plan_7b.png`. Some minutes, a process a model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LIMITS = (512, 1024, 2048)
 RESPONSES = 5
 LORA_RANK = 16
 OFFICIAL_GROUPS = 16
-"""Groups of a micro-batch of the released recipe, on each GPU."""
+"""Groups of a micro-batch of the paper's recipe, on each GPU."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _cell(found: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What a process of its own finds out about a model; ``bars``: parts of the plans that are drawn."""
+    """What a process of its own finds out about a model; `bars`: parts of the plans that are drawn."""
 
     entries: list[dict[str, Any]]
     bars: dict[str, dict[str, dict[str, int]]]

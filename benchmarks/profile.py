@@ -1,8 +1,8 @@
-"""``python -m benchmarks.profile``: where the time of a training step goes: products, attention, head, the rest.
+"""`python -m benchmarks.profile`: where the time of a training step goes: products, attention, head, the rest.
 
 The same step as `benchmarks.step`, each way under torch's profiler. A part's time is what the thread that drives the
 step spends in it (OpenMP's other threads work in the same parts at the same time), forward and backward together; what
-is not named belongs to the rest. Writes ``profile.json``, ``profile.md`` and ``profile.png``.
+is not named belongs to the rest. Writes `profile.json`, `profile.md` and `profile.png`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def part_of(event: Any, vocabulary: int) -> str:
 
 
 def profiled(stepper: Stepper, batch: Sequence[Group], vocabulary: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of a step by part, the mean of ``rounds`` after one that is not counted."""
+    """Milliseconds of a step by part, the mean of `rounds` after one that is not counted."""
     stepper(batch)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         for _ in range(rounds):

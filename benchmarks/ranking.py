@@ -37,7 +37,7 @@ class RankingCase:
 
 
 def make_ranking_case(shape: Shape, dtype: str, mode: Mode, *, seed: int = 0) -> RankingCase:
-    """Groups of 5 candidates with together about ``shape.rows`` response tokens, and random hidden states for
+    """Groups of 5 candidates with together about `shape.rows` response tokens, and random hidden states for
     them."""
     if mode not in RANKING_MODES:
         raise ValueError(f"mode = {mode!r} makes no ranking case; it has {RANKING_MODES}")
@@ -91,7 +91,7 @@ def ranking_tolerance(dtype: str, vocab: int) -> dict[str, float]:
 
 
 def ranking_arms(*backends: str) -> list[Arm[RankingCase]]:
-    """The baseline, and ours on ``backends`` (default: those of the CPU, the native one also with little memory)."""
+    """The baseline, and ours on `backends` (default: those of the CPU, the native one also with little memory)."""
 
     def with_gradients(case: RankingCase) -> dict[str, Tensor]:
         return _with_gradients(baseline_loss(case.hidden, case.weight, case.tree), case.hidden, case.weight)

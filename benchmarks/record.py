@@ -53,7 +53,7 @@ class Spread:
 class Bound:
     """A yardstick for time and memory: so many calls of each timed unit (or arm), and so many bytes.
 
-    ``bytes`` None: the allocator peaks of the named arms are added up instead.
+    `bytes` None: the allocator peaks of the named arms are added up instead.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ArmReport:
-    """All that was found out about one arm. Only an arm whose ``status`` is "ok" has times.
+    """All that was found out about one arm. Only an arm whose `status` is "ok" has times.
 
-    ``allocator_peak``: bytes that torch held above the inputs. ``resident_growth``: how much a fresh process grew;
-    ``process_peak``: what it held in all.
+    `allocator_peak`: bytes that torch held above the inputs. `resident_growth`: how much a fresh process grew;
+    `process_peak`: what it held in all.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Comparison:
     arms: list[ArmReport]
 
     def arm(self, name: str) -> ArmReport:
-        """The report of the arm called ``name``; `KeyError` when there is none."""
+        """The report of the arm called `name`; `KeyError` when there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
@@ -136,7 +136,7 @@ _ADAPTER = TypeAdapter(Record)
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Write ``record`` as indented JSON."""
+    """Write `record` as indented JSON."""
     path.write_bytes(_ADAPTER.dump_json(record, indent=1) + b"\n")
 
 

@@ -46,10 +46,10 @@ class Progress:
 
 
 class Report:
-    """Collects the comparisons of a run: shows each when it is finished and keeps ``NAME.json`` up to date.
+    """Collects the comparisons of a run: shows each when it is finished and keeps `NAME.json` up to date.
 
-    `finish` adds ``NAME.md`` and the pictures: a comparison whose setting names a ``figure`` is drawn in
-    ``NAME-FIGURE.png``, the others in ``NAME.png``.
+    `finish` adds `NAME.md` and the pictures: a comparison whose setting names a `figure` is drawn in
+    `NAME-FIGURE.png`, the others in `NAME.png`.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class Work:
 
 
 def head(rows: int, width: int, vocab: int, *, slab: int = 8192) -> list[Work]:
-    """The LM head with bfloat16 inputs: forward alone, and recompute backward by slabs of ``slab`` columns.
+    """The LM head with bfloat16 inputs: forward alone, and recompute backward by slabs of `slab` columns.
 
     Forward: one product, hidden and weight read once, three float32 numbers a row and split. Backward: three products;
     weight read twice (logits again, and for dX), dW written once, dX (float32) read and written at every slab, the

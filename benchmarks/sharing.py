@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sharing``: what is gained by computing a shared prompt once, beside other ways to do it.
+"""`python -m benchmarks.sharing`: what is gained by computing a shared prompt once, beside other ways to do it.
 
 One small Llama, forward and backward of the whole loss, for k in {2, 4, 8, 16} responses, for prompts from a quarter of
 the response to eight times its length, and for groups drawn from a ranked file.
@@ -29,7 +29,7 @@ TOLERANCE = {"loss": 1e-5, "gradient": 1e-3}
 
 
 def made_groups(count: int, k: int, prompt: int, response: int, vocab: int, seed: int = 0) -> list[Group]:
-    """Random groups; lengths of the responses vary by a quarter around ``response``, as real ones do at least."""
+    """Random groups; lengths of the responses vary by a quarter around `response`, as real ones do at least."""
     maker = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> list[int]:
@@ -77,7 +77,7 @@ def run(
     plan: Rounds,
     progress: Progress,
 ) -> Iterator[Comparison]:
-    """All tables, each when it is finished; ``sizes`` are layers, width and vocabulary of the model."""
+    """All tables, each when it is finished; `sizes` are layers, width and vocabulary of the model."""
     layers, width, vocab = sizes
     model = small_llama(layers=layers, width=width, vocab=vocab)
     for k, ratio in cases(ks, ratios):

@@ -1,6 +1,6 @@
 """Ways to train on k responses of one prompt: the arms of `benchmarks.sharing`.
 
-All compute the loss (preset ``released``) of the same groups under the same small Llama and the gradient of every
+All compute the loss (preset `released`) of the same groups under the same small Llama and the gradient of every
 parameter. They differ in what the trunk is given and in how attention keeps the responses apart; from "padded, fused
 head" on all take our loss on the last hidden states, so that only the trunk differs.
 """
@@ -60,7 +60,7 @@ def small_llama(*, layers: int, width: int, vocab: int, seed: int = 0) -> LlamaF
 
 
 def baseline(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The released code's way: k padded copies, full logits."""
+    """k padded copies, full logits."""
     return baseline_step_loss(model, groups, preset=PRESET).loss
 
 
@@ -86,7 +86,7 @@ def prefix_grouper(model: Any, groups: Sequence[Group]) -> Tensor:
 
 
 def ours(share: Share) -> Loss:
-    """`model_ranking_loss` over groups packed with ``share``."""
+    """`model_ranking_loss` over groups packed with `share`."""
 
     def loss(model: nn.Module, groups: Sequence[Group]) -> Tensor:
         return model_ranking_loss(model, pack_groups(groups, share=share), preset=PRESET).loss
@@ -158,7 +158,7 @@ def _trunk(model: Any, tree: PackedTree, *, attention_mask: Tensor | None = None
 
 @dataclass(frozen=True)
 class _PromptGroup:
-    """Rows of one group in a row packed with ``share="prompt"``: its prompt, and its responses one after another."""
+    """Rows of one group in a row packed with `share="prompt"`: its prompt, and its responses one after another."""
 
     prompt: slice
     responses: slice

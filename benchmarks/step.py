@@ -1,4 +1,4 @@
-"""``python -m benchmarks.step``: a whole training step of a real model on real ranked groups, ours beside the baseline.
+"""`python -m benchmarks.step`: a whole training step of a real model on real ranked groups, ours beside the baseline.
 
 For each number of groups a batch: agreement of loss and all gradients (both presets), time of the step (CPU and wall,
 interleaved rounds), peak memory by the allocator and of a fresh process, tokens computed. See `compare.side_by_side`.
@@ -78,7 +78,7 @@ class StepBench:
     def run(self, batch: Batch, *, exact: bool = True) -> list[Comparison]:
         """Agreement of the two ways on a batch, then their times and memory.
 
-        ``exact``: hold both against the baseline in float64 (minutes for a large batch), else ours against float32.
+        `exact`: hold both against the baseline in float64 (minutes for a large batch), else ours against float32.
         """
         if "baseline" not in self.ways or self.lacks_memory(count_tokens(batch).padded):
             oracle = self.gradients("tuna", batch, self.settings)
@@ -98,7 +98,7 @@ class StepBench:
         return [agreement, self.compare_steps(batch, oracle, _baseline(dtype))]
 
     def compare_steps(self, batch: Batch, oracle: Results, source: str) -> Comparison:
-        """Check both ways against ``oracle``, then time them."""
+        """Check both ways against `oracle`, then time them."""
         tokens = count_tokens(batch)
         too_large = self.lacks_memory(tokens.padded)
         setting: Setting = {"groups": len(batch), "preset": self.settings.preset, **asdict(tokens)}
@@ -122,7 +122,7 @@ class StepBench:
         return comparison
 
     def agreement(self, batch: Batch, oracle: Results, settings: LossSettings, dtype: torch.dtype) -> list[ArmReport]:
-        """Both ways in float32 against ``oracle``, and ours against the float32 baseline."""
+        """Both ways in float32 against `oracle`, and ours against the float32 baseline."""
         baseline = self.gradients("baseline", batch, settings) if dtype == torch.float64 else oracle
 
         def report(name: str, way: Way, against: Results) -> ArmReport:
@@ -136,7 +136,7 @@ class StepBench:
         return [report(f"tuna, {preset}", "tuna", oracle), report(f"baseline, {preset}", "baseline", oracle), between]
 
     def arm(self, way: Way, refusal: str = "", settings: LossSettings | None = None) -> Arm[Batch]:
-        """One way as an arm of the harness; with ``settings`` it stops at the gradients."""
+        """One way as an arm of the harness; with `settings` it stops at the gradients."""
         stepper = self.steppers[way]
 
         def results(loss: Tensor) -> Results:
@@ -156,7 +156,7 @@ class StepBench:
     def gradients(
         self, way: Way, batch: Batch, settings: LossSettings, dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
-        """Loss and gradients of one way, computed in ``dtype``."""
+        """Loss and gradients of one way, computed in `dtype`."""
         self.progress(f"loss and gradients, {way}, {dtype}")
         model = copy.deepcopy(self.steppers[way].model).to(dtype)
         return loss_and_gradients(way, model, batch, settings)
@@ -187,10 +187,10 @@ class StepBench:
 
 
 def typical_batch(groups: Sequence[Group], size: int, seed: int) -> list[Group]:
-    """Of 25 random batches of ``size`` groups, the one of median padded size.
+    """Of 25 random batches of `size` groups, the one of median padded size.
 
     Raises:
-        ValueError: fewer than ``size`` groups.
+        ValueError: fewer than `size` groups.
     """
     if size < 1 or size > len(groups):
         raise ValueError(f"a batch of {size} groups cannot be drawn from {len(groups)}")

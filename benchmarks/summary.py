@@ -1,4 +1,4 @@
-"""The first screen of ``docs/benchmarks.md``: one line a comparison, Tuna beside the baseline and the fastest peer."""
+"""The first screen of `docs/benchmarks.md`: one line a comparison, Tuna beside the baseline and the fastest peer."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ user's card, driver and compiler. The self-check runs each kernel forward and ba
 and caches a pass for this kind of card and these versions. Until then the first use of the kernels on a card gives a
 warning.
 
-A check passes if its error is at most 4 times the error textbook PyTorch makes in the same types, plus 16 units of
+A check passes if its error is at most 4 times the error plain PyTorch makes in the same types, plus 16 units of
 float32 rounding (docs/numerics.md).
 """
 

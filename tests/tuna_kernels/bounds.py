@@ -1,4 +1,4 @@
-"""The error bound every backend is held to: a small multiple of the error textbook PyTorch makes in the same type."""
+"""The error bound every backend is held to: a small multiple of the error plain PyTorch makes in the same type."""
 
 from __future__ import annotations
 

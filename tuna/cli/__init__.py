@@ -1,6 +1,6 @@
 """The `tuna` command, assembled from one file a subcommand.
 
-`main` prints what the user can mend (a bad value, a missing file or package) as one message without a
+`main` prints what the user can fix (a bad value, a missing file or package) as one message without a
 traceback and exits with 2; `TUNA_TRACEBACK=1` shows where it came from.
 """
 

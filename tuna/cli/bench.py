@@ -1,4 +1,4 @@
-"""`tuna bench PROGRAM …`: the benchmark programs under one command. Each is also ``python -m benchmarks.PROGRAM``."""
+"""`tuna bench PROGRAM …`: the benchmark programs under one command. Each is also `python -m benchmarks.PROGRAM`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ PACKAGES = {
 def collect_info() -> dict[str, Any]:
     """Versions, threads, devices and backends, as plain JSON values; a usable backend has "" for a reason.
 
-    ``cpu_products``: by type, whose matrix products the `cpu` backend takes; ``warnings``: versions outside
+    `cpu_products`: by type, whose matrix products the `cpu` backend takes; `warnings`: versions outside
     of the tested, a checkout that hides the installed package.
     """
     import torch

@@ -13,7 +13,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # modules that ar
 
 
 def message(error: BaseException, words: Sequence[str], command: Any) -> str:
-    """The text of an error of the user's.
+    """The text of a user error.
 
     Args:
         error: what was raised.
@@ -46,7 +46,7 @@ def install_hint(module: str) -> str:
 
 
 def refuse_given(context: Any, reason: str, *names: str) -> None:
-    """Refuse flags of the running command (its ``typer.Context``) that were typed though they would do nothing.
+    """Refuse flags of the running command (its `typer.Context`) that were typed though they would do nothing.
 
     Raises:
         ValueError: one was; the message names it and the reason.
@@ -63,7 +63,7 @@ def _flag_of(command: Any, name: str) -> str:
 def _as_flags(text: str, words: Sequence[str], root: Any) -> str:
     """An error with settings under the names they are typed by, and advice for Python as advice for the command line.
 
-    A setting is known by its value (``name = 3``), one of several words by its name alone. One from a settings file
+    A setting is known by its value (`name = 3`), one of several words by its name alone. One from a settings file
     keeps the name it has there.
     """
     command = root

@@ -99,7 +99,7 @@ def _score(
     length_penalty: float,
     backend: str,
 ) -> ScoreReport:
-    """Score ``groups`` under a bar that counts tree tokens."""
+    """Score `groups` under a bar that counts tree tokens."""
     from tuna.console.bar import progress_bar
     from tuna.score.scoring import score_dataset
     from tuna_kernels import tree_tokens

@@ -1,1 +1,1 @@
-"""Ours beside the baseline: how far they agree and what each takes."""
+"""Tuna compared with the baseline: how far they agree and what each takes."""

@@ -11,15 +11,15 @@ from torch import Tensor
 __all__ = ["Error", "Results", "measure_errors"]
 
 Results = Mapping[str, Tensor]
-"""Tensors by name; a name ``kind:detail`` belongs to the kind before the colon."""
+"""Tensors by name; a name `kind:detail` belongs to the kind before the colon."""
 
 
 @dataclass(frozen=True)
 class Error:
     """How far the results of one kind are from the oracle; None where a difference is not finite.
 
-    ``max_abs``: largest absolute difference. ``max_rel``: largest, over the tensors of this kind, of
-    max|a - o| / max|o|, and ``worst`` the tensor it was found in. ``norm_rel``: ||a - o|| / ||o|| over all of them.
+    `max_abs`: largest absolute difference. `max_rel`: largest, over the tensors of this kind, of
+    max|a - o| / max|o|, and `worst` the tensor it was found in. `norm_rel`: ||a - o|| / ||o|| over all of them.
     """
 
     max_abs: float | None
@@ -29,7 +29,7 @@ class Error:
 
 
 def measure_errors(results: Results, oracle: Results) -> dict[str, Error]:
-    """Distance of ``results`` from ``oracle`` (same names and shapes), in float64, one `Error` for each kind."""
+    """Distance of `results` from `oracle` (same names and shapes), in float64, one `Error` for each kind."""
     errors: dict[str, Error] = {}
     for kind in dict.fromkeys(name.partition(":")[0] for name in oracle):
         names = [name for name in oracle if name.partition(":")[0] == kind]

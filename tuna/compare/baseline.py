@@ -7,8 +7,8 @@ right to the longest, and the model gives logits for every position of every one
     [prompt a | response 2 longer   ]      input_ids, attention_mask [N, L]; logits [N, L, V]
     [prompt b | response 1 | pad    ]
 
-One ``log_softmax`` over the full logits, a gather, and a masked sum give the scores; autograd does the rest.
-The cross-entropy of preset ``released`` is a second pass over the same logits, as it is there.
+One `log_softmax` over the full logits, a gather, and a masked sum give the scores; autograd does the rest.
+The cross-entropy of preset `released` is a second pass over the same logits, as it is there.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class BaselineOutput:
-    """Result of `baseline_step_loss`: ``loss`` carries the gradient, the rest is detached.
+    """Result of `baseline_step_loss`: `loss` carries the gradient, the rest is detached.
 
-    ``loss = ranking + mle_weight * mle``; ``scores`` [C] are the length-normalised log-probabilities.
+    `loss = ranking + mle_weight * mle`; `scores` [C] are the length-normalised log-probabilities.
     """
 
     loss: Tensor
@@ -54,13 +54,13 @@ def baseline_step_loss(
     """Loss of one batch of groups with k padded copies of each prompt and full logits.
 
     Args:
-        model: a causal language model of transformers, called as ``model(input_ids=, attention_mask=)``.
+        model: a causal language model of transformers, called as `model(input_ids=, attention_mask=)`.
         groups: the batch, one optimizer step; groups may differ in k.
-        preset: ``"released"``: for each rank difference the mean over the batch's pairs, summed over
-            differences, plus the token mean of the cross-entropy of all candidates. ``"paper"``: the sum over
+        preset: `"released"`: for each rank difference the mean over the batch's pairs, summed over
+            differences, plus the token mean of the cross-entropy of all candidates. `"paper"`: the sum over
             a group's pairs plus the token mean of its first best candidate, mean over groups.
         margin: score gap asked for per step of rank difference.
-        length_penalty: a score is ``sum(log p) / length ** length_penalty``.
+        length_penalty: a score is `sum(log p) / length ** length_penalty`.
         mle_weight: weight of the likelihood term.
         pad_token_id: any token of the vocabulary; padding is masked.
 
@@ -105,7 +105,7 @@ def plain_tree_loss(
     """The same loss from the packed tree by a few lines of plain torch: what the kernels are worth beyond the layout.
 
     Attention is SDPA with a [T, T] mask, the head gives logits of every slot. Arguments as in `baseline_step_loss`; the
-    model must have transformers' own attention (``sdpa``).
+    model must have transformers' own attention (`sdpa`).
     """
     tree = pack_groups(groups, device=next(model.parameters()).device)
     sees = visible(tree.subtree_end)
@@ -130,7 +130,7 @@ def plain_tree_loss(
 
 
 def padded_batch(groups: Sequence[Group], pad_token_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels`` [N, L] int64 of all candidates, padded on the right.
+    """`input_ids`, `attention_mask` and `labels` [N, L] int64 of all candidates, padded on the right.
 
     Labels are -100 on the prompt and on padding.
     """

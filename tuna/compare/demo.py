@@ -1,7 +1,7 @@
 """`tuna demo`: the whole way on a few ranked groups, our step beside the baseline step, in minutes on a CPU.
 
 Three parts, one function each: do both ways agree (`compare_results`), what does a step take (`compare_costs`), and
-does training learn the ranking (`train`). `run_demo` goes through them and leaves ``demo.json`` and ``demo.png``.
+does training learn the ranking (`train`). `run_demo` goes through them and leaves `demo.json` and `demo.png`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 class DemoSettings:
     """What the demo does. The defaults suit SmolLM2-135M and the examples shipped; `tiny` suits the random model.
 
-    ``groups`` is a batch, in training and in the comparison; ``compare_batches`` are timed, each both ways.
+    `groups` is a batch, in training and in the comparison; `compare_batches` are timed, each both ways.
     """
 
     model: str = SMOLLM2
@@ -95,8 +95,8 @@ class DemoSettings:
 class Costs:
     """What one way took. Times are seconds of each batch, memory is bytes.
 
-    ``allocator_peak``: above weights and optimizer state, as torch counts; ``growth``: the same of a fresh process, and
-    ``process`` that process in all; all on the batch that is largest when padded.
+    `allocator_peak`: above weights and optimizer state, as torch counts; `growth`: the same of a fresh process, and
+    `process` that process in all; all on the batch that is largest when padded.
     """
 
     way: Way
@@ -121,7 +121,7 @@ def run_demo(
     say: Say = lambda _: None,
     machine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run the demo and write ``demo.json`` and ``demo.png`` to ``output``; returns what the JSON holds.
+    """Run the demo and write `demo.json` and `demo.png` to `output`; returns what the JSON holds.
 
     Args:
         settings: model, data and sizes.
@@ -184,7 +184,7 @@ def read_demo_records(data: str | None) -> list[Record]:
 
 
 def split(groups: Sequence[TokenizedGroup], seed: int) -> tuple[list[TokenizedGroup], list[TokenizedGroup]]:
-    """Two thirds to train on and one third held out, at random by ``seed``, both in the order given."""
+    """Two thirds to train on and one third held out, at random by `seed`, both in the order given."""
     keys = [repr(list(map(int, group.group.prompt))) for group in groups]
     held = hold_out(keys, HELD_OUT, seed)
     pairs = list(zip(groups, keys, strict=True))

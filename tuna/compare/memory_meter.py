@@ -1,4 +1,4 @@
-"""Two memory meters: what torch's allocator was asked for, and what the process really took.
+"""Two memory meters: what torch's allocator was asked for, and what the process used.
 
 * `allocator_peak` sums the allocation events of torch's profiler as a stream. Exact, and blind to memory that
   is not torch's (the packing buffers of a BLAS, the interpreter, the allocations of numpy).
@@ -34,7 +34,7 @@ _RESET_PEAK = "5"  # proc(5): writing 5 sets VmHWM back to the present VmRSS
 
 
 class ResidentPeak(NamedTuple):
-    """Bytes: ``growth`` is the peak minus the size just before, ``process`` the peak itself, interpreter and
+    """Bytes: `growth` is the peak minus the size just before, `process` the peak itself, interpreter and
     libraries included."""
 
     growth: int
@@ -42,9 +42,9 @@ class ResidentPeak(NamedTuple):
 
 
 def allocator_peak(call: Callable[[], object]) -> int:
-    """Largest number of bytes that torch held on the CPU at once, of those it took while ``call`` ran.
+    """Largest number of bytes that torch held on the CPU at once, of those it took while `call` ran.
 
-    Results of ``call`` count, its inputs do not. What ``call`` frees of older memory is not subtracted, whether the
+    Results of `call` count, its inputs do not. What `call` frees of older memory is not subtracted, whether the
     profiler reports it (it remembers addresses of earlier profiles) or not.
     """
     gc.collect()
@@ -66,7 +66,7 @@ def allocator_peak(call: Callable[[], object]) -> int:
 
 
 def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
-    """``(time in ns, address, bytes; negative when freed)`` of all allocations in a tree of profiler events."""
+    """`(time in ns, address, bytes; negative when freed)` of all allocations in a tree of profiler events."""
     for event in events:
         tag, fields = event.typed
         if tag == _EventType.Allocation:
@@ -75,10 +75,10 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
 
 
 def resident_peak(call: Callable[[], object]) -> ResidentPeak:
-    """Peak of this process's resident set while ``call`` ran.
+    """Peak of this process's resident set while `call` ran.
 
-    Uses ``VmHWM``, set back first. Where the kernel does not offer that, ``ru_maxrss`` is taken, which is too
-    large if the process was ever larger than during ``call``: use a fresh process.
+    Uses `VmHWM`, set back first. Where the kernel does not offer that, `ru_maxrss` is taken, which is too
+    large if the process was ever larger than during `call`: use a fresh process.
     """
     gc.collect()
     _trim_heap()
@@ -91,7 +91,7 @@ def resident_peak(call: Callable[[], object]) -> ResidentPeak:
 
 
 def in_fresh_process(target: str, arguments: dict[str, Any], *, threads: int, timeout: float = 1800.0) -> Any:
-    """Call ``target`` ("module:function") with ``arguments`` in a new interpreter and return what it returns.
+    """Call `target` ("module:function") with `arguments` in a new interpreter and return what it returns.
 
     Arguments and answer travel as JSON. Raises `RuntimeError` with the last line of the child's error output
     when it fails or dies.

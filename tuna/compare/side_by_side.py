@@ -1,7 +1,7 @@
-"""Ours beside the baseline: the same training step both ways, how far they agree and what each takes.
+"""Tuna compared with the baseline: the same training step both ways, how far they agree and what each takes.
 
-``"tuna"`` packs the groups into a tree and calls `model_ranking_loss`; ``"baseline"`` is `baseline`: k padded copies of
-each prompt and full logits; ``"plain tree"`` is the tree in a few lines of plain torch. All are followed by the same
+`"tuna"` packs the groups into a tree and calls `model_ranking_loss`; `"baseline"` is `baseline`: k padded copies of
+each prompt and full logits; `"plain tree"` is the tree in a few lines of plain torch. All are followed by the same
 AdamW.
 """
 
@@ -45,7 +45,7 @@ WAYS: tuple[Way, ...] = ("tuna", "baseline")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What both ways are told; names and defaults of `tuna.train.config.TunaConfig`."""
+    """Settings of both ways; names and defaults of `tuna.train.config.TunaConfig`."""
 
     preset: Preset = "released"
     margin: float = 0.1
@@ -103,7 +103,7 @@ class Stepper:
 def loss_and_gradients(
     way: Way, model: nn.Module, groups: Sequence[Group], settings: LossSettings
 ) -> dict[str, Tensor]:
-    """``loss`` and ``gradient:PARAMETER`` of one batch one way. The gradients are those on the model, not copies."""
+    """`loss` and `gradient:PARAMETER` of one batch one way. The gradients are those on the model, not copies."""
     model.zero_grad()
     loss = LOSSES[way](model, groups, settings)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -111,7 +111,7 @@ def loss_and_gradients(
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """``gradient:PARAMETER`` as it stands on the model; 0 for a parameter that took no part."""
+    """`gradient:PARAMETER` as it stands on the model; 0 for a parameter that took no part."""
     return {
         f"gradient:{name}": torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()
@@ -120,10 +120,10 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Both ways in float32 and the baseline in float64 (``exact``), on one batch.
+    """Both ways in float32 and the baseline in float64 (`exact`), on one batch.
 
-    ``losses``: of "tuna", "baseline" and "exact". The errors have the kinds "loss" and "gradient"; ``max_rel`` of the
-    latter is that of the worst parameter, ``norm_rel`` that of all parameters together.
+    `losses`: of "tuna", "baseline" and "exact". The errors have the kinds "loss" and "gradient"; `max_rel` of the
+    latter is that of the worst parameter, `norm_rel` that of all parameters together.
     """
 
     preset: str
@@ -134,7 +134,7 @@ class Agreement:
 
 
 def agreement(model: nn.Module, groups: Sequence[Group], settings: LossSettings) -> Agreement:
-    """Loss and all gradients of one batch both ways. Leaves ``model`` as it was."""
+    """Loss and all gradients of one batch both ways. Leaves `model` as it was."""
     exact = loss_and_gradients("baseline", copy.deepcopy(model).double(), groups, settings)
     baseline = loss_and_gradients("baseline", copy.deepcopy(model), groups, settings)
     tuna = loss_and_gradients("tuna", copy.deepcopy(model), groups, settings)
@@ -149,8 +149,8 @@ def agreement(model: nn.Module, groups: Sequence[Group], settings: LossSettings)
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Tokens one batch takes: ``tree`` with every common beginning computed once, ``unshared`` as separate sequences,
-    ``padded`` as k copies padded to the longest of the batch."""
+    """Tokens one batch takes: `tree` with every common beginning computed once, `unshared` as separate sequences,
+    `padded` as k copies padded to the longest of the batch."""
 
     tree: int
     unshared: int

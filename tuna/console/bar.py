@@ -29,7 +29,7 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bar(console: Console, unit: str, *more: ProgressColumn) -> Progress:
-    """A bar with counts, rate in ``unit`` per second, time gone, time left, and ``more`` columns."""
+    """A bar with counts, rate in `unit` per second, time gone, time left, and `more` columns."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

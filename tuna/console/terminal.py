@@ -30,7 +30,7 @@ HIDDEN = re.compile(
 
 
 def visible(text: str, encoding: str | None = "utf-8") -> str:
-    """``text`` with every character that a terminal would act on, or cannot show, written out.
+    """`text` with every character that a terminal would act on, or cannot show, written out.
 
     Examples:
         >>> visible("\\x1b[2Jgone \\u202e")

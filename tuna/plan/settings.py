@@ -36,7 +36,8 @@ class StepSettings:
         default=True, metadata={"help": "Recompute the activations of each layer in the backward pass."}
     )
     lora_rank: int | None = field(
-        default=None, metadata={"help": "Rank of LoRA adapters on all linear layers; None trains all weights."}
+        default=None,
+        metadata={"help": "Rank of LoRA adapters on all linear layers; without it, all weights are trained."},
     )
     preset: Preset = "released"
     logits_budget: int | None = None

@@ -28,7 +28,7 @@ class TunaConfig(TrainingArguments):
     Everything of the parent that is not named below works as documented there, except that
     **batch sizes count groups** (a prompt with its k responses), not sequences, and that
     settings that would have no effect, or a wrong one, are refused (`tuna.train.effects`; DataParallel among them).
-    ``torch_compile`` compiles the decoder layers, one by one, around the attention over the tree.
+    `torch_compile` compiles the decoder layers, one by one, around the attention over the tree.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the limit.
@@ -117,10 +117,10 @@ class TunaConfig(TrainingArguments):
 
     # Optimizer
     kahan: bool = field(init=False, default=False)
-    """Set by ``optim="adamw_kahan"``: `adamw_kahan.AdamWKahan`, for bfloat16 weights without float32 masters."""
+    """Set by `optim="adamw_kahan"`: `adamw_kahan.AdamWKahan`, for bfloat16 weights without float32 masters."""
 
     compile_options: dict[str, Any] | None = field(init=False, default=None)
-    """Set by ``torch_compile`` and its backend and mode: keywords of `torch.compile` for each decoder layer."""
+    """Set by `torch_compile` and its backend and mode: keywords of `torch.compile` for each decoder layer."""
 
     # Defaults of the paper, where they differ from the parent's
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})

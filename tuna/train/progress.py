@@ -24,7 +24,7 @@ SHOWN = {
 
 
 def log_line(logs: dict[str, float]) -> str:
-    """``"step  loss 4.5940  rank 0.4319 …"`` of a training or an evaluation entry, "" of any other."""
+    """`"step  loss 4.5940  rank 0.4319 …"` of a training or an evaluation entry, "" of any other."""
     prefix = next((name.removesuffix("loss") for name in logs if name == "loss" or name.endswith("_loss")), None)
     if prefix is None or "train_loss" in logs:
         return ""
@@ -34,7 +34,7 @@ def log_line(logs: dict[str, float]) -> str:
 
 
 class TrainingProgress(TrainerCallback):
-    """The stock trainer's bars and log lines, on ``console``; silent on all but the first process."""
+    """The stock trainer's bars and log lines, on `console`; silent on all but the first process."""
 
     def __init__(self, console: Console) -> None:
         self.bar = progress_bar(console, "steps")
@@ -57,7 +57,7 @@ class TrainingProgress(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One evaluation batch on."""
+        """Advance by one evaluation batch."""
         if not state.is_world_process_zero:
             return
         if self.evaluation is None:

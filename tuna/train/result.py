@@ -74,7 +74,7 @@ def remove_result(output: Path) -> None:
 
 
 def _publish(draft: Path, output: Path) -> None:
-    """Move the files of a draft to where they belong, and take away weights of an earlier model in other parts."""
+    """Move the files of a draft to where they belong, and remove shards of an earlier model."""
     files = {file.relative_to(draft): file for file in draft.rglob("*") if file.is_file()}
     for place, file in files.items():
         (output / place).parent.mkdir(parents=True, exist_ok=True)

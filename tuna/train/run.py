@@ -41,11 +41,11 @@ LEAST_LINES = 5  # of the log, where there are as many steps
 
 
 def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Train, evaluate and save; returns what ``metrics.json`` holds.
+    """Train, evaluate and save; returns what `metrics.json` holds.
 
     Args:
         run: model, data and what to do with them.
-        settings: keyword arguments of `TunaConfig`, ``output_dir`` among them.
+        settings: keyword arguments of `TunaConfig`, `output_dir` among them.
         console: where tables and progress go.
 
     Raises:
@@ -65,7 +65,7 @@ def run_training(run: RunSettings, settings: dict[str, Any], console: Console) -
 
 
 def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Console) -> dict[str, Any]:
-    """Train, evaluate and save in a folder that is this run's."""
+    """Train, evaluate and save in a folder locked for this run."""
     settings = settings | {"template": _template(run, settings, output, console)}
     config = _trainer_config(run, settings)
     train_records, eval_records = read_data(run, config, console)
@@ -122,7 +122,7 @@ def _run(run: RunSettings, settings: dict[str, Any], output: Path, console: Cons
 
 
 def _check_resuming(run: RunSettings, settings: Mapping[str, Any]) -> None:
-    """Hold that a run either goes on or begins, and that what is for going on is given with it."""
+    """Check that a run either resumes or starts, and that options for resuming come with `resume`."""
     checkpoint = settings.get("resume_from_checkpoint")
     if run.resume and run.overwrite:
         raise ValueError("resume and overwrite are both given: go on with the run, or begin again in its place")

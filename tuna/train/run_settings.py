@@ -1,6 +1,6 @@
 """Settings of `tuna train` from a YAML file and from flags: one vocabulary, the field names.
 
-Keys are fields of `RunSettings` or of `TunaConfig`. Flags win over ``--set``, which wins over the file.
+Keys are fields of `RunSettings` or of `TunaConfig`. Flags win over `--set`, which wins over the file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RunSettings:
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the weights in 4 bits; needs lora_r."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
     lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scale of the LoRA adapter times its rank; None takes twice the rank."}
+        default=None, metadata={"help": "Scale of the LoRA adapter times its rank; without it, twice the rank."}
     )
     lora_targets: str = field(
         default="all-linear", metadata={"help": "Modules that get a LoRA adapter, separated by commas."}
@@ -98,7 +98,7 @@ def merge_settings(
 
     Args:
         file: YAML with one mapping of keys to values, or None.
-        overrides: ``key=value`` texts; a value is read as YAML.
+        overrides: `key=value` texts; a value is read as YAML.
         flags: values of flags by key; None stands for a flag not given.
 
     Raises:
@@ -135,7 +135,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _fitted(field: Field[Any], value: Any) -> Any:
-    """``value`` as the kind of its field; YAML 1.1 reads no as false."""
+    """`value` as the kind of its field; YAML 1.1 reads no as false."""
     kinds = set(re.findall(r"\w+", str(field.type))) - {"class", "None"}
     if value is None:
         return value

@@ -1,4 +1,4 @@
-"""Textbook attention over a packed tree: the whole [Tq, T] mask, plain autograd. The oracle."""
+"""Attention over a packed tree: the whole [Tq, T] mask, plain autograd. The oracle."""
 
 from __future__ import annotations
 

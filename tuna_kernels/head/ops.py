@@ -437,7 +437,7 @@ def _(given: Any) -> RankingResult:
 
 
 class _Ready:
-    """Gradients computed in the forward. They can be taken once; the taker owns them and may scale them in place."""
+    """Gradients computed in the forward. They can be taken once; the caller owns them and may scale them in place."""
 
     def __init__(self, gradients: InputGradients) -> None:
         self._gradients: list[Tensor] | None = [g.detach() for g in gradients]

@@ -1,4 +1,4 @@
-"""Textbook PyTorch with plain autograd: the oracle that every other backend is compared with.
+"""Plain PyTorch with autograd: the oracle that every other backend is compared with.
 
 The only place with full `[rows, vocabulary]` logits. Half-precision inputs are converted to float32 as a
 whole; in float64 it is the ground truth.

@@ -1,4 +1,4 @@
-"""Native tree attention: as near to float64 as textbook PyTorch on every instruction set, over blocks, chunks and
+"""Native tree attention: as near to float64 as plain PyTorch on every instruction set, over blocks, chunks and
 heads; the same bits whatever the threads; NaN stays in its group; half precision is rounded once; working memory as
 stated."""
 
@@ -69,7 +69,7 @@ def results(leaves: list[Tensor], tree: PackedTree, backend: str, **arguments: A
 
 
 def expectations(leaves: list[Tensor], tree: PackedTree, **arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Of textbook PyTorch: in float32, and in float64."""
+    """Of plain PyTorch: in float32, and in float64."""
     exact = [x.detach().double().requires_grad_() for x in leaves]
     return results(leaves, tree, "reference", **arguments), results(exact, tree, "reference", **arguments)
 

@@ -13,7 +13,8 @@ What happens after an attempt:
 | requests a wait beyond the total timeout for all calls | the same |
 | any other status (400: prompt too long, …) | gives up the call and reports why |
 
-Redirects (307, 308) are followed on the same host only: prompts are sent to no other host.
+Redirects (307, 308) are followed on the same host and port, or from http to https on the same host at the default
+ports: prompts are sent to no other host.
 """
 
 from __future__ import annotations
