@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
+from pkgutil import resolve_name, walk_packages
 from typing import Any
 
 import pytest
 import typer
 from transformers import HfArgumentParser
 
+import tuna
 from tuna.cli import COMMANDS, app, main
 from tuna.cli.flags import Flags
 
@@ -205,6 +207,9 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the number was taken: work begins")
 
+    for module in walk_packages(tuna.__path__, "tuna."):  # none may first be imported, and keep `reached`, here
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
     for place in ("tuna.models.loading", "tuna.train.run", "tuna.compare.demo"):
         monkeypatch.setattr(f"{place}.load_model", reached)
     monkeypatch.setattr("tuna.plan.simulate.Simulator", reached)
