@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 try:
@@ -62,9 +61,8 @@ def _root(
 
 def _assemble() -> None:
     for name in COMMANDS:
-        if find_spec(f"tuna.cli.{name}") is not None:
-            function = getattr(import_module(f"tuna.cli.{name}"), name)
-            app.command(name, cls=partial(FlagCommand, function))(lambda: None)  # type: ignore[arg-type]
+        function = getattr(import_module(f"tuna.cli.{name}"), name)
+        app.command(name, cls=partial(FlagCommand, function))(lambda: None)  # type: ignore[arg-type]
     for name in GROUPS:
         app.add_typer(import_module(f"tuna.cli.{name}").app, name=name)
     bench = import_module("tuna.cli.bench")

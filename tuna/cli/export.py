@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuna.cli.options import DtypeName
+from tuna.system.common_settings import Dtype
 
 __all__ = ["export"]
 
@@ -18,7 +18,7 @@ def export(
     ],
     output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
     model: Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one it names.")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Dtype of the weights, if not that of the model.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights, if not that of the model.")] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Export a checkpoint that may run code when it is loaded.")
     ] = False,

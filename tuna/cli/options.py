@@ -1,4 +1,4 @@
-"""Options that several commands have and no dataclass holds."""
+"""Options that several commands have and that no dataclass quick to import has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from tuna.system import common_settings
+from tuna.system.common_settings import HELP
+
 __all__ = [
-    "Data", "Device", "Dtype", "DtypeName", "Format", "Json", "JsonFile", "Limit", "MaxLength", "Model", "OnBad",
+    "Data", "Device", "Dtype", "Format", "Json", "JsonFile", "Limit", "MaxLength", "Model", "OnBad",
     "Template", "Threads", "at_least",
 ]  # fmt: skip
 
@@ -24,24 +27,18 @@ def at_least(least: int, help: str, panel: str | None = None) -> Any:
     return typer.Option(callback=check, help=help, rich_help_panel=panel)
 
 
-DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
-
-Data: TypeAlias = Annotated[str, typer.Option(help="Ranked records: .json, .jsonl, .parquet or a dataset folder.")]
+Data: TypeAlias = Annotated[str, typer.Option(help=HELP["data"])]
 Device: TypeAlias = Annotated[str | None, typer.Option(help="Device as torch names it; without it, a GPU if present.")]
-Dtype: TypeAlias = Annotated[DtypeName, typer.Option(help="Dtype of the weights.")]
-Format: TypeAlias = Annotated[
-    str, typer.Option(help="Format of the records; see tuna data convert --help for their names.")
-]
+Dtype: TypeAlias = Annotated[common_settings.Dtype, typer.Option(help=HELP["dtype"])]
+Format: TypeAlias = Annotated[str, typer.Option(help=HELP["format"])]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 JsonFile: TypeAlias = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-Limit: TypeAlias = Annotated[int | None, at_least(1, "Use only the first N records.")]
+Limit: TypeAlias = Annotated[int | None, at_least(1, HELP["limit"])]
 MaxLength: TypeAlias = Annotated[
     int,
-    at_least(2, "Maximum length of prompt plus response, in tokens; cuts responses only."),
+    at_least(2, HELP["max_length"]),
 ]
-Model: TypeAlias = Annotated[
-    str, typer.Option(help="Model: smollm2-135m, tiny, a folder, or a name on the Hugging Face hub.")
-]
+Model: TypeAlias = Annotated[str, typer.Option(help=HELP["model"])]
 OnBad: TypeAlias = Annotated[
     Literal["fail", "skip"], typer.Option(help="Whether an unusable record stops the command or is skipped.")
 ]

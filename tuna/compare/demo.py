@@ -27,6 +27,7 @@ from tuna.data.split import hold_out
 from tuna.data.tokenization import TokenizedGroup, tokenize_records
 from tuna.data.vocabulary import check_vocabulary
 from tuna.models.loading import SMOLLM2, TINY, load_model
+from tuna.system.common_settings import HELP
 from tuna.system.writing import write_json
 from tuna.train.config import TunaConfig
 from tuna.train.trainer import TunaTrainer
@@ -50,7 +51,7 @@ class DemoSettings:
 
     model: str = SMOLLM2
     data: str | None = field(default=None, metadata={"help": "Ranked records to use instead of the examples."})
-    limit: int | None = field(default=None, metadata={"help": "Use only the first N records."})
+    limit: int | None = field(default=None, metadata={"help": HELP["limit"]})
     steps: int = field(default=40, metadata={"help": "Optimizer steps to train for."})
     groups: int = field(default=2, metadata={"help": "Groups per batch."})
     compare_batches: int = 3

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from tuna.system import manifest
 
-__all__ = ["MARKER", "CheckpointError", "check_model", "is_universal"]
+__all__ = ["LATEST_UNIVERSAL", "MARKER", "UNIVERSAL", "CheckpointError", "check_model", "is_universal"]
 
 MARKER = "complete.json"
 """The list of a checkpoint's files with sizes and digests; written last."""
+UNIVERSAL, LATEST_UNIVERSAL = "universal.json", "latest_universal"
+"""What DeepSpeed's conversion adds to a checkpoint: our list of its files, and DeepSpeed's own pointer."""
 OF_MODEL = (".jinja", ".json", ".safetensors")
 
 
@@ -31,4 +33,4 @@ def check_model(folder: Path) -> None:
 
 def is_universal(place: str) -> bool:
     """Whether a file of a checkpoint, by its path, was added by DeepSpeed's conversion and is in another list."""
-    return place in ("universal.json", "latest_universal") or place.partition("/")[0].endswith("_universal")
+    return place in (UNIVERSAL, LATEST_UNIVERSAL) or place.partition("/")[0].endswith("_universal")

@@ -147,7 +147,7 @@ class Planner:
         if states.at_update > held:
             held, at = states.at_update, "optimizer step"
         allowance = CONTEXT + (COMMUNICATOR if request.sharding.gpus > 1 else 0) + int(FRAGMENTATION * held)
-        time = step_time(request.card, step, counts, states, request.sharding, settings, request.optimizer)
+        time = step_time(request.card, step, counts, request.sharding, settings, request.optimizer)
         return Plan(request, states, step, time, allowance, held + allowance, at)
 
     def nearest(self, request: PlanRequest) -> Plan | None:

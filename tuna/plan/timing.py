@@ -20,7 +20,7 @@ import torch
 from tuna.plan.cards import Card
 from tuna.plan.settings import Sharding, StepSettings
 from tuna.plan.simulate import ModelCounts, StepMemory
-from tuna.plan.states import StateMemory, optimizer_bytes
+from tuna.plan.states import optimizer_bytes
 
 __all__ = ["StepTime", "step_time"]
 
@@ -46,7 +46,6 @@ def step_time(
     card: Card,
     step: StepMemory,
     counts: ModelCounts,
-    states: StateMemory,
     sharding: Sharding,
     settings: StepSettings,
     optimizer: str,

@@ -72,7 +72,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
             backbone.register_forward_pre_hook(self._backbone_begins),
             backbone.register_forward_hook(self._backbone_ends),
             *(
-                layer.register_forward_pre_hook(self._layer_begins(i, len(layers)), with_kwargs=True)
+                layer.register_forward_pre_hook(self._layer_begins(i), with_kwargs=True)
                 for i, layer in enumerate(layers)
             ),
         ]
@@ -147,7 +147,7 @@ class StepTracker(MemTracker):  # type: ignore[no-untyped-call]
         if hidden.requires_grad:
             hidden.register_hook(lambda _: self._enter((call, "top")))  # type: ignore[no-untyped-call]
 
-    def _layer_begins(self, index: int, count: int) -> Any:
+    def _layer_begins(self, index: int) -> Any:
         # When the gradient of a layer's input is computed, the layer is done and the one below begins.
         below = "embedding" if index == 0 else "bottom" if index == 1 else "middle"
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["content_hash", "finite", "replacing", "write_json"]
+__all__ = ["content_hash", "finite", "replacing", "sync", "write_json"]
 
 
 @contextmanager
@@ -23,12 +23,20 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         with draft.open("wb") as file:
             yield file
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())  # otherwise a power failure could leave the new name without its content
+        sync(draft)  # otherwise a power failure could leave the new name without its content
         draft.replace(path)
     finally:
         with suppress(FileNotFoundError):
             draft.unlink()
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or a folder with the names of its files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:

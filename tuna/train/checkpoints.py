@@ -28,13 +28,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tuna.models.integrity import MARKER, CheckpointError, is_universal
+from tuna.models.integrity import LATEST_UNIVERSAL, MARKER, UNIVERSAL, CheckpointError, is_universal
 from tuna.system import lifeline, manifest
-from tuna.system.writing import write_json
+from tuna.system.writing import sync, write_json
 
 logger = logging.getLogger(__name__)
 
-UNIVERSAL = "universal.json"
 RUN_FILE = "run.json"
 STATE = "trainer_state.json"
 DRAFT = ".writing"
@@ -74,17 +73,17 @@ def publish(
     """
     files = manifest.files_in(draft)
     for file in files:
-        _flush(file)
+        sync(file)
     step = int(target.name.rpartition("-")[2])
     content = {"step": step, "run": run, "shape": asdict(shape), "settings": dict(settings or {})}
     manifest.write(draft, MARKER, content, files)
-    _flush(draft / MARKER)
+    sync(draft / MARKER)
     for folder in {draft, *(file.parent for file in files)}:
-        _flush(folder)
+        sync(folder)
     if target.exists():  # written before the run was resumed from an earlier step
         target.rename(draft.with_name("replaced"))
     draft.rename(target)
-    _flush(target.parent)
+    sync(target.parent)
     shutil.rmtree(draft.with_name("replaced"), ignore_errors=True)
     with suppress(OSError):
         draft.parent.rmdir()
@@ -265,7 +264,7 @@ def make_universal(checkpoint: Path, *, trust: bool = False) -> None:
     tag = (checkpoint / "latest").read_text("utf-8").strip()
     target = checkpoint / f"{tag}_universal"
     shutil.rmtree(target, ignore_errors=True)  # left by a killed conversion
-    for name in (UNIVERSAL, "latest_universal"):
+    for name in (UNIVERSAL, LATEST_UNIVERSAL):
         (checkpoint / name).unlink(missing_ok=True)
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     folders = ("--input_folder", str(checkpoint / tag), "--output_folder", str(target), "--inject_missing_state")
@@ -290,11 +289,3 @@ def _named(folder: Path) -> str | None:
     except ValueError:
         return None
     return name if isinstance(name, str) else None
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

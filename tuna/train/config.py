@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from tuna.data.problems import OnBad
 from tuna.score.metrics import greater_is_better
+from tuna.system.common_settings import HELP
 from tuna.train import deepspeed
 from tuna.train.distributed import prepare_ranks
 from tuna.train.effects import check_effects, check_mappings
@@ -54,9 +55,7 @@ class TunaConfig(TrainingArguments):
     )
 
     # Data
-    max_length: int = field(
-        default=512, metadata={"help": "Maximum length of prompt plus response, in tokens; cuts responses only."}
-    )
+    max_length: int = field(default=512, metadata={"help": HELP["max_length"]})
     template: str = field(
         default="none",
         metadata={

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from tuna.models.integrity import LATEST_UNIVERSAL
 from tuna.system.settings_text import read_settings_file
 
 MINIMUM = "0.19.4"
@@ -191,7 +192,7 @@ def mend_universal(engine: Any, checkpoint: str | os.PathLike[str]) -> None:
     for state in optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
-    tag = (Path(checkpoint) / "latest_universal").read_text("utf-8").strip()
+    tag = (Path(checkpoint) / LATEST_UNIVERSAL).read_text("utf-8").strip()
     saved = torch.load(Path(checkpoint) / tag / "zero" / "optimizer_state.pt", weights_only=False, map_location="cpu")
     for group, settings in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
         group.update({name: value for name, value in settings.items() if name != "params"})

@@ -11,12 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
+from tuna.system.common_settings import HELP, Dtype
 from tuna.system.settings_text import parse_yaml, read_settings_file
 from tuna.train.config import TunaConfig
-
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
@@ -27,18 +26,16 @@ class RunSettings:
         ValueError: a value outside its range, or evaluation data given twice.
     """
 
-    model: str = field(metadata={"help": "Model: smollm2-135m, tiny, a folder, or a name on the Hugging Face hub."})
-    data: str = field(metadata={"help": "Ranked records: .json, .jsonl, .parquet or a dataset folder."})
+    model: str = field(metadata={"help": HELP["model"]})
+    data: str = field(metadata={"help": HELP["data"]})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out ranked records."})
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of the prompts to hold out, instead of a file of them."}
     )
     eval_first: bool = field(default=True, metadata={"help": "Evaluate before training as well."})
-    format: str = field(
-        default="auto", metadata={"help": "Format of the records; see tuna data convert --help for their names."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "Use only the first N records."})
-    dtype: Dtype = field(default="float32", metadata={"help": "Dtype of the weights."})
+    format: str = field(default="auto", metadata={"help": HELP["format"]})
+    limit: int | None = field(default=None, metadata={"help": HELP["limit"]})
+    dtype: Dtype = field(default="float32", metadata={"help": HELP["dtype"]})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the weights in 4 bits; needs lora_r."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
     lora_alpha: int | None = field(

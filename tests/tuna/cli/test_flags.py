@@ -202,14 +202,19 @@ def is_number(option: Any) -> bool:
     return described.annotation in (int, float) if described else option.type.name.split()[0] in ("integer", "float")
 
 
+@pytest.fixture(scope="module")
+def everything_imported() -> None:
+    """So that no module is first imported while a stand-in is in place, and keeps it."""
+    for module in walk_packages(tuna.__path__, "tuna."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+
+
 @pytest.fixture
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_runs(everything_imported: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the number was taken: work begins")
 
-    for module in walk_packages(tuna.__path__, "tuna."):  # none may first be imported, and keep `reached`, here
-        if not module.name.endswith("__main__"):
-            import_module(module.name)
     for place in ("tuna.models.loading", "tuna.train.run", "tuna.compare.demo"):
         monkeypatch.setattr(f"{place}.load_model", reached)
     monkeypatch.setattr("tuna.plan.simulate.Simulator", reached)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
+from tests.tuna.tiny_gpt2 import tiny_gpt2
 from tuna.compare.baseline import baseline_step_loss, padded_batch, plain_tree_loss
 from tuna_kernels import Group, pack_groups
 from tuna_kernels.integrations.transformers import model_ranking_loss, prepare_model
@@ -17,24 +18,7 @@ PRESETS: tuple[Preset, ...] = ("paper", "released")
 VOCABULARY = 37
 
 
-# Of a family that keeps float64 throughout: the RMSNorm of Llama and its kin always computes in float32.
 ROUNDINGS = 1000 * torch.finfo(torch.float64).eps
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=32,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=0.2,  # scores far enough apart for open and closed hinges
-    )
-    return GPT2LMHeadModel(config).double()
 
 
 def ragged_groups() -> list[Group]:
@@ -96,7 +80,7 @@ def expected_ranks(group: Group) -> list[int]:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("margin", "penalty", "weight"), [(0.1, 1.0, 1.0), (0.4, 1.3, 0.2)])
 def test_equals_the_hand_formula(preset: Preset, margin: float, penalty: float, weight: float) -> None:
-    model, groups = tiny_gpt2(), ragged_groups()
+    model, groups = tiny_gpt2(VOCABULARY), ragged_groups()
     output = baseline_step_loss(model, groups, preset=preset, margin=margin, length_penalty=penalty, mle_weight=weight)
     expected = hand_formula(model, groups, preset, margin, penalty, weight)
     torch.testing.assert_close(output.loss, expected, rtol=ROUNDINGS, atol=0)
@@ -109,7 +93,7 @@ def test_equals_the_hand_formula(preset: Preset, margin: float, penalty: float, 
 @pytest.mark.parametrize("share", ["tree", "prompt", "none"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_packed_tree_gives_the_same_loss_and_gradients(preset: Preset, share: str) -> None:
-    model, groups = tiny_gpt2(), ragged_groups()
+    model, groups = tiny_gpt2(VOCABULARY), ragged_groups()
     settings = {"preset": preset, "margin": 0.4, "length_penalty": 1.2, "mle_weight": 0.5}
     baseline = baseline_step_loss(model, groups, **settings)
     expected = torch.autograd.grad(baseline.loss, list(model.parameters()))
@@ -137,14 +121,14 @@ def test_padding_is_masked_and_prompts_are_not_labelled() -> None:
 
 
 def test_the_padding_token_does_not_matter() -> None:
-    model, groups = tiny_gpt2(), ragged_groups()
+    model, groups = tiny_gpt2(VOCABULARY), ragged_groups()
     losses = [baseline_step_loss(model, groups, pad_token_id=token).loss.item() for token in (0, 11)]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_groups_of_one_train_on_likelihood_alone(preset: Preset) -> None:
-    model = tiny_gpt2()
+    model = tiny_gpt2(VOCABULARY)
     output = baseline_step_loss(model, [Group([1, 2], [[3, 4, 5]])], preset=preset, mle_weight=2.0)
     expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]]), labels=torch.tensor([[-100, -100, 3, 4, 5]])).loss
     assert output.ranking.item() == 0
@@ -155,14 +139,14 @@ def test_groups_of_one_train_on_likelihood_alone(preset: Preset) -> None:
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="groups is empty"):
-        baseline_step_loss(tiny_gpt2(), [])
+        baseline_step_loss(tiny_gpt2(VOCABULARY), [])
     with pytest.raises(ValueError, match="preset = 'rrhf'"):
-        baseline_step_loss(tiny_gpt2(), ragged_groups(), preset="rrhf")  # type: ignore[arg-type]
+        baseline_step_loss(tiny_gpt2(VOCABULARY), ragged_groups(), preset="rrhf")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_plain_torch_tree_gives_the_same_loss_and_gradients(preset: Preset) -> None:
-    model, groups = tiny_gpt2(), ragged_groups()
+    model, groups = tiny_gpt2(VOCABULARY), ragged_groups()
     found = []
     for loss_of in (baseline_step_loss, plain_tree_loss):
         model.zero_grad()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests.tuna.tiny_gpt2 import tiny_gpt2
 from tuna.compare.baseline import baseline_step_loss
 from tuna.data.batching import GroupBatchSampler
 from tuna.data.tokenization import TokenizedGroup
@@ -38,14 +39,6 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.1,
     )
     return LlamaForCausalLM(config)
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    """Float64 throughout (Llama's norms compute in float32)."""
-    torch.manual_seed(0)
-    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    config = GPT2Config(vocab_size=VOCABULARY, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **sizes)
-    return GPT2LMHeadModel(config).double()
 
 
 def ragged(number: int, seed: int = 0) -> list[TokenizedGroup]:
@@ -95,7 +88,7 @@ def one_step(folder: Path, groups: list[TokenizedGroup], **changes: Any) -> tupl
 
     With such a step the difference of the weights is the gradient itself.
     """
-    model = tiny_gpt2()
+    model = tiny_gpt2(VOCABULARY)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     trainer = TunaTrainer(model, config(folder, max_steps=1, **changes), groups, optimizers=(optimizer, schedule))
@@ -126,7 +119,7 @@ def test_a_step_equals_the_baseline_step(tmp_path: Path, preset: str) -> None:
     groups = ragged(5, seed=1)
     settings = {"preset": preset, "margin": 0.3, "length_penalty": 1.1, "mle_weight": 0.7}
     ours, logged = one_step(tmp_path, groups, per_device_train_batch_size=2, gradient_accumulation_steps=3, **settings)
-    model = tiny_gpt2()
+    model = tiny_gpt2(VOCABULARY)
     baseline = baseline_step_loss(model, [item.group for item in groups], **settings)
     baseline.loss.backward()
     # The stock trainer sums the losses of micro-batches in float32.

@@ -25,7 +25,7 @@ from typing import IO, Any
 from tuna.gather.api.bodies import clean_text, parse_json
 from tuna.gather.api.budget import Usage
 from tuna.system.locks import FolderInUse
-from tuna.system.writing import write_json
+from tuna.system.writing import sync, write_json
 
 __all__ = ["Journal", "OtherParameters", "content_key"]
 
@@ -100,7 +100,7 @@ class Journal:
             try:
                 self._load()
                 self._check_manifest()
-                _sync_folder(self.folder)
+                sync(self.folder)
             except BaseException:
                 self._file.close()
                 raise
@@ -164,7 +164,7 @@ class Journal:
             try:
                 if not self._claimed:
                     write_json(self.folder / MANIFEST, self.manifest)
-                    _sync_folder(self.folder)
+                    sync(self.folder)
                     self._claimed = True
                 self._write(b"".join(lines))
             except OSError as error:
@@ -276,15 +276,6 @@ def _usage(value: Any) -> Usage | None:
     prompt, output = value
     good = all(type(count) is int and 0 <= count <= MOST_USED for count in value)
     return Usage(prompt, output) if good else None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync the directory, so that the names of new files are on disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
